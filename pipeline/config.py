@@ -1,0 +1,307 @@
+"""What one run can be told: frozen dataclasses, one docstring per field, and the way from YAML to them.
+
+Defaults < preset < YAML file < flags; the flags are made in `pipeline.cli`. Every field under `run` may change when
+a run is resumed; the others make the result what it is.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+SPLITS = ("1_16", "1_8", "1_4", "1_2", "full")
+MAX_YAML_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are cut into training views."""
+
+    root: str | None = None
+    """Prepared dataset: a local path or s3://bucket/prefix. None: the generated demo set, made on first use."""
+    protocol: str | None = None
+    """Which split lists of the dataset (splits/PROTOCOL/SPLIT). None: the dataset's own default."""
+    crop: tuple[int, int] = (64, 64)
+    """Height and width of a training view in pixels."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the random resize before the crop, relative to the stored image."""
+    flip: bool = True
+    """Mirror every second view."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network of student and teacher."""
+
+    backbone: Literal["tiny", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101"] = "tiny"
+    """Encoder; tiny is a small network from scratch for CPUs."""
+    weights: str = "none"
+    """Encoder weights: none, torchvision (downloads ImageNet weights), or a file or URI of a state dict."""
+    output_stride: Literal[8, 16] = 8
+    """Input pixels per cell of the encoder's last feature map."""
+    width: int = 256
+    """Channels of the decoder."""
+    feature_dim: int = 256
+    """Channels of the representation head (contrastive methods)."""
+    dropout: float = 0.1
+    """Channel dropout in the decoder's heads."""
+    sync_bn: bool = True
+    """Batch statistics over all workers: results do not depend on their number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser, schedule and batch."""
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """sgd has momentum 0.9."""
+    lr: float = 3e-3
+    """Learning rate of the encoder at step 0; it falls as (1 - step/steps)^power."""
+    head_lr_mult: float = 1.0
+    """Learning rate of decoder and heads, relative to the encoder's."""
+    weight_decay: float = 1e-4
+    """Decay of all weights."""
+    power: float = 0.9
+    """Exponent of the poly schedule."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate first rises linearly from 0."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0: no limit."""
+    steps: int = 900
+    """Training steps of the whole run."""
+    batch_labeled: int = 8
+    """Labeled images per step over all workers."""
+    batch_unlabeled: int = 8
+    """Unlabeled images per step over all workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The supervised loss L_s, the same for every method."""
+
+    supervised: Literal["ce", "ohem"] = "ce"
+    """ce: cross entropy; ohem: only hard pixels (threshold 0.7, at least 100000 kept per worker)."""
+    aux_weight: float = 0.0
+    """Weight of the auxiliary head's L_s; 0: no such head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How the validation set is scored."""
+
+    every: int = 300
+    """Steps between evaluations; the last step is always evaluated."""
+    mode: Literal["dataset", "whole", "sliding"] = "dataset"
+    """whole image or sliding window; dataset: as the dataset itself says."""
+    scale: float = 1.0
+    """Resize before the network; logits go back to the stored size, where they are scored."""
+    window: tuple[int, int] = (769, 769)
+    """Sliding window, height and width; its stride is two thirds of that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Machines and bookkeeping; may change when a run is resumed."""
+
+    workers: int = 0
+    """Train workers; 0: one per GPU of the cluster, or 2 on a cluster of CPUs."""
+    cpus_per_worker: float = 0.0
+    """CPUs reserved per worker; 0: 4 beside a GPU, else 0.5 so that Ray Data keeps some."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the forward pass."""
+    log_every: int = 25
+    """Steps between log lines."""
+    checkpoint_every: int = 150
+    """Steps between checkpoints; every evaluation also writes one."""
+    max_failures: int = 3
+    """How often lost workers are replaced before the run gives up."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    method: str = "u2pl"
+    """Which system to train."""
+    split: str = "1_2"
+    """Labeled share: 1_16, 1_8, 1_4, 1_2, full, or the name of a list folder of the protocol."""
+    seed: int = 0
+    """Seed of everything random."""
+    out: str | None = None
+    """Run directory (local or s3://bucket/prefix). The same command with the same directory resumes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options by method name; each method's file defines its own."""
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """YAML 1.1 reads the unquoted `1_2` as the integer 12; as YAML 1.2 does, this loader reads it as a string."""
+
+
+_Yaml12Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """Reads a YAML mapping; numbers stay strings until a field says what they are, so `1_2` stays a split.
+
+    Raises:
+        UserError: not YAML, not a mapping, or larger than 1 MiB.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise UserError(f"{where}: larger than 1 MiB; this is no config file")
+    try:
+        values = yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected keys and values at the top")
+    return values
+
+
+def presets() -> list[str]:
+    """Names of the presets that the package ships."""
+    folder = resources.files("pipeline") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The values of a preset.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if name not in presets():
+        raise UserError(f"unknown preset {name!r}{suggest(name, presets())}")
+    file = resources.files("pipeline") / "presets" / f"{name}.yaml"
+    return parse_yaml(file.read_text(), f"preset {name}")
+
+
+def read_file(uri: str) -> dict[str, Any]:
+    """The values of a YAML file at `uri`."""
+    return parse_yaml(storage.read_bytes(uri).decode(), uri)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` in their place, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def suggest(name: str, valid: list[str]) -> str:
+    """The end of an error line: the nearest valid name, or all of them."""
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(valid)}"
+
+
+def build(kind: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
+    """Makes the dataclass `kind` of plain values, checked field by field.
+
+    Args:
+        kind: a frozen dataclass whose fields are scalars, tuples of scalars, or such dataclasses.
+        values: what YAML, flags or a dumped config say; missing fields keep their defaults.
+        where: dotted path of this section, for messages.
+
+    Raises:
+        UserError: an unknown key (the nearest valid one is named) or a value of the wrong type.
+    """
+    hints = get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    checked = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in names:
+            raise UserError(f"unknown key {path!r}{suggest(str(key), names)}")
+        checked[key] = convert(hints[key], value, path)
+    return kind(**checked)
+
+
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint` of the field `path`.
+
+    Raises:
+        UserError: it is not of that type.
+    """
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}: expected keys and values, got {value!r}")
+        return build(hint, value, path)  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return convert(next(arg for arg in args if arg is not type(None)), value, path)
+    if origin is Literal:
+        return _choice(args, value, path)
+    if origin is tuple:
+        parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or len(parts) != len(args):
+            raise UserError(f"{path}: expected {len(args)} values like 1,2, got {value!r}")
+        return tuple(convert(arg, part, path) for arg, part in zip(args, parts, strict=True))
+    if origin is not None:
+        return value
+    return _scalar(hint, value, path)
+
+
+def _choice(allowed: tuple[Any, ...], value: Any, path: str) -> Any:
+    for option in allowed:
+        if str(value) == str(option):
+            return option
+    raise UserError(f"{path}: {value!r} is not known{suggest(str(value), [str(option) for option in allowed])}")
+
+
+def _scalar(hint: type, value: Any, path: str) -> Any:
+    text = str(value).strip()
+    try:
+        if hint is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if hint is int and "_" in text:
+            raise ValueError(text)  # int("1_2") is 12
+        return hint(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{path}: expected {hint.__name__}, got {value!r}") from None
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as plain values: what `build` takes, YAML writes and a checkpoint holds."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML; reading it gives the same config."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What makes the result what it is: everything but the place and the machines."""
+    values = as_dict(config)
+    return {key: value for key, value in values.items() if key not in ("out", "run")}
+
+
+def digest(config: Config) -> str:
+    """Short hash of `identity`."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]

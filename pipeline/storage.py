@@ -1,0 +1,188 @@
+"""Where bytes live: a local path, `s3://bucket/prefix`, or any URI that pyarrow or fsspec opens.
+
+Everything above this module handles URIs (plain strings) and passes those to other processes: a filesystem
+object may carry credentials, a URI never does. Credentials come from the environment or the node's role.
+"""
+
+import contextlib
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow.fs as pafs
+
+from pipeline.errors import UserError
+
+CONNECT_TIMEOUT = 3.0
+"""Seconds until an endpoint that does not answer counts as unreachable (pyarrow tries it several times)."""
+REQUEST_TIMEOUT = 20.0
+"""Seconds without a byte until a request is tried again."""
+
+_HINTS = (
+    (("ACCESS_DENIED", "AccessDenied", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY", "InvalidAccessKeyId"),
+     "access denied: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and what they may read and write"),
+    (("NO_SUCH_BUCKET", "NoSuchBucket", "Bucket does not exist"), "the bucket does not exist: create it or correct the name"),
+    (("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "Couldn't resolve"),
+     "the endpoint does not answer: check AWS_ENDPOINT_URL"),
+)
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Opens the filesystem of `uri`.
+
+    Args:
+        uri: a local path (relative or absolute, `~` allowed), `file://`, `s3://bucket/key`, or any URI that pyarrow
+            or fsspec knows.
+
+    Returns:
+        The filesystem and the path inside it.
+
+    Raises:
+        UserError: the scheme is unknown, or the URI carries credentials.
+    """
+    scheme = urlsplit(uri).scheme if "://" in uri else ""
+    if scheme in ("", "file"):
+        local = uri.removeprefix("file://")
+        return pafs.LocalFileSystem(), str(Path(local).expanduser().absolute())
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        raise UserError(f"{scheme}://...@{parts.netloc.rpartition('@')[2]}: no credentials in a URI; put them into the environment")
+    path = posixpath.normpath(parts.netloc + parts.path) if parts.netloc else parts.path
+    if scheme == "s3":
+        return _s3(parts.netloc, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")), path
+    return _other(scheme), path
+
+
+@lru_cache(maxsize=32)
+def _s3(bucket: str, endpoint: str) -> pafs.FileSystem:
+    """The S3 filesystem. The bare constructor ignores AWS_ENDPOINT_URL, so it is read here."""
+    if not bucket:
+        raise UserError("s3://: no bucket named; write s3://bucket/prefix")
+    retry = pafs.AwsStandardS3RetryStrategy(max_attempts=4)
+    options = {"connect_timeout": CONNECT_TIMEOUT, "request_timeout": REQUEST_TIMEOUT, "retry_strategy": retry}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint:
+        os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # off AWS nobody answers there; a lookup only hangs
+        host = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        return pafs.S3FileSystem(
+            endpoint_override=host.netloc, scheme=host.scheme, region=region or "us-east-1", **options
+        )
+    if not region:
+        with translated(f"s3://{bucket}"):
+            region = pafs.resolve_s3_region(bucket)
+    return pafs.S3FileSystem(region=region, **options)
+
+
+@lru_cache(maxsize=8)
+def _other(scheme: str) -> pafs.FileSystem:
+    import fsspec
+
+    try:
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme)))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{scheme}://: cannot open this kind of storage ({error})") from error
+
+
+@contextlib.contextmanager
+def translated(uri: str) -> Iterator[None]:
+    """Turns the storage errors a user can mend into one line: which URI, what is wrong, what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{uri}: not found; check the path and, for S3, AWS_ENDPOINT_URL") from error
+    except PermissionError as error:
+        raise UserError(f"{uri}: permission denied") from error
+    except OSError as error:
+        for marks, hint in _HINTS:
+            if any(mark in str(error) for mark in marks):
+                raise UserError(f"{uri}: {hint}") from error
+        raise
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` below it; no part may lead out of it.
+
+    Raises:
+        UserError: a part is absolute, holds `..`, a backslash or a NUL byte.
+    """
+    for part in parts:
+        if part.startswith("/") or "\\" in part or "\0" in part or ".." in part.split("/"):
+            raise UserError(f"{part!r} leads out of {uri}: paths inside a dataset are relative to its root")
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is on this machine's disk."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """The same place, valid in every working directory (Ray's workers have their own)."""
+    return resolve(uri)[1] if is_local(uri) else uri.rstrip("/")
+
+
+def exists(uri: str) -> bool:
+    """Whether a file is at `uri`."""
+    filesystem, path = resolve(uri)
+    with translated(uri):
+        return filesystem.get_file_info(path).type == pafs.FileType.File
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of the file at `uri`.
+
+    Raises:
+        UserError: it does not exist or may not be read.
+    """
+    filesystem, path = resolve(uri)
+    with translated(uri), filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes `data` so that a reader sees all of it or nothing, and creates folders on the way."""
+    filesystem, path = resolve(uri)
+    with translated(uri):
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        with filesystem.open_output_stream(temporary) as stream:
+            stream.write(data)
+        os.replace(temporary, path)
+
+
+def list_files(uri: str) -> list[str]:
+    """All files below `uri`, as sorted paths relative to it; empty if nothing is there."""
+    filesystem, path = resolve(uri)
+    with translated(uri):
+        infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    return sorted(posixpath.relpath(info.path, path) for info in infos if info.type == pafs.FileType.File)
+
+
+def delete(uri: str) -> None:
+    """Removes the file or the folder at `uri`; nothing happens if there is none."""
+    filesystem, path = resolve(uri)
+    with translated(uri):
+        kind = filesystem.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            filesystem.delete_dir(path)
+        elif kind == pafs.FileType.File:
+            filesystem.delete_file(path)
+
+
+def check_writable(uri: str) -> None:
+    """Writes and removes a probe below `uri`, so that a long job fails now and not at its first checkpoint.
+
+    Raises:
+        UserError: wrong key, bucket or endpoint, or no permission.
+    """
+    probe = join(uri, f".probe-{uuid.uuid4().hex[:8]}")
+    write_bytes(probe, b"")
+    delete(probe)
