@@ -31,9 +31,9 @@ class DataConfig:
     """Prepared dataset: a local path or s3://bucket/prefix. None: the generated demo set, made on first use."""
     protocol: str | None = None
     """Which split lists of the dataset (splits/PROTOCOL/SPLIT). None: the dataset's own default."""
-    crop: tuple[int, int] = (64, 64)
+    crop: tuple[int, int] = (513, 513)
     """Height and width of a training view in pixels."""
-    scale: tuple[float, float] = (1.0, 1.0)
+    scale: tuple[float, float] = (0.5, 2.0)
     """Range of the random resize before the crop, relative to the stored image."""
     flip: bool = True
     """Mirror every second view."""
@@ -43,9 +43,9 @@ class DataConfig:
 class ModelConfig:
     """The network of student and teacher."""
 
-    backbone: Literal["tiny", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101"] = "tiny"
+    backbone: Literal["tiny", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """Encoder; tiny is a small network from scratch for CPUs."""
-    weights: str = "none"
+    weights: str = "torchvision"
     """Encoder weights: none, torchvision (downloads ImageNet weights), or a file or URI of a state dict."""
     output_stride: Literal[8, 16] = 8
     """Input pixels per cell of the encoder's last feature map."""
@@ -63,11 +63,11 @@ class ModelConfig:
 class OptimConfig:
     """Optimiser, schedule and batch."""
 
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has momentum 0.9."""
-    lr: float = 3e-3
+    lr: float = 1e-3
     """Learning rate of the encoder at step 0; it falls as (1 - step/steps)^power."""
-    head_lr_mult: float = 1.0
+    head_lr_mult: float = 10.0
     """Learning rate of decoder and heads, relative to the encoder's."""
     weight_decay: float = 1e-4
     """Decay of all weights."""
@@ -77,11 +77,11 @@ class OptimConfig:
     """Steps over which the learning rate first rises linearly from 0."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0: no limit."""
-    steps: int = 900
+    steps: int = 45600
     """Training steps of the whole run."""
-    batch_labeled: int = 8
+    batch_labeled: int = 16
     """Labeled images per step over all workers."""
-    batch_unlabeled: int = 8
+    batch_unlabeled: int = 16
     """Unlabeled images per step over all workers."""
 
 
@@ -99,7 +99,7 @@ class LossConfig:
 class EvalConfig:
     """How the validation set is scored."""
 
-    every: int = 300
+    every: int = 2280
     """Steps between evaluations; the last step is always evaluated."""
     mode: Literal["dataset", "whole", "sliding"] = "dataset"
     """whole image or sliding window; dataset: as the dataset itself says."""
@@ -121,7 +121,7 @@ class RunConfig:
     """bf16: autocast of the forward pass."""
     log_every: int = 25
     """Steps between log lines."""
-    checkpoint_every: int = 150
+    checkpoint_every: int = 570
     """Steps between checkpoints; every evaluation also writes one."""
     max_failures: int = 3
     """How often lost workers are replaced before the run gives up."""
@@ -170,7 +170,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     if len(text) > MAX_YAML_BYTES:
         raise UserError(f"{where}: larger than 1 MiB; this is no config file")
     try:
-        values = yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(text, Loader=_Yaml12Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:

@@ -7,10 +7,12 @@ object may carry credentials, a URI never does. Credentials come from the enviro
 import contextlib
 import os
 import posixpath
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
@@ -22,12 +24,32 @@ CONNECT_TIMEOUT = 3.0
 REQUEST_TIMEOUT = 20.0
 """Seconds without a byte until a request is tried again."""
 
+T = TypeVar("T")
+
+_BRIEF = (
+    "NETWORK_CONNECTION", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "HTTP status 500", "HTTP status 503",
+)  # fmt: skip
+"""In the text of pyarrow's S3 errors that pass by themselves."""
+
 _HINTS = (
-    (("ACCESS_DENIED", "AccessDenied", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY", "InvalidAccessKeyId"),
-     "access denied: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and what they may read and write"),
-    (("NO_SUCH_BUCKET", "NoSuchBucket", "Bucket does not exist"), "the bucket does not exist: create it or correct the name"),
-    (("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "Couldn't resolve"),
-     "the endpoint does not answer: check AWS_ENDPOINT_URL"),
+    (
+        (
+            "ACCESS_DENIED",
+            "AccessDenied",
+            "SIGNATURE_DOES_NOT_MATCH",
+            "INVALID_ACCESS_KEY",
+            "InvalidAccessKeyId",
+        ),
+        "access denied: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and what they may read and write",
+    ),
+    (
+        ("NO_SUCH_BUCKET", "NoSuchBucket", "Bucket does not exist"),
+        "the bucket does not exist: create it or correct the name",
+    ),
+    (
+        ("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "Couldn't resolve"),
+        "the endpoint does not answer: check AWS_ENDPOINT_URL",
+    ),
 )
 
 
@@ -50,7 +72,9 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(Path(local).expanduser().absolute())
     parts = urlsplit(uri)
     if "@" in parts.netloc:
-        raise UserError(f"{scheme}://...@{parts.netloc.rpartition('@')[2]}: no credentials in a URI; put them into the environment")
+        raise UserError(
+            f"{scheme}://...@{parts.netloc.rpartition('@')[2]}: no credentials in a URI; put them into the environment"
+        )
     path = posixpath.normpath(parts.netloc + parts.path) if parts.netloc else parts.path
     if scheme == "s3":
         return _s3(parts.netloc, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")), path
@@ -63,7 +87,11 @@ def _s3(bucket: str, endpoint: str) -> pafs.FileSystem:
     if not bucket:
         raise UserError("s3://: no bucket named; write s3://bucket/prefix")
     retry = pafs.AwsStandardS3RetryStrategy(max_attempts=4)
-    options = {"connect_timeout": CONNECT_TIMEOUT, "request_timeout": REQUEST_TIMEOUT, "retry_strategy": retry}
+    options = {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "request_timeout": REQUEST_TIMEOUT,
+        "retry_strategy": retry,
+    }
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:
         os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # off AWS nobody answers there; a lookup only hangs
@@ -103,6 +131,26 @@ def translated(uri: str) -> Iterator[None]:
         raise
 
 
+def retried(call: Callable[[], T], patience: float = 30.0) -> T:
+    """The result of `call`, called again with growing pauses while the storage is only briefly in trouble.
+
+    Args:
+        call: reads or writes; may be called several times.
+        patience: seconds after which the last error is raised.
+    """
+    deadline, pause = time.monotonic() + patience, 0.25
+    while True:
+        try:
+            return call()
+        except (OSError, UserError) as error:
+            cause = error.__cause__ or error  # `translated` keeps the storage's own error as the cause
+            brief = isinstance(cause, ConnectionError | TimeoutError) or any(mark in str(cause) for mark in _BRIEF)
+            if not brief or time.monotonic() + pause > deadline:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 8.0)
+
+
 def join(uri: str, *parts: str) -> str:
     """`uri` with `parts` below it; no part may lead out of it.
 
@@ -126,10 +174,21 @@ def absolute(uri: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file is at `uri`."""
+    """Whether a file is at `uri`.
+
+    Raises:
+        UserError: it cannot be known, or the bucket itself is missing.
+    """
     filesystem, path = resolve(uri)
     with translated(uri):
-        return filesystem.get_file_info(path).type == pafs.FileType.File
+        if filesystem.get_file_info(path).type == pafs.FileType.File:
+            return True
+    if uri.startswith("s3://"):
+        bucket = path.split("/")[0]
+        with contextlib.suppress(OSError):  # who may not look at the bucket still may at what is in it
+            if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
+                raise UserError(f"{uri}: the bucket {bucket} does not exist: create it or correct the name")
+    return False
 
 
 def read_bytes(uri: str) -> bytes:
@@ -155,7 +214,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         with filesystem.open_output_stream(temporary) as stream:
             stream.write(data)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
 
 
 def list_files(uri: str) -> list[str]:

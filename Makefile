@@ -1,0 +1,32 @@
+# Two commands do all set-up: `make demo` and `make test`. Each first brings .venv up to date.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,view]'
+	touch $(STAMP)
+
+# Generates the shapes, trains SupOnly and then U2PL with two CPU workers, and draws what they see.
+demo: install
+	$(BIN)/python jobs/prepare.py --source shapes --out demo/shapes
+	$(BIN)/python jobs/train.py --preset demo --data demo/shapes --split 1_16 --method suponly --out demo/suponly --run.workers 2
+	$(BIN)/python jobs/train.py --preset demo --data demo/shapes --split 1_16 --method u2pl --out demo/u2pl --run.workers 2
+	$(BIN)/python jobs/report.py demo/suponly demo/u2pl --out demo/panels.png
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,64 @@
+"""Connecting to Ray: the cluster this job runs in, the one on this machine, or one of its own."""
+
+import logging
+import os
+import secrets
+import sys
+import warnings
+from pathlib import Path
+
+_CURRENT_CLUSTER = "ray/ray_current_cluster"
+
+
+def connect() -> None:
+    """Connects to Ray once.
+
+    A submitted job and a machine with a running head join that cluster; otherwise a private one starts in this
+    process. That one is guarded by a token that only this process and its children know, so nothing is left on disk
+    and nobody else on the machine can submit to it.
+    """
+    private = not os.environ.get("RAY_ADDRESS") and not _running()
+    _environment(token=private and "ray" not in sys.modules)  # Ray reads it when it is imported
+    import ray
+
+    if not ray.is_initialized():
+        options = {"address": "local", "include_dashboard": False} if private else {}
+        ray.init(logging_level=logging.WARNING, **options)
+
+
+def cpus_and_gpus() -> tuple[float, float]:
+    """What the connected cluster has in all."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+
+
+def default_root() -> Path:
+    """Where runs and demo data go if nobody says so: here, or in the home directory for a submitted job.
+
+    A submitted job runs in an unpacked copy of the working directory that Ray deletes.
+    """
+    here = Path.cwd()
+    return Path.home() / "u2pl-ray" if "working_dir_files" in here.parts else here
+
+
+def _running() -> bool:
+    temporary = os.environ.get("RAY_TMPDIR", "/tmp")  # where `ray start` leaves the address of its head
+    return (Path(temporary) / _CURRENT_CLUSTER).exists()
+
+
+def _environment(*, token: bool) -> None:
+    """Settings that Ray reads when it is imported or started."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints every line of the loop twice
+        "RAY_DATA_USE_DATASOURCE_V2": "0",
+        "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "-1",  # a long evaluation is no hang
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    if token and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    warnings.filterwarnings("ignore", module="ray")

@@ -1,0 +1,180 @@
+"""Makes a prepared dataset of raw images, in parallel on Ray: one task reads, checks and writes one shard.
+
+The driver holds names only. Tasks get URIs and open the storage themselves: no credential travels through
+Ray.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline import storage
+from pipeline.datasets import shards, splits
+from pipeline.datasets.facts import Facts
+from pipeline.datasets.format import SUBSETS, DatasetInfo
+from pipeline.datasets.readers import RawSample
+from pipeline.datasets.shards import Part
+from pipeline.datasets.work import ShardPlan, carry_out
+from pipeline.errors import UserError
+
+PROBES = 16
+"""Images whose size is looked at to plan row groups."""
+MAX_BAD = 100
+"""So many bad samples are a mistake in the arguments: stop instead of reading the rest."""
+
+
+def prepare(
+    samples: Sequence[RawSample],
+    out: str,
+    *,
+    name: str,
+    facts: Facts,
+    seed: int = 0,
+    release: tuple[str, str] | None = None,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+    workers: int | None = None,
+) -> DatasetInfo:
+    """Checks `samples` and writes them as a dataset.
+
+    Started again with the same arguments after an interruption it keeps the shards that are there; it does
+    not notice source files that were changed in between.
+
+    Args:
+        samples: what a reader found.
+        out: path or URI of the dataset.
+        name: what to call it.
+        facts: its classes.
+        seed: of the row order and of the generated split lists.
+        release: folder and protocol of published split lists.
+        overwrite: replace a finished dataset.
+        skip_bad: leave bad samples out instead of stopping.
+        workers: tasks at a time; None: as many as the cluster has CPUs for.
+
+    Raises:
+        UserError: a dataset is there already, bad samples (the first is named, the others counted), no images
+            to score, or the storage refuses.
+    """
+    root = storage.absolute(out)
+    shards.claim(root, overwrite)
+    check_samples(samples)
+    if release is not None:  # wrong lists should show now and not hours later
+        splits.read_release(*release, {each.id: _role(each) for each in samples})
+    plans = plan_shards(samples, root, facts, seed, skip_bad)
+    parts = run(plans, workers)
+    bad = sorted(text for part in parts for text in part.bad.values())
+    if bad and not skip_bad:
+        least = "at least " if len(parts) < len(plans) else ""
+        more = f"; {least}{len(bad) - 1} more bad samples" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}; fix them or pass --skip_bad")
+    for text in bad:
+        print(f"skipped {text}", file=sys.stderr)
+    return shards.finish(root, parts, name=name, facts=facts, seed=seed, release=release)
+
+
+def check_samples(samples: Sequence[RawSample]) -> None:
+    """Checks what needs no look into files.
+
+    Raises:
+        UserError: no train images, duplicate ids, or masks to learn from but no val images to score.
+    """
+    double = next((key for key, count in Counter(sample.id for sample in samples).items() if count > 1), None)
+    if double is not None:
+        files = " and ".join(sample.image_uri for sample in samples if sample.id == double)
+        raise UserError(f"duplicate id {double}: {files}; every image needs an id of its own and is in one subset")
+    train = [sample for sample in samples if sample.subset == "train"]
+    if not train:
+        raise UserError("no train images found; check --root and --source")
+    if len(train) == len(samples) and any(sample.mask_uri for sample in train):
+        raise UserError("no validation images found; only a pool without any mask needs none")
+
+
+def _role(sample: RawSample) -> str:
+    return "val" if sample.subset == "val" else "masked" if sample.mask_uri else "bare"
+
+
+def plan_shards(samples: Sequence[RawSample], root: str, facts: Facts, seed: int, skip_bad: bool) -> list[ShardPlan]:
+    """Shuffles the samples by `seed` and cuts them into shards, train before val."""
+    by_id = {sample.id: sample for sample in samples}
+    order = splits.ranked(by_id, f"rows/{seed}")
+    members = {subset: [by_id[key] for key in order if by_id[key].subset == subset] for subset in SUBSETS}
+    probes = [len(storage.read_bytes(by_id[key].image_uri)) for key in order[:PROBES]]
+    pieces = shards.cut(members, max(1.0, sum(probes) / len(probes)))
+    return [ShardPlan(root, slot, tuple(found), facts, skip_bad) for slot, found in pieces]
+
+
+def run(plans: Sequence[ShardPlan], workers: int | None = None) -> list[Part]:
+    """Carries out the plans on Ray; returns a part for each, in their order.
+
+    Fewer parts come back if it stopped early because of many bad samples.
+    """
+    parts: dict[str, Part] = {}
+    bad = 0
+    with ray_session():
+        import ray.data
+
+        items = [{"plan": pickle.dumps(plan)} for plan in plans]
+        tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(_task, concurrency=workers)
+        for result in _progress(tasks.iter_rows(), len(plans)):
+            if result["error"]:
+                raise UserError(result["error"])
+            part = Part(**json.loads(result["part"]))
+            parts[part.shard] = part
+            bad += len(part.bad)
+            if bad > MAX_BAD and not plans[0].skip_bad:
+                break
+    return [parts[plan.slot.shard] for plan in plans if plan.slot.shard in parts]
+
+
+def _task(item: dict[str, Any]) -> dict[str, Any]:
+    """One shard, in a Ray worker. A user's mistake comes back as text: Ray would wrap it in a traceback."""
+    try:
+        return {"part": json.dumps(asdict(carry_out(pickle.loads(item["plan"])))), "error": ""}
+    except UserError as error:
+        return {"part": "", "error": str(error)}
+
+
+def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
+    """Shows how many shards are done: a bar on a terminal, elsewhere a line for every tenth."""
+    if sys.stderr.isatty():
+        yield from tqdm(results, total=total, unit="shard", desc="prepare")
+        return
+    step = max(1, total // 10)
+    for number, result in enumerate(results, start=1):
+        yield result
+        if number % step == 0 or number == total:
+            print(f"prepare: {number} of {total} shards", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray, quietly: the running session, the cluster that RAY_ADDRESS names, or a local one for now."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster would write a token into the home
+    import ray
+    import ray.data
+
+    running = ray.is_initialized()
+    if not running:
+        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    context = ray.data.DataContext.get_current()
+    context.use_datasource_v2 = False
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if not running:
+            ray.shutdown()

@@ -1,0 +1,1 @@
+"""From a prepared dataset to batches: labeled sampler, unlabeled stream, decoding, views."""

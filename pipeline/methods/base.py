@@ -1,0 +1,131 @@
+"""The interface between a method and the trainer, and the supervised loss that all methods share."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.config import Config
+from pipeline.models import Prediction, SegmentationModel, build_model, upsample
+from pipeline.ops.losses import cross_entropy, ohem_cross_entropy
+from pipeline.ops.world import World
+
+
+class Losses(NamedTuple):
+    """What a forward pass returns."""
+
+    terms: dict[str, Tensor]
+    """0-dim losses, already weighted; the trainer minimises their sum."""
+    logs: dict[str, Tensor]
+    """Detached numbers worth a look: 0-dim, or [C] by class."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the run stands. Everything random in a step is a function of (seed, index) and so survives a resume."""
+
+    index: int
+    """0-based step of the run."""
+    total: int
+    """Steps of the whole run."""
+    seed: int
+    world: World
+
+    def uniform(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Numbers in [0,1), float32 of `shape`, different for every (seed, step, rank, name)."""
+        return self._draw(f"{name}/{self.world.rank}", shape, device)
+
+    def uniform_shared(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """As `uniform`, but the same numbers on every rank."""
+        return self._draw(name, shape, device)
+
+    def uniform_per_image(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """As `uniform` for `shape` = (images, ...), drawn for the global batch: independent of the number of ranks."""
+        count = shape[0]
+        drawn = self.uniform_shared(name, (count * self.world.size, *shape[1:]), device)
+        return drawn[self.world.rank * count :][:count]
+
+    def _draw(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        digest = hashlib.blake2b(f"{self.seed}/{self.index}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.rand(shape, generator=generator, device=device)
+
+
+class Predictor(nn.Module):
+    """A network as used at test time: uint8 [B,3,H,W] -> logits float [B,C,h,w]."""
+
+    def __init__(self, model: SegmentationModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits at the network's own resolution."""
+        return self.model(image).logits
+
+
+class Method(nn.Module, ABC):
+    """One system of the comparison: its networks, losses and state. The trainer wraps it in DDP as a whole.
+
+    Rules: a loss is this rank's share of a global mean (see `ops.losses`); every loss term set touches every trainable
+    parameter in every step; nothing in `forward` waits for the device; all state is parameters and buffers.
+    """
+
+    Options: ClassVar[type]
+    """Frozen dataclass of the method's own knobs."""
+    views: ClassVar[ViewSpec]
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """Losses of one batch."""
+
+    @abstractmethod
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The networks to score, by name; the first one is the method's result."""
+
+    def trained(self) -> list[SegmentationModel]:
+        """The networks that the optimiser moves."""
+        return [self.networks()["student"]]
+
+    def after_step(self, step: Step) -> None:
+        """Updates that follow the optimiser's step (EMA); no gradient."""
+        del step
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser: `params`, `lr_mult` (relative to `optim.lr`)."""
+        nets = self.trained()
+        return [
+            {"params": [p for net in nets for p in net.encoder_parameters()], "lr_mult": 1.0},
+            {
+                "params": [p for net in nets for p in net.head_parameters()],
+                "lr_mult": self.config.optim.head_lr_mult,
+            },
+        ]
+
+    def predictor(self) -> nn.Module:
+        """What is scored and shipped: uint8 [B,3,H,W] -> logits [B,C,h,w]."""
+        return Predictor(next(iter(self.networks().values())))
+
+    def build_network(self, *, features: bool) -> SegmentationModel:
+        """A network as the config says, its auxiliary head included if its loss has a weight."""
+        return build_model(self.config.model, self.num_classes, features=features, aux=self.config.loss.aux_weight > 0)
+
+    def supervised(self, prediction: Prediction, labeled: Views, world: World) -> Tensor:
+        """L_s of the labeled images, 0-dim: cross entropy or OHEM, plus the weighted auxiliary head."""
+        if labeled.mask is None:
+            raise ValueError("the labeled side of a batch has masks")
+        loss = ohem_cross_entropy if self.config.loss.supervised == "ohem" else cross_entropy
+        size = (labeled.mask.shape[-2], labeled.mask.shape[-1])
+        total = loss(upsample(prediction.logits.float(), size), labeled.mask, world)
+        if prediction.aux is not None:
+            aux = loss(upsample(prediction.aux.float(), size), labeled.mask, world)
+            total = total + self.config.loss.aux_weight * aux
+        return total

@@ -1,0 +1,33 @@
+"""SupOnly: the labeled images alone, the lower line of every comparison."""
+
+from dataclasses import dataclass
+
+from pipeline.batch import Batch, ViewSpec
+from pipeline.config import Config
+from pipeline.methods.base import Losses, Method, Step
+from pipeline.models import SegmentationModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupOnlyOptions:
+    """SupOnly has no knobs of its own."""
+
+
+class SupOnly(Method):
+    """L = L_s."""
+
+    Options = SupOnlyOptions
+    views = ViewSpec(unlabeled=False)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.student = self.build_network(features=False)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_s of the labeled images."""
+        loss = self.supervised(self.student(batch.labeled.image), batch.labeled, step.world)
+        return Losses({"supervised": loss}, {})
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The student alone."""
+        return {"student": self.student}

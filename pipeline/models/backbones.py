@@ -1,0 +1,111 @@
+"""Encoders: torchvision's classification networks, cut into three stages and dilated to stride 8 or 16."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torchvision
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.models.parts import Channels, Taps
+from pipeline.models.weights import load_weights
+
+Stages = tuple[nn.Sequential, nn.Sequential, nn.Sequential]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """How to make one encoder of a torchvision network."""
+
+    make: Callable[[], nn.Module]
+    """The network with random weights."""
+    unused: tuple[str, ...]
+    """Prefixes of the parameters that segmentation has no use for."""
+    stages: Callable[[nn.Module], Stages]
+    """Cuts it: up to stride 4, on to the stage before the last, the last."""
+    channels: Channels
+    """What the stages give."""
+
+
+class Encoder(nn.Module):
+    """[B,3,H,W] normalised float image to `Taps`: stride 4, stage before the last, output stride."""
+
+    def __init__(self, low: nn.Module, mid: nn.Module, high: nn.Module) -> None:
+        super().__init__()
+        self.low = low
+        self.mid = mid
+        self.high = high
+
+    def forward(self, x: Tensor) -> Taps:
+        """Runs the three stages."""
+        low = self.low(x)
+        mid = self.mid(low)
+        return Taps(low, mid, self.high(mid))
+
+
+def build_encoder(config: ModelConfig) -> tuple[Encoder, Channels]:
+    """The encoder that `config` names, with its weights.
+
+    Raises:
+        UserError: the weights cannot be had or do not fit.
+    """
+    backbone = BACKBONES[config.backbone]
+    network = backbone.make()
+    load_weights(network, config.backbone, config.weights, backbone.unused)
+    encoder = Encoder(*backbone.stages(network))
+    dilate(encoder, config.output_stride)
+    return encoder, backbone.channels
+
+
+def dilate(encoder: nn.Module, output_stride: int) -> None:
+    """Replaces every stride beyond `output_stride` by dilation of all that follows ("a trous"), in place.
+
+    The result equals the strided network wherever that has a cell. The layers must be registered in the order
+    in which they run; a 1x1 convolution with a stride is the shortcut beside one that was already seen.
+    """
+    stride, dilation = 1, 1
+    for layer in encoder.modules():
+        if isinstance(layer, nn.MaxPool2d):
+            stride *= 2
+        elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+            layer.stride = (1, 1) if dilation > 1 else layer.stride
+        elif isinstance(layer, nn.Conv2d):
+            reach = dilation * (layer.kernel_size[0] // 2)
+            layer.dilation, layer.padding = (dilation, dilation), (reach, reach)
+            if layer.stride == (2, 2) and stride == output_stride:
+                layer.stride = (1, 1)
+                dilation *= 2
+            elif layer.stride == (2, 2):
+                stride *= 2
+
+
+def _resnet_stages(net: nn.Module) -> Stages:
+    assert isinstance(net, torchvision.models.ResNet)
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+    return nn.Sequential(stem, net.layer1), nn.Sequential(net.layer2, net.layer3), net.layer4
+
+
+def _mobilenet_stages(net: nn.Module) -> Stages:
+    assert isinstance(net, torchvision.models.MobileNetV2)
+    return net.features[:4], net.features[4:14], net.features[14:18]
+
+
+def _resnet(make: Callable[[], nn.Module], channels: Channels) -> Backbone:
+    return Backbone(make, ("fc.",), _resnet_stages, channels)
+
+
+_BASIC, _BOTTLENECK = Channels(64, 256, 512), Channels(256, 1024, 2048)
+
+BACKBONES = {
+    # features.18 widens 320 channels to 1280 for the classifier
+    "mobilenet_v2": Backbone(
+        torchvision.models.mobilenet_v2,
+        ("classifier.", "features.18."),
+        _mobilenet_stages,
+        Channels(24, 96, 320),
+    ),
+    "resnet18": _resnet(torchvision.models.resnet18, _BASIC),
+    "resnet34": _resnet(torchvision.models.resnet34, _BASIC),
+    "resnet50": _resnet(torchvision.models.resnet50, _BOTTLENECK),
+    "resnet101": _resnet(torchvision.models.resnet101, _BOTTLENECK),
+}

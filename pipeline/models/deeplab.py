@@ -1,0 +1,71 @@
+"""The DeepLabV3+ decoder with U2PL's heads (arXiv 1802.02611 and 2203.03884; layout of the U2PL release)."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.models.parts import Channels, Prediction, Taps, conv_bn_relu, upsample
+
+RATES = {8: (12, 24, 36), 16: (6, 12, 18)}
+"""Dilations of the spatial pyramid by output stride."""
+
+
+class SpatialPyramid(nn.Module):
+    """ASPP: [B,inputs,h,w] seen at five ranges and merged to [B,width,h,w].
+
+    The image-wide branch has no batch norm. It has one cell per image, so its statistics would be those of B
+    numbers: noise for few images, an error for one.
+    """
+
+    def __init__(self, inputs: int, width: int, rates: tuple[int, ...], dropout: float) -> None:
+        super().__init__()
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, width, 1), nn.ReLU(inplace=True))
+        ranges = [conv_bn_relu(inputs, width, dilation=rate) for rate in rates]
+        self.branches = nn.ModuleList([pool, conv_bn_relu(inputs, width, 1), *ranges])
+        self.merge = nn.Sequential(conv_bn_relu(len(self.branches) * width, width), nn.Dropout2d(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the branches side by side; the image-wide one is spread over all cells."""
+        seen = [branch(x).expand(-1, -1, *x.shape[2:]) for branch in self.branches]
+        return self.merge(torch.cat(seen, dim=1))
+
+
+class DeepLabDecoder(nn.Module):
+    """`Taps` of a backbone to a `Prediction` at stride 4.
+
+    Args:
+        config: width, feature_dim, dropout and output stride.
+        channels: of the encoder.
+        num_classes: C.
+        features: whether to add the representation head.
+        aux: whether to add the auxiliary head, at the resolution of `Taps.mid`.
+    """
+
+    def __init__(self, config: ModelConfig, channels: Channels, num_classes: int, *, features: bool, aux: bool) -> None:
+        super().__init__()
+        width, dropout = config.width, config.dropout
+        self.pyramid = SpatialPyramid(channels.high, width, RATES[config.output_stride], dropout)
+        self.low = conv_bn_relu(channels.low, width, 1)
+        self.classifier = _head(2 * width, width, num_classes, dropout)
+        self.representation = _head(2 * width, width, config.feature_dim, dropout) if features else None
+        self.auxiliary = nn.Sequential(
+            conv_bn_relu(channels.mid, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1)
+        ) if aux else None  # fmt: skip
+
+    def forward(self, taps: Taps) -> Prediction:
+        """Merges what is seen widely with what is seen sharply, and scores it."""
+        low = self.low(taps.low)
+        wide = upsample(self.pyramid(taps.high), (low.shape[2], low.shape[3]))
+        x = torch.cat([low, wide], dim=1)
+        features = None if self.representation is None else self.representation(x)
+        aux = None if self.auxiliary is None else self.auxiliary(taps.mid)
+        return Prediction(self.classifier(x), features, aux)
+
+
+def _head(inputs: int, width: int, outputs: int, dropout: float) -> nn.Sequential:
+    """Two 3x3 convolutions with dropout and a 1x1 convolution: [B,inputs,h,w] to [B,outputs,h,w]."""
+    return nn.Sequential(
+        conv_bn_relu(inputs, width), nn.Dropout2d(dropout),
+        conv_bn_relu(width, width), nn.Dropout2d(dropout),
+        nn.Conv2d(width, outputs, 1),
+    )  # fmt: skip

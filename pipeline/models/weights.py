@@ -1,0 +1,88 @@
+"""ImageNet weights of an encoder: from torchvision's server, or a file or URI of its state dict."""
+
+import hashlib
+import io
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")
+"""torchvision writes the first digits of a file's SHA-256 into its name."""
+
+
+def load_weights(network: nn.Module, name: str, source: str, unused: tuple[str, ...]) -> None:
+    """Fills `network` with the weights of `source`, in place.
+
+    Args:
+        network: a torchvision network with its own parameter names.
+        name: torchvision's name of it, e.g. "resnet50".
+        source: "none" (nothing happens), "torchvision", or a path or URI of a state dict.
+        unused: prefixes of parameters that `source` need not hold and whose content does not matter.
+
+    Raises:
+        UserError: the source cannot be read, or a parameter is missing, unexpected or of another shape.
+    """
+    if source == "none":
+        return
+    state = _download(name) if source == "torchvision" else read_state(source)
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
+    _check(state, {key: t for key, t in network.state_dict().items() if not key.startswith(unused)}, source, name)
+    network.load_state_dict(state, strict=False)  # what may be missing was decided above
+    log.info("encoder %s: %d tensors from %s", name, len(state), source)
+
+
+def read_state(uri: str) -> dict[str, Tensor]:
+    """The state dict in the file at `uri`; nothing in it is executed.
+
+    Raises:
+        UserError: not found, damaged, or no state dict.
+    """
+    data = storage.read_bytes(uri)
+    named = _NAMED_HASH.search(uri)
+    if named and not hashlib.sha256(data).hexdigest().startswith(named[1]):
+        raise UserError(f"{uri}: damaged (its SHA-256 does not start with {named[1]}); fetch the file again")
+    try:
+        state: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{uri}: not a file of weights that torch.load(weights_only=True) reads") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{uri}: holds no plain state dict (names and tensors); save model.state_dict()")
+    return dict(state)
+
+
+def _download(name: str) -> Mapping[str, Any]:
+    """Fetches torchvision's first ImageNet weights: those that published segmentation results start from."""
+    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"model.weights torchvision: cannot download {weights.url} ({error}); "
+            "fetch that file elsewhere and pass its path as model.weights"
+        ) from error
+
+
+def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, name: str) -> None:
+    """Raises a UserError with the first key of `state` that does not fit `wanted`."""
+    for key, tensor in wanted.items():
+        if key.endswith("num_batches_tracked"):
+            continue  # files from before 2018 lack it, and no statistics with a momentum need it
+        if key not in state:
+            raise UserError(f"{source}: {key} is missing; is this a torchvision state dict of {name}?")
+        if state[key].shape != tensor.shape:
+            shapes = f"{list(state[key].shape)}, expected {list(tensor.shape)}"
+            raise UserError(f"{source}: {key} has shape {shapes}; is this a torchvision state dict of {name}?")
+    for key in state:
+        if key not in wanted:
+            raise UserError(f"{source}: {key} is unexpected; is this a torchvision state dict of {name}?")

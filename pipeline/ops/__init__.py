@@ -1,0 +1,1 @@
+"""What methods share: tensors in, tensors out. Imports nothing of the project."""

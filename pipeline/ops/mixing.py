@@ -1,0 +1,52 @@
+"""CutMix on the device: a box of every image is replaced by the same box of its partner."""
+
+import torch
+from torch import Tensor
+
+
+def partners(count: int, device: torch.device) -> Tensor:
+    """Who lends a box to whom inside the batch: int64 [count].
+
+    Neighbours swap (0 with 1, 2 with 3), so a pair stays together however the global batch is cut over ranks; an odd
+    batch shifts by one instead, as upstream does.
+    """
+    index = torch.arange(count, device=device)
+    return index ^ 1 if count % 2 == 0 else (index + 1) % count
+
+
+def cutmix_masks(draws: Tensor, size: tuple[int, int]) -> Tensor:
+    """One box per image that covers half of its area.
+
+    Args:
+        draws: float [B,3] in [0,1): width, top and left of the box.
+        size: H, W of the images.
+
+    Returns:
+        bool [B,H,W], True inside the box (the partner's pixels). Widths are uniform on (W/2, W), the height follows
+        from the area, the place is uniform (upstream augmentation.py, generate_cutout_mask).
+    """
+    height, width = size
+    low = width // 2 + 1
+    box_w = low + torch.floor(draws[:, 0] * max(width - low, 1))
+    box_h = torch.round(height * width / 2 / box_w)
+    top = torch.floor(draws[:, 1] * (height - box_h + 1))
+    left = torch.floor(draws[:, 2] * (width - box_w + 1))
+    y = torch.arange(height, device=draws.device).view(1, -1, 1)
+    x = torch.arange(width, device=draws.device).view(1, 1, -1)
+
+    def column(value: Tensor) -> Tensor:
+        return value.view(-1, 1, 1)
+
+    inside_y = (y >= column(top)) & (y < column(top + box_h))
+    return inside_y & (x >= column(left)) & (x < column(left + box_w))
+
+
+def mix(own: Tensor, mask: Tensor, partner: Tensor) -> Tensor:
+    """`own` with the partner's values where `mask` holds.
+
+    Args:
+        own: [B,H,W] or [B,K,H,W], any dtype.
+        mask: bool [B,H,W].
+        partner: int64 [B], index of each image's partner in the unmixed batch.
+    """
+    return torch.where(mask if own.dim() == 3 else mask.unsqueeze(1), own[partner], own)

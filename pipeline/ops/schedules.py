@@ -1,0 +1,23 @@
+"""Quantities that follow the step: learning rate, EMA decay, unreliable share."""
+
+
+def poly(step: int, steps: int, power: float, warmup: int = 0) -> float:
+    """Poly learning-rate factor (1 - step/steps)^power, after a linear rise over `warmup` steps.
+
+    Computed from the step alone, so a resumed run cannot freeze it (upstream's scheduler does).
+    """
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return rise * max(0.0, 1.0 - step / steps) ** power
+
+
+def ema_decay(step: int, start: int, cap: float) -> float:
+    """Decay of the EMA teacher, min(1 - 1/(step - start + 1), cap), and 0 until `start`.
+
+    0 copies the student: the teacher begins as its exact copy, once, and warms up from there.
+    """
+    return min(1.0 - 1.0 / (step - start + 1), cap) if step >= start else 0.0
+
+
+def unreliable_share(step: int, steps: int, alpha_0: float) -> float:
+    """alpha_t = alpha_0 (1 - t/T): the share of unlabeled pixels that counts as unreliable (paper eq. 8)."""
+    return alpha_0 * max(0.0, 1.0 - step / steps)

@@ -1,0 +1,1 @@
+"""The loop, its state, its trackers, and the launcher on Ray Train."""

@@ -1,0 +1,118 @@
+"""One checkpoint: everything a run needs to go on, and everything `evaluate` needs to score it.
+
+A folder with `state.pt` (tensors and plain values: networks, optimiser, memory bank, progress) and `checkpoint.json`
+(step, score, resolved config, SHA-256 of state.pt). The data position and all randomness follow from the step, so
+nothing else has to be kept.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pipeline
+from pipeline import storage
+from pipeline.config import Config, as_dict
+from pipeline.errors import UserError
+
+STATE_FILE = "state.pt"
+META_FILE = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One evaluation."""
+
+    step: int
+    """Steps that had been trained."""
+    miou: dict[str, float]
+    """0..1 by network; the first one is the method's result."""
+    iou: list[float | None]
+    """By class, of the first network; None for a class that does not occur."""
+
+    @property
+    def value(self) -> float:
+        """The result's mIoU, 0..1."""
+        return next(iter(self.miou.values()))
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Steps done; the next batch is this one's."""
+    last: Score | None = None
+    best: Score | None = None
+
+    def scored(self, score: Score) -> None:
+        """Takes a new evaluation."""
+        self.last = score
+        if self.best is None or score.value > self.best.value:
+            self.best = score
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Progress":
+        """Reads what `asdict` wrote."""
+        scores = {name: Score(**values[name]) if values[name] else None for name in ("last", "best")}
+        return cls(values["step"], **scores)
+
+
+def save(folder: Path, config: Config, data: dict[str, str], progress: Progress, **parts: dict[str, Any]) -> None:
+    """Writes a checkpoint into a local folder.
+
+    Args:
+        folder: exists.
+        config: resolved config of the run.
+        data: digests of what the run reads (`index`, `split`).
+        progress: where the run stands.
+        parts: state dicts by name (`method`, `optimizer`).
+    """
+    buffer = io.BytesIO()
+    torch.save({**parts, "progress": asdict(progress)}, buffer)
+    payload = buffer.getbuffer()
+    (folder / STATE_FILE).write_bytes(payload)
+    meta = {
+        "step": progress.step,
+        "last": asdict(progress.last) if progress.last else None,
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        "version": pipeline.__version__,
+        "data": data,
+        "config": as_dict(config),
+    }
+    (folder / META_FILE).write_text(json.dumps(meta, indent=1))
+
+
+def read_meta(uri: str) -> dict[str, Any]:
+    """The content of checkpoint.json below `uri`.
+
+    Raises:
+        UserError: there is no checkpoint, or its description cannot be read.
+    """
+    place = storage.join(uri, META_FILE)
+    if not storage.exists(place):
+        raise UserError(f"{uri}: no checkpoint there ({META_FILE} is missing); name a folder like RUN/step_0000900")
+    try:
+        return json.loads(storage.read_bytes(place))
+    except ValueError as error:
+        raise UserError(f"{place}: not readable ({error}); take another checkpoint of the run") from error
+
+
+def read_state(uri: str) -> dict[str, Any]:
+    """The content of state.pt below `uri`, on the CPU; nothing in it is executed.
+
+    Raises:
+        UserError: it is damaged (its SHA-256 differs) or holds more than tensors and plain values.
+    """
+    place = storage.join(uri, STATE_FILE)
+    payload = storage.read_bytes(place)
+    if hashlib.sha256(payload).hexdigest() != read_meta(uri)["sha256"]:
+        raise UserError(f"{place}: damaged (its SHA-256 differs from {META_FILE}); take another checkpoint of the run")
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; all mean that this is not our file
+        raise UserError(f"{place}: not a checkpoint of this program: {' '.join(str(error).split())[:200]}") from error

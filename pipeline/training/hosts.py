@@ -1,0 +1,120 @@
+"""What the loop needs of the place it runs in: its device, the checkpoint to go on from, and where to hand new ones."""
+
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pipeline import storage
+from pipeline.ingest.readers import Reader, read_inline, read_ray
+from pipeline.training.checkpoint import META_FILE
+
+
+class Host(ABC):
+    """One rank's surroundings."""
+
+    reader: Reader
+    """How the unlabeled stream is read here."""
+    threads: int = 1
+    """CPU threads for decoding."""
+
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+
+    @abstractmethod
+    def latest(self) -> str | None:
+        """URI of the newest whole checkpoint of this run, or None."""
+
+    @abstractmethod
+    def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
+        """Hands over a checkpoint; every rank calls it equally often.
+
+        Args:
+            step: steps done.
+            score: result of the evaluation at this step, None if there was none.
+            write: fills a local folder with the checkpoint; None on the ranks that do not write.
+        """
+
+
+class PlainHost(Host):
+    """One process without Ray: checkpoints go straight to the run directory."""
+
+    reader = staticmethod(read_inline)
+
+    def __init__(self, out: str) -> None:
+        self._out = out
+
+    def device(self) -> torch.device:
+        """A GPU if there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def latest(self) -> str | None:
+        """The whole checkpoint with the highest step."""
+        found = [file.split("/")[0] for file in storage.list_files(self._out) if file.endswith(f"/{META_FILE}")]
+        return storage.join(self._out, max(found)) if found else None
+
+    def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
+        """Copies the folder; checkpoint.json goes last, as it makes the checkpoint whole."""
+        if write is None:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == META_FILE):
+                storage.write_bytes(storage.join(self._out, checkpoint_name(step), file.name), file.read_bytes())
+
+
+class RayHost(Host):
+    """A Ray Train worker: checkpoints are uploaded in the background and kept or pruned by Ray Train."""
+
+    reader = staticmethod(read_ray)
+
+    def __init__(self, out: str, threads: int) -> None:
+        self._out = out
+        self.threads = threads
+
+    def device(self) -> torch.device:
+        """The device that Ray gave this worker."""
+        import ray.train.torch
+
+        return ray.train.torch.get_device()
+
+    def latest(self) -> str | None:
+        """The newest checkpoint that Ray Train has registered."""
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        return storage.join(self._out, Path(checkpoint.path).name) if checkpoint else None
+
+    def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
+        """A barrier over the ranks. The folder is Ray's after the call: it uploads and removes it."""
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        checkpoint = None
+        if write is not None:
+            folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            try:
+                write(folder)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            checkpoint = Checkpoint.from_directory(folder)
+        ray.train.report(
+            {
+                "step": step,
+                "score": -1.0 if score is None else score,
+            },  # unscored checkpoints are never the best
+            checkpoint=checkpoint,
+            checkpoint_dir_name=checkpoint_name(step),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder of the checkpoint after `step` steps."""
+    return f"step_{step:07d}"

@@ -1,0 +1,212 @@
+"""From a config to a finished run on Ray Train: checks first, then workers, then the result."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+from pipeline import cluster, storage
+from pipeline.config import Config, as_dict, build, identity, parse_yaml, suggest, to_yaml
+from pipeline.datasets.format import Dataset, open_dataset
+from pipeline.datasets.shapes import prepare_shapes
+from pipeline.datasets.splits import Split, load_split
+from pipeline.errors import UserError
+from pipeline.methods import METHODS
+from pipeline.report.tables import class_table
+from pipeline.training.checkpoint import Progress
+from pipeline.training.hosts import checkpoint_name
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+
+
+def launch(config: Config, *, fresh: bool = False) -> Progress:
+    """Runs a config on the cluster and prints the result; a run that was cut off goes on where it was.
+
+    Args:
+        config: checked config; without a dataset the demo set is made first.
+        fresh: delete what is in the run directory and start anew.
+
+    Raises:
+        UserError: something in the config, the data or the run directory cannot be used; found before any worker
+            starts as far as possible.
+    """
+    config = _placed(config)
+    assert config.data.root is not None
+    assert config.out is not None
+    dataset = open_dataset(config.data.root)
+    split = load_split(dataset, config.split, config.data.protocol)
+    check_batch(config, split)
+    _claim(config, fresh)
+    done = storage.join(config.out, SUMMARY_FILE)
+    if storage.exists(done):
+        print(f"{config.out} is finished; --fresh trains it anew")
+        progress = Progress.from_dict(json.loads(storage.read_bytes(done)))
+    else:
+        cluster.connect()
+        workers = worker_count(config)
+        _announce(config, dataset, split, workers)
+        progress = Progress.from_dict(_fit(config, workers))
+        storage.write_bytes(done, json.dumps(asdict(progress), indent=1).encode())
+    _print_result(config, dataset, progress)
+    return progress
+
+
+def _placed(config: Config) -> Config:
+    """The config with absolute places for data and results, valid on every worker."""
+    root = config.data.root
+    if root is None:
+        root = str(cluster.default_root() / "data" / "shapes")
+        prepare_shapes(root)
+    out = config.out or str(cluster.default_root() / "runs" / default_name(config, root))
+    data = replace(config.data, root=storage.absolute(root))
+    return replace(config, data=data, out=storage.absolute(out))
+
+
+def default_name(config: Config, root: str) -> str:
+    """Name of a run whose directory is not given: dataset, method, split, seed."""
+    return f"{root.rstrip('/').rsplit('/', 1)[-1]}-{config.method}-{config.split}-s{config.seed}"
+
+
+def check_batch(config: Config, split: Split) -> None:
+    """Whether the split can fill the batches.
+
+    Raises:
+        UserError: fewer images than a batch takes.
+    """
+    optim = config.optim
+    if len(split.labeled) < optim.batch_labeled:
+        raise UserError(
+            f"split {split.name} has {len(split.labeled)} labeled images, fewer than optim.batch_labeled "
+            f"{optim.batch_labeled}: take a larger split or a smaller batch"
+        )
+    if METHODS[config.method].views.unlabeled and len(split.unlabeled) < optim.batch_unlabeled:
+        raise UserError(
+            f"split {split.name} has {len(split.unlabeled)} unlabeled images, fewer than optim.batch_unlabeled "
+            f"{optim.batch_unlabeled}: take a smaller batch or --method suponly"
+        )
+
+
+def _claim(config: Config, fresh: bool) -> None:
+    """Makes the run directory this run's: writes its config, or compares it with the one that is there."""
+    assert config.out is not None
+    uri = storage.join(config.out, CONFIG_FILE)
+    if fresh:
+        storage.delete(config.out)
+    storage.check_writable(config.out)
+    if storage.exists(uri):
+        before = identity(build(Config, parse_yaml(storage.read_bytes(uri).decode(), uri)))
+        difference = _difference(before, identity(config))
+        if difference:
+            raise UserError(f"{config.out} holds a run with {difference}; use --fresh or another --out")
+    storage.write_bytes(uri, to_yaml(config).encode())
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any], path: str = "") -> str:
+    """The first key in which two configs differ, or an empty string."""
+    for key in before.keys() | after.keys():
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = _difference(old, new, f"{path}{key}.")
+            if inner:
+                return inner
+        elif old != new:
+            return f"{path}{key} {old} instead of {new}"
+    return ""
+
+
+def worker_count(config: Config) -> int:
+    """Workers that share the global batch equally.
+
+    Raises:
+        UserError: the asked number does not divide the batch, or the cluster has not so many GPUs.
+    """
+    sizes = [config.optim.batch_labeled]
+    if METHODS[config.method].views.unlabeled:
+        sizes.append(config.optim.batch_unlabeled)
+    allowed = [n for n in range(1, min(sizes) + 1) if math.gcd(*sizes) % n == 0]
+    cpus, gpus = cluster.cpus_and_gpus()
+    if config.run.workers == 0:
+        limit = int(gpus) or min(2, max(1, int(cpus)))
+        return max(n for n in allowed if n <= limit)
+    if config.run.workers not in allowed:
+        raise UserError(
+            f"run.workers {config.run.workers} does not divide the batch of {' + '.join(map(str, sizes))} images"
+            f"{suggest('', [str(n) for n in allowed])}"
+        )
+    if 0 < gpus < config.run.workers:
+        raise UserError(f"run.workers {config.run.workers}: the cluster has {int(gpus)} GPUs")
+    return config.run.workers
+
+
+def _announce(config: Config, dataset: Dataset, split: Split, workers: int) -> None:
+    optim = config.optim
+    unlabeled = f" + {optim.batch_unlabeled} unlabeled" if METHODS[config.method].views.unlabeled else ""
+    print(
+        f"{config.method} on {dataset.info.name}, split {split.name}: {len(split.labeled)} labeled, "
+        f"{len(split.unlabeled)} unlabeled images, list {split.digest}\n"
+        f"{workers} workers, global batch {optim.batch_labeled} labeled{unlabeled}, lr {optim.lr:g} "
+        f"(head x{optim.head_lr_mult:g}; not scaled by workers: the batch is global), {optim.steps} steps\n"
+        f"results in {config.out}",
+        flush=True,
+    )
+
+
+def _fit(config: Config, workers: int) -> dict[str, Any]:
+    """Runs the workers under Ray Train; returns rank 0's progress."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.training.worker import work  # imports Ray, which must not happen before `connect`
+
+    assert config.out is not None
+    gpu = cluster.cpus_and_gpus()[1] > 0
+    cpus = config.run.cpus_per_worker or (4.0 if gpu else 0.5)
+    filesystem, path = storage.resolve(config.out)
+    parent, _, name = path.rpartition("/")
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=as_dict(config),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=300),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=parent,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="max"
+            ),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        cause = _user_error(error)
+        if cause:
+            raise UserError(cause) from error
+        raise
+    return result.return_value  # type: ignore[no-any-return]
+
+
+def _user_error(error: BaseException) -> str:
+    """The message of a `UserError` that a worker raised, if that is why the run failed."""
+    for inner in getattr(error, "worker_failures", {}).values():
+        cause = getattr(inner, "cause", inner)
+        if isinstance(cause, UserError):
+            return str(cause)
+    return ""
+
+
+def _print_result(config: Config, dataset: Dataset, progress: Progress) -> None:
+    last, best = progress.last, progress.best
+    assert last is not None
+    assert best is not None
+    print()
+    print(class_table(dataset.info.classes, last.iou, best.iou))
+    print(f"val mIoU last {100 * last.value:.2f} (step {last.step}), best {100 * best.value:.2f} (step {best.step})")
+    print(f"checkpoint {config.out}/{checkpoint_name(last.step)}")

@@ -1,0 +1,182 @@
+"""The training loop, the same in one plain process and under Ray Train."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.batch import Batch
+from pipeline.config import Config
+from pipeline.datasets.format import Dataset, open_dataset
+from pipeline.datasets.splits import Split, load_split
+from pipeline.errors import UserError
+from pipeline.inference.evaluate import evaluate
+from pipeline.ingest.loader import Loader
+from pipeline.methods import Losses, Method, Predictor, Step, build_method
+from pipeline.models.norm import sync_batchnorm
+from pipeline.ops.world import World
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Progress, Score
+from pipeline.training.hosts import Host
+from pipeline.training.meter import Meter
+from pipeline.training.optim import build_optimizer, set_lr
+from pipeline.training.trackers import Tracker
+
+
+def train(config: Config, host: Host) -> Progress:
+    """Trains from the host's newest checkpoint, or from the start, to the last step.
+
+    Args:
+        config: `data.root` and `out` are set and valid on every worker.
+        host: where this rank runs.
+
+    Raises:
+        UserError: dataset, split, weights or checkpoint cannot be used.
+        Diverged: a loss is not finite; names the step and its samples.
+    """
+    assert config.data.root is not None
+    assert config.out is not None
+    world, device = World.current(), host.device()
+    dataset = open_dataset(config.data.root)
+    split = load_split(dataset, config.split, config.data.protocol)
+    run = _Run(config, host, world, device, dataset, split)
+    run.restore()
+    loader = Loader(
+        config, dataset, split, run.method.views, rank=world.rank, world=world.size,
+        start=run.progress.step, threads=host.threads, reader=host.reader,
+    )  # fmt: skip
+    tracker = Tracker(config.out, run.progress.step, tensorboard=config.run.tensorboard) if world.rank == 0 else None
+    meter = Meter(config, world, loader, device)
+    try:
+        for index, batch in zip(range(run.progress.step, config.optim.steps), loader, strict=False):
+            # ---- one step -------------------------------------------------------------------------------
+            lr = set_lr(run.optimizer, config.optim, index)
+            losses = run.step(batch.to(device), index)
+            meter.add(index, losses, batch)
+            done = index + 1
+            # ---- what follows a step, now and then ------------------------------------------------------
+            last = done == config.optim.steps
+            if done % config.run.log_every == 0 or last:
+                record = meter.summary(done, lr)
+                if tracker:
+                    tracker.log("train", done, record)
+                    print(meter.line(done, record), flush=True)
+            scored = done % config.eval.every == 0 or last
+            if scored:
+                meter.pause()
+                run.evaluate(tracker)
+            if scored or done % config.run.checkpoint_every == 0:
+                run.save(scored)
+                if tracker:
+                    tracker.flush()
+                meter.resume()
+    finally:
+        loader.close()
+        if tracker:
+            tracker.close()
+    return run.progress
+
+
+@dataclass
+class _Run:
+    """What one attempt holds: method, optimiser, progress."""
+
+    config: Config
+    host: Host
+    world: World
+    device: torch.device
+    dataset: Dataset
+    split: Split
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.config.seed)  # the same initial weights on every rank and for every number of ranks
+        method = build_method(self.config, len(self.dataset.info.classes))
+        if self.config.model.sync_bn and self.world.size > 1:
+            method = sync_batchnorm(method)
+        assert isinstance(method, Method)
+        self.method = method.to(self.device).train()
+        self.optimizer = build_optimizer(self.method, self.config.optim)
+        self.progress = Progress()
+        self.model: nn.Module = self.method
+        if self.world.size > 1:  # buffers are equal on all ranks by construction; broadcasting a bank would be slow
+            self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
+
+    def digests(self) -> dict[str, str]:
+        """What the run reads, so that a resume with other data is refused."""
+        return {"index": self.dataset.info.index_hash, "split": self.split.digest}
+
+    def restore(self) -> None:
+        """Takes up the newest checkpoint, if there is one."""
+        uri = self.host.latest()
+        if uri is None:
+            return
+        if checkpoint.read_meta(uri)["data"] != self.digests():
+            raise UserError(f"{uri}: was trained on other images or another split; use --fresh or another --out")
+        state = checkpoint.read_state(uri)
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress.from_dict(state["progress"])
+        if self.world.rank == 0:
+            print(f"resuming from {uri}, step {self.progress.step}", flush=True)
+
+    def step(self, batch: Batch, index: int) -> Losses:
+        """Forward, backward, clip, update: the step that everything else is about."""
+        seed_step(self.config.seed, index, self.world.rank)
+        step = Step(index, self.config.optim.steps, self.config.seed, self.world)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            losses: Losses = self.model(batch, step)
+        total = torch.stack(list(losses.terms.values())).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if self.config.optim.clip_norm:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.method.after_step(step)
+        self.progress.step = index + 1
+        return losses
+
+    def evaluate(self, tracker: Tracker | None) -> None:
+        """Scores every network of the method on the validation set, shared among the ranks."""
+        miou: dict[str, float] = {}
+        iou: list[float | None] = []
+        for name, network in self.method.networks().items():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+                matrix = evaluate(
+                    Predictor(network),
+                    self.dataset,
+                    self.config.eval,
+                    self.device,
+                    self.world.rank,
+                    self.world.size,
+                )
+            matrix.all_reduce()
+            scores = matrix.scores()
+            miou[name] = scores.miou
+            iou = iou or list(scores.iou)
+        self.progress.scored(Score(self.progress.step, miou, iou))
+        if tracker:
+            tracker.log("eval", self.progress.step, {"miou": miou, "iou": iou})
+            shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in miou.items())
+            print(f"step {self.progress.step:>6}  val mIoU %  {shown}", flush=True)
+
+    def save(self, scored: bool) -> None:
+        """Hands a checkpoint to the host; state is equal on all ranks, so rank 0 writes it."""
+        write = partial(
+            checkpoint.save,
+            config=self.config,
+            data=self.digests(),
+            progress=self.progress,
+            method=self.method.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
+        score = self.progress.last.value if scored and self.progress.last else None
+        self.host.report(self.progress.step, score, write if self.world.rank == 0 else None)
+
+
+def seed_step(seed: int, index: int, rank: int) -> None:
+    """Seeds torch for one step (dropout), so that no generator state has to be saved."""
+    digest = hashlib.blake2b(f"{seed}/{index}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

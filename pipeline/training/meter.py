@@ -1,0 +1,93 @@
+"""What the steps of a log interval add up to: losses, speed, time left."""
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch
+from pipeline.config import Config
+from pipeline.ingest.loader import Loader
+from pipeline.methods import Losses
+from pipeline.ops.world import World
+from pipeline.training.trackers import duration
+
+
+class Diverged(RuntimeError):
+    """A loss is no longer finite."""
+
+
+class Meter:
+    """Sums what the steps report; looks at the device once per log interval."""
+
+    def __init__(self, config: Config, world: World, loader: Loader, device: torch.device) -> None:
+        self._config, self._world, self._loader, self._device = config, world, loader, device
+        self._paused = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._terms: dict[str, Tensor] = {}
+        self._logs: dict[str, Tensor] = {}
+        self._steps = 0
+        self._ids: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=self._config.run.log_every)
+        self._began = time.perf_counter()
+        self._stalled = self._loader.stats.stalled
+        self._paused = 0.0
+
+    def add(self, index: int, losses: Losses, batch: Batch) -> None:
+        """Takes a step's losses without waiting for the device."""
+        for name, value in losses.terms.items():
+            self._terms[name] = self._terms.get(name, 0) + value.detach()
+        self._logs = losses.logs
+        self._steps += 1
+        self._ids.append((index, batch.labeled.ids + (batch.unlabeled.ids if batch.unlabeled else ())))
+
+    def pause(self) -> None:
+        """What follows is no training time."""
+        self._pause_began = time.perf_counter()
+
+    def resume(self) -> None:
+        """Training goes on."""
+        self._paused += time.perf_counter() - getattr(self, "_pause_began", time.perf_counter())
+
+    def summary(self, step: int, lr: float) -> dict[str, Any]:
+        """Means of the interval over steps and ranks, speed and time left; begins a new interval.
+
+        Raises:
+            Diverged: a loss was not finite; on every rank alike.
+        """
+        sums = self._world.sum(torch.stack(list(self._terms.values())).double()) / (self._world.size * self._steps)
+        means = dict(zip(self._terms, sums.tolist(), strict=True))
+        if not torch.isfinite(sums).all():
+            steps = f"{self._ids[0][0]}-{self._ids[-1][0]}"
+            raise Diverged(f"a loss is not finite in steps {steps}: {means}; samples of the last: {self._ids[-1][1]}")
+        elapsed = time.perf_counter() - self._began - self._paused
+        batch = self._config.optim.batch_labeled + (self._config.optim.batch_unlabeled if self._two_sided() else 0)
+        record = {
+            "total": sum(means.values()),
+            "loss": means,
+            "lr": lr,
+            "images_per_second": round(batch * self._steps / elapsed, 2),
+            "stall": round((self._loader.stats.stalled - self._stalled) / elapsed, 3),
+            "eta_seconds": round((self._config.optim.steps - step) * elapsed / self._steps, 1),
+            "damaged": self._loader.stats.damaged,
+            **{name: value.tolist() for name, value in self._logs.items()},
+        }
+        self._reset()
+        return record
+
+    def _two_sided(self) -> bool:
+        return bool(self._ids) and len(self._ids[-1][1]) > self._config.optim.batch_labeled // self._world.size
+
+    def line(self, step: int, record: dict[str, Any]) -> str:
+        """One interval for people."""
+        steps = self._config.optim.steps
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in record["loss"].items())
+        kept = f"  kept {record['kept']:.0%}" if "kept" in record else ""
+        speed = f"{record['images_per_second']:.1f} img/s  stall {record['stall']:.0%}"
+        return (
+            f"step {step:>6}/{steps}  loss {record['total']:.4f}  ({losses}){kept}  lr {record['lr']:.2e}  {speed}"
+            f"  eta {duration(record['eta_seconds'])}"
+        )

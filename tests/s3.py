@@ -1,0 +1,115 @@
+"""A real S3 server for tests: SeaweedFS from its PyPI wheel."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow.fs as pafs
+
+KEY, SECRET = "trainer-key", "trainer-secret"
+READER_KEY, READER_SECRET = "reader-key", "reader-secret"
+
+
+class S3Server:
+    """`weed mini` on free ports with a bucket `data`; missing buckets are not created by a write."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self.endpoint = ""
+        self.bucket_uri = "s3://data"
+
+    def environment(self) -> dict[str, str]:
+        """What a client needs."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+        }
+
+    def __enter__(self) -> "S3Server":
+        for _ in range(5):  # another process may take a port between the look and the start
+            self.start(free_ports(10))
+            if self._wait():
+                return self
+            self.stop()
+        raise RuntimeError(f"SeaweedFS did not start; its log is {self._folder / 'weed.log'}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self, ports: list[int]) -> None:
+        """Starts the server process."""
+        config = self._folder / "s3.json"
+        config.write_text(json.dumps({"identities": [_identity("trainer", KEY, SECRET), _reader()]}))
+        config.chmod(0o600)
+        names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"]
+        names += ["s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc"]
+        flags = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
+        flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self._folder}", "-master.telemetry=false"]
+        flags += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-admin.ui=false", "-webdav=false"]
+        flags += ["-s3.autoCreateBucket=false", "-bucket=data"]
+        self.endpoint = f"http://127.0.0.1:{ports[6]}"
+        log = (self._folder / "weed.log").open("ab")
+        self._process = subprocess.Popen([_weed(), "-logtostderr=true", "mini", *flags], stdout=log, stderr=log)
+
+    def _wait(self) -> bool:
+        """Ready means that a signed write and read succeed; the health page answers too early."""
+        deadline = time.monotonic() + 60
+        client = pafs.S3FileSystem(
+            endpoint_override=self.endpoint.removeprefix("http://"), scheme="http", access_key=KEY, secret_key=SECRET,
+            region="us-east-1", allow_bucket_creation=True, connect_timeout=2, request_timeout=5,
+        )  # fmt: skip
+        while time.monotonic() < deadline and self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                client.create_dir("data")
+                client.create_dir("runs")
+                with client.open_output_stream("data/.probe") as stream:
+                    stream.write(b"ready")
+                with client.open_input_stream("data/.probe") as stream:
+                    if stream.read() == b"ready":
+                        return True
+            time.sleep(0.1)
+        return False
+
+    def stop(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+            self._process = None
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on right now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _identity(name: str, key: str, secret: str) -> dict[str, object]:
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    return {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+
+
+def _reader() -> dict[str, object]:
+    identity = _identity("reader", READER_KEY, READER_SECRET)
+    return {**identity, "actions": ["Read:data", "List:data"]}
+
+
+def _weed() -> str:
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("weed")
+    if not found:
+        raise RuntimeError("no `weed`: install the package with its dev extra (make test does)")
+    return found

@@ -1,0 +1,129 @@
+import pytest
+import torch
+
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.models import Prediction, build_model, upsample
+
+BACKBONES = ["tiny", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def small(backbone: str = "mobilenet_v2", **changes) -> ModelConfig:
+    values = {"weights": "none", "width": 16, "feature_dim": 8, **changes}
+    return ModelConfig(backbone=backbone, **values)  # type: ignore[arg-type]
+
+
+def images(batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+
+
+def shapes(prediction: Prediction) -> list[tuple[int, ...] | None]:
+    return [None if part is None else tuple(part.shape) for part in prediction]
+
+
+@pytest.mark.parametrize(("size", "quarter", "eighth"), [(97, 25, 13), (321, 81, 41), (513, 129, 65), (50, 13, 7)])
+def test_odd_sizes(size, quarter, eighth):
+    model = build_model(small(), 5, features=True, aux=True).train()
+    expected = [(1, 5, quarter, quarter), (1, 8, quarter, quarter), (1, 5, eighth, eighth)]
+    assert shapes(model(images(1, size, size))) == expected
+
+
+def test_heads_are_optional():
+    model = build_model(small(), 5, features=False)
+    assert shapes(model(images(2, 65, 97))) == [(2, 5, 17, 25), None, None]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("stride", [8, 16])
+def test_every_backbone_and_stride_at_full_size(backbone, stride):
+    """On the meta device: shapes without arithmetic, and no value may be read by the host."""
+    with torch.device("meta"):
+        config = small(backbone, output_stride=stride, width=256, feature_dim=256)
+        model = build_model(config, 21, features=True, aux=True)
+        prediction = model(torch.zeros(2, 3, 513, 769, dtype=torch.uint8))
+        aux = prediction.aux
+    if backbone == "tiny":
+        assert shapes(prediction)[:2] == [(2, 21, 257, 385), (2, 256, 257, 385)]
+    else:
+        assert shapes(prediction)[:2] == [(2, 21, 129, 193), (2, 256, 129, 193)]
+        assert aux is not None
+        assert aux.shape[2:] == ((65, 97) if stride == 8 else (33, 49))
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "mobilenet_v2", "resnet18"])
+def test_parameter_groups_are_disjoint_and_complete(backbone):
+    model = build_model(small(backbone), 5, features=True, aux=True)
+    encoder = {id(p) for p in model.encoder_parameters()}
+    heads = {id(p) for p in model.head_parameters()}
+    assert encoder
+    assert heads
+    assert not encoder & heads
+    assert encoder | heads == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "mobilenet_v2", "resnet18"])
+def test_a_batch_of_one_trains_every_parameter(backbone):
+    model = build_model(small(backbone, dropout=0.0), 5, features=True, aux=True).train()
+    sum(part.square().mean() for part in model(images(1, 65, 65))).backward()  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_resnet101_has_the_size_of_the_paper():
+    with torch.device("meta"):
+        model = build_model(small("resnet101", width=256, feature_dim=256), 21, features=True)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(64.5e6, rel=0.01)
+    assert sum(p.numel() for p in model.encoder_parameters()) == pytest.approx(42.6e6, rel=0.01)
+
+
+def test_the_graph_has_no_breaks():
+    model = build_model(small("tiny"), 3, features=True, aux=True).train()
+    image = images(2, 40, 48)
+    traced = torch.compile(model, backend="eager", fullgraph=True)(image)
+    assert [part.shape for part in traced] == [part.shape for part in model(image)]
+
+
+def test_tiny_is_tiny():
+    model = build_model(small("tiny", feature_dim=64), 6, features=True)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.3e6, rel=0.1)
+    assert shapes(model(images(2, 64, 64))) == [(2, 6, 32, 32), (2, 64, 32, 32), None]
+
+
+def test_tiny_learns_a_picture():
+    model = build_model(small("tiny"), 3, features=False).train()
+    mask = torch.zeros(2, 32, 32, dtype=torch.long)
+    mask[:, 8:20, 8:20], mask[:, 22:30, 4:28] = 1, 2
+    picture = (torch.tensor([[30, 90, 200], [200, 40, 90], [90, 200, 30]])[mask]).permute(0, 3, 1, 2).byte()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(40):
+        loss = torch.nn.functional.cross_entropy(upsample(model(picture).logits, (32, 32)), mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.nn.functional.cross_entropy(upsample(model(picture).logits, (32, 32)), mask) < 0.15
+
+
+def test_normalisation_is_inside():
+    model = build_model(small(), 5, features=False)
+    seen = []
+    model.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 33, 33))
+    assert seen[0].abs().max() < 0.01
+    assert not any(key in ("mean", "std") for key in model.state_dict())
+
+
+def test_upsample_aligns_corners():
+    x = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
+    assert torch.equal(upsample(x, (3, 3))[0, 0], torch.tensor([[0, 0.5, 1], [1, 1.5, 2], [2, 2.5, 3]]))
+
+
+def test_tiny_with_weights_is_a_user_error():
+    with pytest.raises(UserError, match=r"model.weights torchvision: tiny has no pretrained weights"):
+        build_model(small("tiny", weights="torchvision"), 5, features=False)
