@@ -23,7 +23,7 @@ def connect() -> None:
 
     if not ray.is_initialized():
         options = {"address": "local", "include_dashboard": False} if private else {}
-        ray.init(logging_level=logging.WARNING, **options)
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
 
 
 def cpus_and_gpus() -> tuple[float, float]:

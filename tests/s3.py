@@ -43,7 +43,9 @@ class S3Server:
             self.stop()
         raise RuntimeError(f"SeaweedFS did not start; its log is {self._folder / 'weed.log'}")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def start(self, ports: list[int]) -> None:

@@ -1,17 +1,14 @@
 """Checks of single image and mask files; they come from outside, so nothing is taken for granted."""
 
 import io
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.datasets.decode import DecodeError, open_image
 from pipeline.datasets.format import IGNORE_INDEX
-
-MAX_PIXELS = 64_000_000
-"""Larger images are refused before they are decoded: a file of 400 kB may claim gigabytes."""
 
 _INVALID = -1
 
@@ -94,17 +91,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def _open(data: bytes, formats: tuple[str, ...], what: str) -> Image.Image:
-    """Opens and decodes; Pillow raises almost anything on damaged files, even SyntaxError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=formats)
-            if image.width * image.height > MAX_PIXELS:
-                raise BadSampleError(f"{what} has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-            image.load()
-            return image
-    except BadSampleError:
-        raise
-    except Exception as error:
-        reason = "not a " + " or ".join(formats) if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise BadSampleError(f"unreadable {what} ({reason})") from error
+        return open_image(data, formats)
+    except DecodeError as error:
+        raise BadSampleError(f"unreadable {what} ({error})") from error

@@ -1,13 +1,10 @@
 """Makes a prepared dataset of raw images, in parallel on Ray: one task reads, checks and writes one shard.
 
-The driver holds names only. Tasks get URIs and open the storage themselves: no credential travels through
-Ray.
+The driver holds names only. Tasks get URIs and open the storage themselves: no credential travels through Ray.
 """
 
-import contextlib
 import json
 import logging
-import os
 import pickle
 import sys
 from collections import Counter
@@ -17,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline import storage
+from pipeline import cluster, storage
 from pipeline.datasets import shards, splits
 from pipeline.datasets.facts import Facts
 from pipeline.datasets.format import SUBSETS, DatasetInfo
@@ -117,21 +114,24 @@ def run(plans: Sequence[ShardPlan], workers: int | None = None) -> list[Part]:
 
     Fewer parts come back if it stopped early because of many bad samples.
     """
-    parts: dict[str, Part] = {}
-    bad = 0
-    with ray_session():
-        import ray.data
+    cluster.connect()
+    import ray.data
 
-        items = [{"plan": pickle.dumps(plan)} for plan in plans]
-        tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(_task, concurrency=workers)
-        for result in _progress(tasks.iter_rows(), len(plans)):
-            if result["error"]:
-                raise UserError(result["error"])
-            part = Part(**json.loads(result["part"]))
-            parts[part.shard] = part
-            bad += len(part.bad)
-            if bad > MAX_BAD and not plans[0].skip_bad:
-                break
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.use_datasource_v2 = False
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    items = [{"plan": pickle.dumps(plan)} for plan in plans]
+    tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(_task, concurrency=workers)
+    parts: dict[str, Part] = {}
+    for result in _progress(tasks.iter_rows(), len(plans)):
+        if result["error"]:
+            raise UserError(result["error"])
+        part = Part(**json.loads(result["part"]))
+        parts[part.shard] = part
+        if sum(len(done.bad) for done in parts.values()) > MAX_BAD and not plans[0].skip_bad:
+            break
     return [parts[plan.slot.shard] for plan in plans if plan.slot.shard in parts]
 
 
@@ -153,28 +153,3 @@ def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
         yield result
         if number % step == 0 or number == total:
             print(f"prepare: {number} of {total} shards", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray, quietly: the running session, the cluster that RAY_ADDRESS names, or a local one for now."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster would write a token into the home
-    import ray
-    import ray.data
-
-    running = ray.is_initialized()
-    if not running:
-        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-    context = ray.data.DataContext.get_current()
-    context.use_datasource_v2 = False
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        if not running:
-            ray.shutdown()

@@ -20,9 +20,9 @@ from pipeline.datasets.images import encode_png
 
 SIZE = 64
 TRAIN, VAL = 400, 150
-HUE_STD = 0.04
+HUE_STD = 0.05
 """Of the colour circle; the five hues lie 0.2 apart."""
-NOISE_STD = 6.0
+NOISE_STD = 10.0
 """Grey levels."""
 
 Grid = NDArray[np.float64]
@@ -57,19 +57,19 @@ def _background(rng: Generator) -> Grid:
 
 def _color(rng: Generator, kind: int) -> Grid:
     hue = (kind - 1) / 5 + rng.normal(0.0, HUE_STD)
-    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.6, 0.95), rng.uniform(0.7, 1.0)))
+    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.45, 0.85), rng.uniform(0.5, 1.0)))
 
 
 def _draw(rng: Generator, kind: int) -> tuple[NDArray[np.bool_], Grid]:
     """Places one object: which pixels it covers [64,64] and how bright its texture is there [64,64]."""
     center, radius, angle = (
         rng.uniform(0.1 * SIZE, 0.9 * SIZE, 2),
-        rng.uniform(7, 15),
+        rng.uniform(6, 14),
         rng.uniform(0, 2 * math.pi),
     )
     y, x = np.mgrid[:SIZE, :SIZE] - center[:, None, None]
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    return _covers(kind, u / radius, v / radius), np.where(_texture(kind, u, v), 1.0, 0.6)
+    return _covers(kind, u / radius, v / radius), np.where(_texture(kind, u, v), 1.0, 0.7)
 
 
 def _covers(kind: int, u: Grid, v: Grid) -> NDArray[np.bool_]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import EvalConfig
+from pipeline.datasets.decode import DecodeError, decode_image, decode_mask
 from pipeline.datasets.format import Dataset, read_group
 from pipeline.errors import UserError
 from pipeline.inference.metrics import ConfusionMatrix
 from pipeline.inference.predict import sliding, whole
-from pipeline.ingest.decode import DecodeError, decode_image, decode_mask
 
 MAX_IMAGES = 8
 """Images in a batch."""

@@ -13,11 +13,11 @@ import torch
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
+from pipeline.datasets.decode import DecodeError, decode_image, decode_mask
 from pipeline.datasets.format import Dataset
 from pipeline.datasets.splits import Split
 from pipeline.errors import UserError
 from pipeline.ingest import views
-from pipeline.ingest.decode import DecodeError, decode_image, decode_mask
 from pipeline.ingest.plan import LanePlan, owned_lanes, select_groups
 from pipeline.ingest.randomness import generator
 from pipeline.ingest.readers import Reader

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.14
+
 
 @dataclass(frozen=True)
 class World:
@@ -36,5 +38,5 @@ class World:
         if self.size == 1:
             return value.unsqueeze(0)
         out = torch.empty((self.size * value.shape[0], *value.shape[1:]), dtype=value.dtype, device=value.device)
-        dist.all_gather_into_tensor(out, value)
+        _all_gather(out, value)
         return out.view(self.size, *value.shape)

@@ -8,10 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-RELIABLE: Colour = (38, 166, 91)
-UNRELIABLE: Colour = (214, 57, 57)
+RELIABLE: Colour = (128, 205, 138)
+UNRELIABLE: Colour = (186, 30, 50)  # much darker, so that the two differ without hue as well
 IGNORED: Colour = (150, 150, 150)
-
 RELIABILITY_LEGEND = (("reliable", RELIABLE), ("unreliable", UNRELIABLE), ("ignored", IGNORED))
 """What the colours of `reliability` mean, for the legend of `panel`."""
 
@@ -72,8 +71,9 @@ def reliability(entropy: np.ndarray, threshold: float, ignored: np.ndarray | Non
     Returns:
         uint8 [H,W,3].
     """
-    colours = np.where((entropy < threshold)[..., None], np.uint8(RELIABLE), np.uint8(UNRELIABLE))
-    return colours if ignored is None else np.where(ignored[..., None], np.uint8(IGNORED), colours)
+    reliable, unreliable, grey = np.array([RELIABLE, UNRELIABLE, IGNORED], dtype=np.uint8)
+    colours = np.where((entropy < threshold)[..., None], reliable, unreliable)
+    return colours if ignored is None else np.where(ignored[..., None], grey, colours)
 
 
 def panel(

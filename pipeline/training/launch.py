@@ -157,40 +157,41 @@ def _fit(config: Config, workers: int) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipeline.training.worker import work  # imports Ray, which must not happen before `connect`
+    # these import Ray, which must not happen before `connect`
+    from pipeline.training.console import LostWorkers, relayed
+    from pipeline.training.worker import work
 
     assert config.out is not None
     gpu = cluster.cpus_and_gpus()[1] > 0
     cpus = config.run.cpus_per_worker or (4.0 if gpu else 0.5)
     filesystem, path = storage.resolve(config.out)
     parent, _, name = path.rpartition("/")
-    trainer = TorchTrainer(
-        work,
-        train_loop_config=as_dict(config),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=300),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=parent,
-            storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="max"
+    with relayed() as console:
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"config": as_dict(config), "console": console},
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=300),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})}
             ),
-        ),
-    )
-    try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        cause = _user_error(error)
-        if cause:
-            raise UserError(cause) from error
-        raise
-    return result.return_value  # type: ignore[no-any-return]
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=parent,
+                storage_filesystem=filesystem,
+                callbacks=[LostWorkers(console)],
+                failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="max"
+                ),
+            ),
+        )
+        try:
+            return trainer.fit().return_value  # type: ignore[return-value]
+        except ray.train.TrainingFailedError as error:
+            cause = _user_error(error)
+            if cause:
+                raise UserError(cause) from error
+            raise
 
 
 def _user_error(error: BaseException) -> str:

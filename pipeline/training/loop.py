@@ -1,6 +1,7 @@
 """The training loop, the same in one plain process and under Ray Train."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,8 @@ from pipeline.training.hosts import Host
 from pipeline.training.meter import Meter
 from pipeline.training.optim import build_optimizer, set_lr
 from pipeline.training.trackers import Tracker
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config, host: Host) -> Progress:
@@ -63,7 +66,7 @@ def train(config: Config, host: Host) -> Progress:
                 record = meter.summary(done, lr)
                 if tracker:
                     tracker.log("train", done, record)
-                    print(meter.line(done, record), flush=True)
+                    log.info(meter.line(done, record))
             scored = done % config.eval.every == 0 or last
             if scored:
                 meter.pause()
@@ -120,7 +123,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress.from_dict(state["progress"])
         if self.world.rank == 0:
-            print(f"resuming from {uri}, step {self.progress.step}", flush=True)
+            log.info("resuming from %s, step %d", uri, self.progress.step)
 
     def step(self, batch: Batch, index: int) -> Losses:
         """Forward, backward, clip, update: the step that everything else is about."""
@@ -160,7 +163,7 @@ class _Run:
         if tracker:
             tracker.log("eval", self.progress.step, {"miou": miou, "iou": iou})
             shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in miou.items())
-            print(f"step {self.progress.step:>6}  val mIoU %  {shown}", flush=True)
+            log.info("step %6d  val mIoU %%  %s", self.progress.step, shown)
 
     def save(self, scored: bool) -> None:
         """Hands a checkpoint to the host; state is equal on all ranks, so rank 0 writes it."""

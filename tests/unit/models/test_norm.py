@@ -1,7 +1,6 @@
 import copy
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -34,35 +33,39 @@ def _step(net: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, to
     return {"y": y.detach(), "again": again, "grad x": x.grad, **grads, **net.state_dict()}  # type: ignore[dict-item]
 
 
-def _worker(rank: int, store: str, cuts: list[int], dtype: torch.dtype) -> None:
+CASES = [([0, 3, 6], torch.float32, 1e-3), ([0, 1, 6], torch.float64, 1e-9)]
+"""Images of each worker are cuts[rank]:cuts[rank + 1]; type; tolerance."""
+
+
+def _worker(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    part = slice(cuts[rank], cuts[rank + 1])
-    x, target = _batch(dtype)
-    result = _step(sync_batchnorm(_net(dtype)), x[part], target[part])
-    torch.save(result, f"{store}.{rank}")
+    results = []
+    for cuts, dtype, _ in CASES:
+        x, target = (part[cuts[rank] : cuts[rank + 1]] for part in _batch(dtype))
+        results.append(_step(sync_batchnorm(_net(dtype)), x, target))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = sync_batchnorm(_net())(_batch()[0])
+    assert low.dtype == torch.bfloat16
+    torch.save(results, f"{store}.{rank}")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("cuts", "dtype", "tolerance"), [([0, 3, 6], torch.float32, 1e-3), ([0, 1, 6], torch.float64, 1e-9)]
-)
-def test_two_workers_equal_one_with_the_whole_batch(cuts, dtype, tolerance, tmp_path: Path):
+def test_two_workers_equal_one_with_the_whole_batch(tmp_path: Path):
     torch.set_num_threads(1)
     store = str(tmp_path / "store")
-    mp.spawn(_worker, (store, cuts, dtype), nprocs=2)  # type: ignore[attr-defined]
-    parts = [torch.load(f"{store}.{rank}", weights_only=True) for rank in range(2)]
-    whole = _step(_net(dtype), *_batch(dtype))
-    for key, expected in whole.items():
-        first, second = parts[0][key], parts[1][key]
-        if key in ("y", "again", "grad x"):
-            actual = torch.cat([first, second])
-        elif key.startswith("grad"):
-            actual = first + second  # what DDP does, up to its division
-        else:
-            assert torch.equal(first, second), key
-            actual = first
-        assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance), key
+    mp.spawn(_worker, (store,), nprocs=2)  # type: ignore[attr-defined]
+    workers = [torch.load(f"{store}.{rank}", weights_only=True) for rank in range(2)]
+    for (_, dtype, tolerance), first, second in zip(CASES, *workers, strict=True):
+        for key, expected in _step(_net(dtype), *_batch(dtype)).items():
+            if key in ("y", "again", "grad x"):
+                actual = torch.cat([first[key], second[key]])
+            elif key.startswith("grad"):
+                actual = first[key] + second[key]  # what DDP does, up to its division
+            else:
+                assert torch.equal(first[key], second[key]), key
+                actual = first[key]
+            assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance), key
 
 
 def test_one_process_is_plain_batch_norm():

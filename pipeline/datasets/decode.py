@@ -23,7 +23,7 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     Raises:
         DecodeError: damaged, too large, or another format.
     """
-    return np.array(_open(data, ("JPEG", "PNG")).convert("RGB"))  # a copy: torch wants writable memory
+    return np.array(open_image(data, ("JPEG", "PNG")).convert("RGB"))  # a copy: torch wants writable memory
 
 
 def decode_mask(data: bytes | memoryview) -> np.ndarray:
@@ -35,22 +35,29 @@ def decode_mask(data: bytes | memoryview) -> np.ndarray:
     Raises:
         DecodeError: damaged, too large, or not of mode L or P.
     """
-    image = _open(data, ("PNG",))
+    image = open_image(data, ("PNG",))
     if image.mode not in ("L", "P"):
         raise DecodeError(f"mask of mode {image.mode}, expected L or P")
     return np.asarray(image)
 
 
-def _open(data: bytes | memoryview, formats: tuple[str, ...]) -> Image.Image:
+def open_image(data: bytes | memoryview, formats: tuple[str, ...]) -> Image.Image:
+    """Decodes whole, within limits.
+
+    Raises:
+        DecodeError: damaged, too large, or not of `formats`.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=formats)
             if image.width * image.height > MAX_PIXELS:
-                raise DecodeError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are read")
+                raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
             image.load()
             return image
     except DecodeError:
         raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... on damaged files
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise DecodeError("not a " + " or ".join(formats)) from error
+    except Exception as error:  # Pillow raises almost anything on damaged files, even SyntaxError
+        raise DecodeError(str(error) or type(error).__name__) from error

@@ -1,0 +1,67 @@
+"""One quiet console for a run on many machines: what the workers say reaches the driver, Ray's own chatter does not."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.train import UserCallback
+from ray.util.queue import Empty, Queue
+
+
+@contextmanager
+def relayed() -> Iterator[Queue]:
+    """Prints what is put into the queue until the block ends."""
+    queue = Queue(actor_options={"num_cpus": 0})
+    ended = threading.Event()
+    thread = threading.Thread(target=_print, args=(queue, ended), name="console", daemon=True)
+    thread.start()
+    try:
+        yield queue
+    finally:
+        ended.set()
+        thread.join(10)
+        queue.shutdown()
+
+
+def _print(queue: Queue, ended: threading.Event) -> None:
+    while True:
+        stopping = ended.is_set()  # looked at before the queue is emptied, so that nothing is left behind
+        try:
+            print(queue.get(timeout=0.5), flush=True)
+        except Empty:
+            if stopping:
+                return
+
+
+def send_logs(queue: Queue) -> None:
+    """Sends this process's log records (INFO and above) to the driver."""
+    root = logging.getLogger("pipeline")
+    root.handlers = [_QueueHandler(queue)]
+    root.setLevel(logging.INFO)
+    root.propagate = False
+
+
+class _QueueHandler(logging.Handler):
+    def __init__(self, queue: Queue) -> None:
+        super().__init__()
+        self._queue = queue
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        self._queue.put(level + record.getMessage())
+
+
+class LostWorkers(UserCallback):
+    """Says which workers were lost, in the words of the first line of each error."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train's controller."""
+        del run_context
+        for rank, error in sorted(worker_exceptions.items()):
+            line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            self._queue.put(f"worker {rank} was lost: {line.strip()[:200]}")
