@@ -33,7 +33,7 @@ def _parser() -> cli.Parser:
 
 def main(argv: list[str]) -> None:
     """Prepares what the flags say."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse(argv)
     if bool(args.splits) != bool(args.protocol):
         raise UserError("--splits and --protocol go together: a folder of lists, and which of them")
     if args.source == "shapes":

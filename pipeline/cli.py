@@ -34,12 +34,16 @@ class Parser(argparse.ArgumentParser):
         """Raises instead of printing the whole usage."""
         raise UserError(message)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: D102
-        values, unknown = super().parse_known_args(args, namespace)
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parses all of `argv`.
+
+        Raises:
+            UserError: an argument is unknown (the nearest flag is named), missing or of the wrong type.
+        """
+        values, unknown = self.parse_known_args(argv)
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            flag = unknown[0].partition("=")[0]
-            near = configs.suggest(flag, known) if flag.startswith("-") else ""
+            near = configs.suggest(unknown[0].partition("=")[0], known)
             raise UserError(f"unknown argument {unknown[0]!r}{near if 'did you mean' in near else '; see --help'}")
         return values
 
@@ -85,7 +89,7 @@ def parse_config(
     parser = _parser(description, options)
     if extra:
         extra(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     values: dict[str, Any] = {}
     preset = args.preset or (None if args.config or vars(args)["data.root"] else "demo")
     for layer in (

@@ -2,7 +2,7 @@
 
 import os
 
-# Before anything imports torch or ray: one thread a process, no metadata service, no leftovers of the developer's shell.
+# Before anything imports torch or ray: one thread a process, no metadata service, nothing of the developer's shell.
 os.environ.update(
     OMP_NUM_THREADS="1",
     RAY_USAGE_STATS_ENABLED="0",

@@ -7,9 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models import upsample
-
-MEAN_COLOUR = (124, 116, 104)
-"""ImageNet's mean in RGB: a pixel that says nothing, for padding."""
+from pipeline.models.network import MEAN_COLOUR
 
 
 def whole(model: nn.Module, image: Tensor, scale: float = 1.0) -> Tensor:
@@ -75,8 +73,8 @@ def _padded(image: Tensor, window: tuple[int, int]) -> Tensor:
     size = (max(height, window[0]), max(width, window[1]))
     if size == (height, width):
         return image
-    padded = torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=image.device).view(1, 3, 1, 1)
-    padded = padded.repeat(batch, 1, *size)
+    colour = torch.tensor(MEAN_COLOUR, device=image.device).round().to(torch.uint8)
+    padded = colour.view(1, 3, 1, 1).repeat(batch, 1, *size)
     padded[..., :height, :width] = image
     return padded
 

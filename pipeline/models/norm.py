@@ -67,7 +67,7 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Means and variances are merged, not sums of squares, which cancel in float32 where |mean| >> deviation.
     """
     channels, pixels = x.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
-    var, mean = torch.var_mean(_wide(x), dim=_PIXELS, correction=0)
+    mean, var = torch.batch_norm_update_stats(_wide(x), None, None, 0.0)  # several times as fast as var_mean
     local = torch.cat([mean, var, mean.new_tensor([pixels])])
     gathered = local.new_empty(dist.get_world_size(), local.numel())
     dist.all_gather(list(gathered.unbind()), local)
@@ -97,19 +97,26 @@ class _Normalise(torch.autograd.Function):
         count: Tensor,
         eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps), count)
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps = eps  # type: ignore[attr-defined]
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of all workers' losses for x; of the own loss for weight and bias, which DDP sums."""
-        x, weight, mean, scale, count = ctx.saved_tensors  # type: ignore[attr-defined]
-        shape = (1, -1, 1, 1)
-        grad = _wide(grads[0])
-        normal = (_wide(x) - mean.view(shape)) * scale.view(shape)
-        own = torch.stack([(grad * normal).sum(_PIXELS), grad.sum(_PIXELS)])
-        total = own.clone()
+        x, weight, mean, var, count = ctx.saved_tensors  # type: ignore[attr-defined]
+        eps: float = ctx.eps  # type: ignore[attr-defined]
+        # as if mean and var were constants ...
+        direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grads[0], x, weight, mean, var, None, None, False, eps, [True, True, True]
+        )
+        # ... and through them: -weight * scale * (offset + slope * (x - mean) * scale)
+        total = torch.stack([grad_weight, grad_bias])
         dist.all_reduce(total)
-        slope, offset = (total / count).view(2, *shape)
-        grad_x = (grad - offset - normal * slope) * (weight * scale).view(shape)
-        return grad_x.to(x.dtype), own[0], own[1], None, None, None, None
+        slope, offset = total / count
+        scale = torch.rsqrt(var + eps)
+        linear = -weight * slope * scale.square()
+        constant = -weight * offset * scale - linear * mean
+        shape = (1, -1, 1, 1)
+        grad_x = direct + torch.addcmul(constant.view(shape), linear.view(shape), x)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None, None

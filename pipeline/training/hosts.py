@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline import storage
+from pipeline import checkpoint, storage
+from pipeline.checkpoint import META_FILE
 from pipeline.ingest.readers import Reader, read_inline, read_ray
-from pipeline.training.checkpoint import META_FILE
 
 
 class Host(ABC):
@@ -54,8 +54,7 @@ class PlainHost(Host):
 
     def latest(self) -> str | None:
         """The whole checkpoint with the highest step."""
-        found = [file.split("/")[0] for file in storage.list_files(self._out) if file.endswith(f"/{META_FILE}")]
-        return storage.join(self._out, max(found)) if found else None
+        return checkpoint.newest(self._out)
 
     def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
         """Copies the folder; checkpoint.json goes last, as it makes the checkpoint whole."""
@@ -64,7 +63,7 @@ class PlainHost(Host):
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == META_FILE):
-                storage.write_bytes(storage.join(self._out, checkpoint_name(step), file.name), file.read_bytes())
+                storage.write_bytes(storage.join(self._out, checkpoint.name(step), file.name), file.read_bytes())
 
 
 class RayHost(Host):
@@ -86,15 +85,15 @@ class RayHost(Host):
         """The newest checkpoint that Ray Train has registered."""
         import ray.train
 
-        checkpoint = ray.train.get_checkpoint()
-        return storage.join(self._out, Path(checkpoint.path).name) if checkpoint else None
+        found = ray.train.get_checkpoint()
+        return storage.join(self._out, Path(found.path).name) if found else None
 
     def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
         """A barrier over the ranks. The folder is Ray's after the call: it uploads and removes it."""
         import ray.train
         from ray.train import Checkpoint, CheckpointUploadMode
 
-        checkpoint = None
+        handed = None
         if write is not None:
             folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
             try:
@@ -102,19 +101,14 @@ class RayHost(Host):
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            checkpoint = Checkpoint.from_directory(folder)
+            handed = Checkpoint.from_directory(folder)
         ray.train.report(
             {
                 "step": step,
                 "score": -1.0 if score is None else score,
             },  # unscored checkpoints are never the best
-            checkpoint=checkpoint,
-            checkpoint_dir_name=checkpoint_name(step),
+            checkpoint=handed,
+            checkpoint_dir_name=checkpoint.name(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder of the checkpoint after `step` steps."""
-    return f"step_{step:07d}"

@@ -5,7 +5,8 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline import cluster, storage
+from pipeline import checkpoint, cluster, storage
+from pipeline.checkpoint import Progress
 from pipeline.config import Config, as_dict, build, identity, parse_yaml, suggest, to_yaml
 from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.datasets.shapes import prepare_shapes
@@ -13,8 +14,6 @@ from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
 from pipeline.methods import METHODS
 from pipeline.report.tables import class_table
-from pipeline.training.checkpoint import Progress
-from pipeline.training.hosts import checkpoint_name
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -210,4 +209,4 @@ def _print_result(config: Config, dataset: Dataset, progress: Progress) -> None:
     print()
     print(class_table(dataset.info.classes, last.iou, best.iou))
     print(f"val mIoU last {100 * last.value:.2f} (step {last.step}), best {100 * best.value:.2f} (step {best.step})")
-    print(f"checkpoint {config.out}/{checkpoint_name(last.step)}")
+    print(f"checkpoint {config.out}/{checkpoint.name(last.step)}")

@@ -4,23 +4,25 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline import checkpoint
 from pipeline.batch import Batch
+from pipeline.checkpoint import Progress, Score
 from pipeline.config import Config
 from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import evaluate
+from pipeline.inference.restore import autocast
 from pipeline.ingest.loader import Loader
 from pipeline.methods import Losses, Method, Predictor, Step, build_method
 from pipeline.models.norm import sync_batchnorm
 from pipeline.ops.world import World
-from pipeline.training import checkpoint
-from pipeline.training.checkpoint import Progress, Score
 from pipeline.training.hosts import Host
 from pipeline.training.meter import Meter
 from pipeline.training.optim import build_optimizer, set_lr
@@ -107,16 +109,17 @@ class _Run:
         if self.world.size > 1:  # buffers are equal on all ranks by construction; broadcasting a bank would be slow
             self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
 
-    def digests(self) -> dict[str, str]:
+    def data(self) -> dict[str, Any]:
         """What the run reads, so that a resume with other data is refused."""
-        return {"index": self.dataset.info.index_hash, "split": self.split.digest}
+        info = self.dataset.info
+        return {"index": info.index_hash, "split": self.split.digest, "classes": list(info.classes)}
 
     def restore(self) -> None:
         """Takes up the newest checkpoint, if there is one."""
         uri = self.host.latest()
         if uri is None:
             return
-        if checkpoint.read_meta(uri)["data"] != self.digests():
+        if checkpoint.read_meta(uri)["data"] != self.data():
             raise UserError(f"{uri}: was trained on other images or another split; use --fresh or another --out")
         state = checkpoint.read_state(uri)
         self.method.load_state_dict(state["method"])
@@ -129,7 +132,7 @@ class _Run:
         """Forward, backward, clip, update: the step that everything else is about."""
         seed_step(self.config.seed, index, self.world.rank)
         step = Step(index, self.config.optim.steps, self.config.seed, self.world)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+        with autocast(self.device, self.config.run):
             losses: Losses = self.model(batch, step)
         total = torch.stack(list(losses.terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
@@ -146,7 +149,7 @@ class _Run:
         miou: dict[str, float] = {}
         iou: list[float | None] = []
         for name, network in self.method.networks().items():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            with autocast(self.device, self.config.run):
                 matrix = evaluate(
                     Predictor(network),
                     self.dataset,
@@ -170,7 +173,7 @@ class _Run:
         write = partial(
             checkpoint.save,
             config=self.config,
-            data=self.digests(),
+            data=self.data(),
             progress=self.progress,
             method=self.method.state_dict(),
             optimizer=self.optimizer.state_dict(),

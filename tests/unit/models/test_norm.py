@@ -45,8 +45,11 @@ def _worker(rank: int, store: str) -> None:
         x, target = (part[cuts[rank] : cuts[rank + 1]] for part in _batch(dtype))
         results.append(_step(sync_batchnorm(_net(dtype)), x, target))
     with torch.autocast("cpu", torch.bfloat16):
-        low = sync_batchnorm(_net())(_batch()[0])
+        net = sync_batchnorm(_net())
+        low = net(_batch()[0])
+    low.float().square().sum().backward()
     assert low.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     torch.save(results, f"{store}.{rank}")
     dist.destroy_process_group()
 

@@ -62,13 +62,13 @@ class Progress:
         return cls(values["step"], **scores)
 
 
-def save(folder: Path, config: Config, data: dict[str, str], progress: Progress, **parts: dict[str, Any]) -> None:
+def save(folder: Path, config: Config, data: dict[str, Any], progress: Progress, **parts: dict[str, Any]) -> None:
     """Writes a checkpoint into a local folder.
 
     Args:
         folder: exists.
         config: resolved config of the run.
-        data: digests of what the run reads (`index`, `split`).
+        data: what the run reads: digests (`index`, `split`) and `classes` by name.
         progress: where the run stands.
         parts: state dicts by name (`method`, `optimizer`).
     """
@@ -87,15 +87,40 @@ def save(folder: Path, config: Config, data: dict[str, str], progress: Progress,
     (folder / META_FILE).write_text(json.dumps(meta, indent=1))
 
 
+def name(step: int) -> str:
+    """Folder of the checkpoint after `step` steps."""
+    return f"step_{step:07d}"
+
+
+def newest(run: str) -> str | None:
+    """URI of the whole checkpoint with the highest step in a run directory, or None."""
+    found = [file.split("/")[0] for file in storage.list_files(run) if file.endswith(f"/{META_FILE}")]
+    return storage.join(run, max(found)) if found else None
+
+
+def find(uri: str) -> str:
+    """The checkpoint at `uri`, or the newest one of the run directory `uri`.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if storage.exists(storage.join(uri, META_FILE)):
+        return uri
+    run = newest(uri)
+    if run is None:
+        raise UserError(
+            f"{uri}: no checkpoint there ({META_FILE} is missing); name a run or a folder like RUN/{name(900)}"
+        )
+    return run
+
+
 def read_meta(uri: str) -> dict[str, Any]:
     """The content of checkpoint.json below `uri`.
 
     Raises:
-        UserError: there is no checkpoint, or its description cannot be read.
+        UserError: it is missing or cannot be read.
     """
     place = storage.join(uri, META_FILE)
-    if not storage.exists(place):
-        raise UserError(f"{uri}: no checkpoint there ({META_FILE} is missing); name a folder like RUN/step_0000900")
     try:
         return json.loads(storage.read_bytes(place))
     except ValueError as error:
