@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: install demo test lint clean
 
@@ -14,10 +15,12 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 # Generates the shapes, trains SupOnly and then U2PL with two CPU workers, and draws what they see.
+TRAIN_DEMO = $(BIN)/python jobs/train.py --preset demo --data demo/shapes --split 1_16 --run.workers 2
+
 demo: install
-	$(BIN)/python jobs/prepare.py --source shapes --out demo/shapes
-	$(BIN)/python jobs/train.py --preset demo --data demo/shapes --split 1_16 --method suponly --out demo/suponly --run.workers 2
-	$(BIN)/python jobs/train.py --preset demo --data demo/shapes --split 1_16 --method u2pl --out demo/u2pl --run.workers 2
+	test -f demo/shapes/dataset.json || $(BIN)/python jobs/prepare.py --source shapes --out demo/shapes
+	$(TRAIN_DEMO) --method suponly --out demo/suponly
+	$(TRAIN_DEMO) --method u2pl --out demo/u2pl
 	$(BIN)/python jobs/report.py demo/suponly demo/u2pl --out demo/panels.png
 
 test: install

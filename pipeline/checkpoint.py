@@ -8,6 +8,7 @@ nothing else has to be kept.
 import hashlib
 import io
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,9 @@ def name(step: int) -> str:
 
 def newest(run: str) -> str | None:
     """URI of the whole checkpoint with the highest step in a run directory, or None."""
-    found = [file.split("/")[0] for file in storage.list_files(run) if file.endswith(f"/{META_FILE}")]
-    return storage.join(run, max(found)) if found else None
+    found = [re.fullmatch(rf"(step_(\d+))/{META_FILE}", file) for file in storage.list_files(run)]
+    whole = {int(match[2]): match[1] for match in found if match}
+    return storage.join(run, whole[max(whole)]) if whole else None
 
 
 def find(uri: str) -> str:
@@ -122,9 +124,12 @@ def read_meta(uri: str) -> dict[str, Any]:
     """
     place = storage.join(uri, META_FILE)
     try:
-        return json.loads(storage.read_bytes(place))
+        meta = json.loads(storage.read_bytes(place))
+        if not isinstance(meta, dict) or not {"step", "sha256", "data", "config"} <= meta.keys():
+            raise ValueError("keys are missing")
     except ValueError as error:
         raise UserError(f"{place}: not readable ({error}); take another checkpoint of the run") from error
+    return meta
 
 
 def read_state(uri: str) -> dict[str, Any]:

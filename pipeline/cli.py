@@ -95,11 +95,9 @@ def parse_config(
     for layer in (
         configs.read_preset(preset) if preset else {},
         configs.read_file(args.config) if args.config else {},
-        _nested({key: value for key, value in vars(args).items() if value is not None and key not in _OWN}),
+        _nested({key: value for key, value in vars(args).items() if value is not None and _is_path(key, options)}),
     ):
         values = configs.merge(values, layer)
-    known = {f.name for f in dataclasses.fields(Config)} | set(options)
-    values = {key: value for key, value in values.items() if key in known or not hasattr(args, key)}
     result = resolve(values, options)
     if args.print_config:
         print(configs.to_yaml(result), end="")
@@ -107,7 +105,10 @@ def parse_config(
     return result, args
 
 
-_OWN = ("preset", "config", "print_config")
+def _is_path(key: str, options: Mapping[str, type]) -> bool:
+    """Whether an argument's name is a place in the config; the others are the job's own flags."""
+    section = key.partition(".")[0]
+    return section in options or section in {f.name for f in dataclasses.fields(Config)}
 
 
 def resolve(values: Mapping[str, Any], options: Mapping[str, type]) -> Config:
@@ -116,8 +117,8 @@ def resolve(values: Mapping[str, Any], options: Mapping[str, type]) -> Config:
     Options stand at the top level under the method's name (`u2pl: {lambda_c: 0.1}`) or below `methods`.
     """
     values = dict(values)
-    given = {name: values.pop(name, {}) for name in options}
-    stored = values.pop("methods", {})
+    given = {name: _section(values.pop(name, None), name) for name in options}
+    stored = _section(values.pop("methods", None), "methods")
     unknown = [name for name in [values.get("method", Config.method), *stored] if name not in options]
     if unknown:
         raise UserError(f"unknown method {unknown[0]!r}{configs.suggest(str(unknown[0]), sorted(options))}")
@@ -126,10 +127,14 @@ def resolve(values: Mapping[str, Any], options: Mapping[str, type]) -> Config:
         valid = [f.name for f in dataclasses.fields(Config)] + sorted(options)
         raise UserError(f"unknown key {near[0]!r}{configs.suggest(str(near[0]), valid)}")
     methods = {
-        name: configs.as_dict(configs.convert(kind, configs.merge(stored.get(name, {}), given[name]), name))
+        name: configs.as_dict(configs.convert(kind, configs.merge(_section(stored.get(name), name), given[name]), name))
         for name, kind in options.items()
     }
     return configs.build(Config, {**values, "methods": methods})
+
+
+def _section(value: Any, name: str) -> Mapping[str, Any]:
+    return configs.convert(Mapping[str, Any], value, name)
 
 
 def _parser(description: str, options: Mapping[str, type]) -> Parser:

@@ -8,8 +8,9 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,6 +22,31 @@ from pipeline.errors import UserError
 
 SPLITS = ("1_16", "1_8", "1_4", "1_2", "full")
 MAX_YAML_BYTES = 1 << 20
+
+
+def require_positive(section: str, values: Any, *names: str) -> None:
+    """Checks that fields (numbers or tuples of them) are above 0.
+
+    Raises:
+        UserError: one is not.
+    """
+    _require(section, values, names, lambda value: value > 0, "above 0")
+
+
+def require_share(section: str, values: Any, *names: str) -> None:
+    """Checks that fields are in 0..1.
+
+    Raises:
+        UserError: one is not.
+    """
+    _require(section, values, names, lambda value: 0 <= value <= 1, "between 0 and 1")
+
+
+def _require(section: str, values: Any, names: Sequence[str], fits: Callable[[Any], bool], what: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if not all(map(fits, value if isinstance(value, tuple) else (value,))):
+            raise UserError(f"{section}.{name}: must be {what}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +63,11 @@ class DataConfig:
     """Range of the random resize before the crop, relative to the stored image."""
     flip: bool = True
     """Mirror every second view."""
+
+    def __post_init__(self) -> None:
+        require_positive("data", self, "crop", "scale")
+        if self.scale[0] > self.scale[1]:
+            raise UserError(f"data.scale: must be the smaller and the larger end, got {self.scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +88,10 @@ class ModelConfig:
     """Channel dropout in the decoder's heads."""
     sync_bn: bool = True
     """Batch statistics over all workers: results do not depend on their number."""
+
+    def __post_init__(self) -> None:
+        require_positive("model", self, "width", "feature_dim")
+        require_share("model", self, "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +119,9 @@ class OptimConfig:
     batch_unlabeled: int = 16
     """Unlabeled images per step over all workers."""
 
+    def __post_init__(self) -> None:
+        require_positive("optim", self, "steps", "batch_labeled", "batch_unlabeled")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -108,6 +146,9 @@ class EvalConfig:
     window: tuple[int, int] = (769, 769)
     """Sliding window, height and width; its stride is two thirds of that."""
 
+    def __post_init__(self) -> None:
+        require_positive("eval", self, "every", "scale", "window")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -127,6 +168,9 @@ class RunConfig:
     """How often lost workers are replaced before the run gives up."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        require_positive("run", self, "log_every", "checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +198,15 @@ class Config:
 class _Yaml12Loader(yaml.SafeLoader):
     """YAML 1.1 reads the unquoted `1_2` as the integer 12; as YAML 1.2 does, this loader reads it as a string."""
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuses aliases: a few lines of them can stand for gigabytes."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases like *{self.peek_event().anchor} are not allowed")
+        return super().compose_node(parent, index)
+
 
 _Yaml12Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] in ("bool", "null")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -173,6 +223,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         values = yaml.load(text, Loader=_Yaml12Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply; this is no config file") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -200,15 +252,27 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def read_file(uri: str) -> dict[str, Any]:
     """The values of a YAML file at `uri`."""
-    return parse_yaml(storage.read_bytes(uri).decode(), uri)
+    try:
+        return parse_yaml(storage.read_bytes(uri).decode(), uri)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{uri}: not a text file") from error
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` in their place, section by section."""
+    """`base` with the values of `over` in their place, section by section; an empty section changes nothing.
+
+    Raises:
+        UserError: one has keys and values where the other has a single value.
+    """
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge(before, value)
+        elif isinstance(before, Mapping) and value is not None:
+            raise UserError(f"{key}: expected keys and values, got {value!r}")
+        elif not isinstance(before, Mapping):
+            merged[key] = value
     return merged
 
 
@@ -247,9 +311,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         UserError: it is not of that type.
     """
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{path}: expected keys and values, got {value!r}")
-        return build(hint, value, path)  # type: ignore[arg-type]
+        return build(hint, _mapping(value, path), path)  # type: ignore[arg-type]
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
@@ -262,9 +324,17 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(parts, list | tuple) or len(parts) != len(args):
             raise UserError(f"{path}: expected {len(args)} values like 1,2, got {value!r}")
         return tuple(convert(arg, part, path) for arg, part in zip(args, parts, strict=True))
-    if origin is not None:
-        return value
+    if origin is Mapping:
+        return _mapping(value, path)
     return _scalar(hint, value, path)
+
+
+def _mapping(value: Any, path: str) -> Mapping[str, Any]:
+    if value is None:  # a section whose lines are all commented out
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path}: expected keys and values, got {value!r}")
+    return value
 
 
 def _choice(allowed: tuple[Any, ...], value: Any, path: str) -> Any:
@@ -277,13 +347,19 @@ def _choice(allowed: tuple[Any, ...], value: Any, path: str) -> Any:
 def _scalar(hint: type, value: Any, path: str) -> Any:
     text = str(value).strip()
     try:
+        if value is None or isinstance(value, Mapping | list | tuple):
+            raise ValueError(text)
         if hint is bool:
             return {"true": True, "false": False}[text.lower()]
-        if hint is int and "_" in text:
-            raise ValueError(text)  # int("1_2") is 12
-        return hint(text)
+        if hint is str:
+            return text
+        number = hint(text)
+        if "_" in text or not 0 <= number < math.inf:  # int("1_2") is 12; nothing here may be negative
+            raise ValueError(text)
+        return number
     except (ValueError, KeyError):
-        raise UserError(f"{path}: expected {hint.__name__}, got {value!r}") from None
+        wanted = {"int": "a whole number from 0 on", "float": "a number from 0 on", "bool": "true or false"}
+        raise UserError(f"{path}: expected {wanted.get(hint.__name__, 'a text')}, got {value!r}") from None
 
 
 def as_dict(config: Any) -> dict[str, Any]:

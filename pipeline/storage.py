@@ -70,14 +70,14 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if scheme in ("", "file"):
         local = uri.removeprefix("file://")
         return pafs.LocalFileSystem(), str(Path(local).expanduser().absolute())
-    parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        raise UserError(
-            f"{scheme}://...@{parts.netloc.rpartition('@')[2]}: no credentials in a URI; put them into the environment"
-        )
-    path = posixpath.normpath(parts.netloc + parts.path) if parts.netloc else parts.path
+    place = uri.partition("://")[2]
+    netloc = place.partition("/")[0]
+    if "@" in netloc or "?" in place:
+        bare = place.partition("?")[0].rpartition("@")[2]
+        raise UserError(f"{scheme}://{bare}: no credentials or options in a URI; put them into the environment")
+    path = posixpath.normpath(place) if netloc else place
     if scheme == "s3":
-        return _s3(parts.netloc, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")), path
+        return _s3(netloc, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")), path
     return _other(scheme), path
 
 
@@ -212,9 +212,13 @@ def write_bytes(uri: str, data: bytes) -> None:
             return
         filesystem.create_dir(posixpath.dirname(path), recursive=True)
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        with filesystem.open_output_stream(temporary) as stream:
-            stream.write(data)
-        Path(temporary).replace(path)
+        try:
+            with filesystem.open_output_stream(temporary) as stream:
+                stream.write(data)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def list_files(uri: str) -> list[str]:

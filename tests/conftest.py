@@ -47,7 +47,7 @@ def ray_cluster() -> Iterator[None]:
     """A private Ray of this process with two CPUs."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300_000_000)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -1,5 +1,6 @@
 """The paired batch: decoding and views in threads, a few steps ahead of the training loop."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 PREFETCH = 3
 """Steps that are decoded ahead."""
+CLOSE_SECONDS = 10.0
+"""How long `close` waits for reading that is under way."""
 MAX_DAMAGED_SHARE = 0.01
 """A larger share of damaged samples stops the run."""
 _TOLERATED = 10
@@ -115,9 +118,13 @@ class Loader:
             yield item
 
     def close(self) -> None:
-        """Stops the threads; reading that is under way ends by itself."""
+        """Stops the threads and waits for them: one that still runs while the interpreter ends aborts the process."""
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get_nowait()  # a producer that waits for room goes on, and sees that it is over
+            self._thread.join(CLOSE_SECONDS)
 
     def _produce(self) -> None:
         try:

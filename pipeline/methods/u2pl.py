@@ -5,6 +5,7 @@ L = L_s + L_u + lambda_c L_c. The teacher's entropy parts the unlabeled pixels: 
 method of the paper; where the released code differs from it, `docs/u2pl.md` says what we chose.
 """
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config, convert
+from pipeline.config import Config, convert, require_positive, require_share
+from pipeline.errors import UserError
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import Prediction, SegmentationModel, upsample
 from pipeline.ops import ema, mixing
@@ -59,6 +61,13 @@ class U2PLOptions:
     cutmix: float = 0.5
     """Probability that a step mixes its unlabeled images."""
 
+    def __post_init__(self) -> None:
+        sizes = ("temperature", "r_l", "anchors", "negatives", "keys", "queue", "queue_background")
+        require_positive("u2pl", self, *sizes)
+        require_share("u2pl", self, "ema_decay", "alpha_0", "delta_p", "cutmix")
+        if self.r_l >= self.r_h:
+            raise UserError(f"u2pl.r_l {self.r_l}: must be below u2pl.r_h {self.r_h}")
+
 
 class _Mixed(NamedTuple):
     """The unlabeled side after CutMix."""
@@ -79,8 +88,7 @@ class U2PL(Method):
         super().__init__(config, num_classes)
         self.options: U2PLOptions = _clamped(convert(U2PLOptions, config.methods.get("u2pl", {}), "u2pl"), num_classes)
         self.student = self.build_network(features=True)
-        self.teacher = self.build_network(features=True).requires_grad_(False)
-        ema.update(self.teacher, self.student, 0.0)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         sizes = [self.options.queue_background] + [self.options.queue] * (num_classes - 1)
         self.bank = MemoryBank(sizes, config.model.feature_dim)
 

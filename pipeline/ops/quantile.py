@@ -27,7 +27,7 @@ def masked_quantile(values: Tensor, mask: Tensor, q: Tensor, world: World) -> Te
     """
     if world.size == 1 and values.numel() <= 1 << 24:  # what torch.nanquantile can take
         return torch.nanquantile(values.detach().masked_fill(~mask, torch.nan).flatten(), q)
-    bits = values.detach().float().clamp_min(0).contiguous().view(torch.int32).flatten().long()
+    bits = values.detach().float().abs().contiguous().view(torch.int32).flatten().long()  # abs: -0.0 becomes 0.0
     weight = mask.flatten().to(torch.int64)
     high, low = bits >> _LOW, bits & (_LOW_BINS - 1)
     cumulative = world.sum(

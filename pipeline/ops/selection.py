@@ -35,10 +35,11 @@ class Members:
             pixel index int64 [C,K], and bool [C,K]: False beyond the size of the set.
         """
         strata = uniform.shape[1]
-        k = torch.arange(strata, device=uniform.device).expand_as(uniform)
+        k = torch.arange(strata + 1, device=uniform.device)
         count = self.count[:, None]
-        spread = torch.minimum(((k + uniform) * count / strata).long(), (count - 1).clamp_min(0))
-        return self.lookup(torch.where(count <= strata, k, spread)), k < count
+        bounds = k * count // strata  # whole numbers: with fractions, neighbours could draw the same member
+        spread = bounds[:, :-1] + draw_rank(uniform, bounds[:, 1:] - bounds[:, :-1])
+        return self.lookup(torch.where(count <= strata, k[:-1], spread)), k[:-1] < count
 
 
 def draw_rank(uniform: Tensor, count: Tensor) -> Tensor:

@@ -35,11 +35,11 @@ def _print(queue: Queue, ended: threading.Event) -> None:
                 return
 
 
-def send_logs(queue: Queue) -> None:
-    """Sends this process's log records (INFO and above) to the driver."""
+def send_logs(queue: Queue, level: int) -> None:
+    """Sends this process's log records of `level` and above to the driver."""
     root = logging.getLogger("pipeline")
     root.handlers = [_QueueHandler(queue)]
-    root.setLevel(logging.INFO)
+    root.setLevel(level)
     root.propagate = False
 
 

@@ -70,14 +70,14 @@ def train(config: Config, host: Host) -> Progress:
                     tracker.log("train", done, record)
                     log.info(meter.line(done, record))
             scored = done % config.eval.every == 0 or last
-            if scored:
-                meter.pause()
-                run.evaluate(tracker)
             if scored or done % config.run.checkpoint_every == 0:
-                run.save(scored)
-                if tracker:
-                    tracker.flush()
-                meter.resume()
+                meter.check()  # a checkpoint after a bad step could never be resumed
+                with meter.paused():
+                    if scored:
+                        run.evaluate(tracker)
+                    run.save(scored)
+                    if tracker:
+                        tracker.flush()
     finally:
         loader.close()
         if tracker:

@@ -1,7 +1,8 @@
 """What the steps of a log interval add up to: losses, speed, time left."""
 
 import time
-from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from pipeline.methods import Losses
 from pipeline.ops.world import World
 from pipeline.training.trackers import duration
 
+_NEVER = 1 << 62
+"""Step of the first bad loss while there is none."""
+
 
 class Diverged(RuntimeError):
     """A loss is no longer finite."""
@@ -24,14 +28,14 @@ class Meter:
 
     def __init__(self, config: Config, world: World, loader: Loader, device: torch.device) -> None:
         self._config, self._world, self._loader, self._device = config, world, loader, device
-        self._paused = 0.0
         self._reset()
 
     def _reset(self) -> None:
         self._terms: dict[str, Tensor] = {}
         self._logs: dict[str, Tensor] = {}
         self._steps = 0
-        self._ids: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=self._config.run.log_every)
+        self._ids: dict[int, tuple[str, ...]] = {}
+        self._bad = torch.full((), _NEVER, device=self._device)
         self._began = time.perf_counter()
         self._stalled = self._loader.stats.stalled
         self._paused = 0.0
@@ -40,17 +44,27 @@ class Meter:
         """Takes a step's losses without waiting for the device."""
         for name, value in losses.terms.items():
             self._terms[name] = self._terms.get(name, 0) + value.detach()
+            self._bad = torch.where(value.detach().isfinite(), self._bad, self._bad.clamp_max(index))
         self._logs = losses.logs
         self._steps += 1
-        self._ids.append((index, batch.labeled.ids + (batch.unlabeled.ids if batch.unlabeled else ())))
+        self._ids[index] = batch.labeled.ids + (batch.unlabeled.ids if batch.unlabeled else ())
 
-    def pause(self) -> None:
-        """What follows is no training time."""
-        self._pause_began = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training time."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
-    def resume(self) -> None:
-        """Training goes on."""
-        self._paused += time.perf_counter() - getattr(self, "_pause_began", time.perf_counter())
+    def check(self) -> None:
+        """Whether all losses of the interval were finite; every rank calls it.
+
+        Raises:
+            Diverged: one was not, on any rank; on every rank alike.
+        """
+        first = int(self._world.gather(self._bad.view(1)).min())
+        if first != _NEVER:
+            raise Diverged(f"a loss is not finite at step {first}; this rank's samples: {', '.join(self._ids[first])}")
 
     def summary(self, step: int, lr: float) -> dict[str, Any]:
         """Means of the interval over steps and ranks, speed and time left; begins a new interval.
@@ -58,11 +72,9 @@ class Meter:
         Raises:
             Diverged: a loss was not finite; on every rank alike.
         """
+        self.check()
         sums = self._world.sum(torch.stack(list(self._terms.values())).double()) / (self._world.size * self._steps)
         means = dict(zip(self._terms, sums.tolist(), strict=True))
-        if not torch.isfinite(sums).all():
-            steps = f"{self._ids[0][0]}-{self._ids[-1][0]}"
-            raise Diverged(f"a loss is not finite in steps {steps}: {means}; samples of the last: {self._ids[-1][1]}")
         elapsed = time.perf_counter() - self._began - self._paused
         batch = self._config.optim.batch_labeled + (self._config.optim.batch_unlabeled if self._two_sided() else 0)
         record = {
@@ -79,7 +91,7 @@ class Meter:
         return record
 
     def _two_sided(self) -> bool:
-        return bool(self._ids) and len(self._ids[-1][1]) > self._config.optim.batch_labeled // self._world.size
+        return len(next(iter(self._ids.values()))) > self._config.optim.batch_labeled // self._world.size
 
     def line(self, step: int, record: dict[str, Any]) -> str:
         """One interval for people."""

@@ -38,7 +38,7 @@ class Tracker:
 
     def flush(self) -> None:
         """Makes all records durable. The file is replaced as a whole: object stores cannot append."""
-        storage.write_bytes(self._uri, ("\n".join(self._lines) + "\n").encode())
+        storage.write_bytes(self._uri, "".join(f"{line}\n" for line in self._lines).encode())
         if self._events:
             self._events.flush()
         self._flushed = time.monotonic()
@@ -59,7 +59,7 @@ class _Events:
         self._remote = None if storage.is_local(uri) else uri
         self._scratch = tempfile.TemporaryDirectory() if self._remote else None
         self._folder = self._scratch.name if self._scratch else storage.resolve(uri)[1]
-        self._writer = SummaryWriter(self._folder, purge_step=start or None)
+        self._writer = SummaryWriter(self._folder, purge_step=start + 1)  # records of a lost attempt
 
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -1,9 +1,11 @@
 """What runs in each Ray Train worker."""
 
+import logging
 from dataclasses import asdict
 from typing import Any
 
 import ray
+import ray.train
 import torch
 
 from pipeline.config import Config, build
@@ -21,7 +23,8 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The progress as plain values.
     """
-    send_logs(values["console"])
+    first = ray.train.get_context().get_world_rank() == 0
+    send_logs(values["console"], logging.INFO if first else logging.WARNING)
     config: Config = build(Config, values["config"])
     assert config.out is not None
     cpus = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)))

@@ -1,0 +1,203 @@
+"""The whole system with real parts: Ray workers, an S3 server, kills, and jobs as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import checkpoint, cli, storage
+from pipeline.checkpoint import Progress
+from pipeline.config import Config
+from pipeline.inference.restore import score
+from pipeline.methods import OPTIONS
+from pipeline.training.hosts import PlainHost
+from pipeline.training.launch import launch
+from pipeline.training.loop import train
+from tests.processes import descendants, kill, named, wait_for
+from tests.s3 import S3Server, free_ports
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.tensorboard", "false"]
+
+
+CALM = "--optim.optimizer sgd --optim.lr 0.01".split()
+"""AdamW's first steps turn rounding errors into whole steps: two orders of one batch then differ by 3e-3."""
+
+
+def configured(*flags: str) -> Config:
+    config, _ = cli.parse_config([*SHORT, *flags], "test", OPTIONS)
+    return config
+
+
+def records(run: str, kind: str = "train") -> list[dict]:
+    lines = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
+    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
+
+
+def assert_same_state(one: str, other: str) -> None:
+    """Every tensor of two checkpoints is equal, bit for bit."""
+    first, second = (checkpoint.read_state(uri)["method"] for uri in (one, other))
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestWorkers:
+    def test_two_workers_equal_one_process(self, shapes: str, tmp_path: Path) -> None:
+        for method, extra in (("suponly", ()), ("u2pl", ("--u2pl.warmup_steps", "3", "--u2pl.lambda_c", "0"))):
+            flags = ("--data", shapes, "--method", method, "--optim.steps", "10", *CALM, *extra)
+            plain, ray_run = str(tmp_path / f"{method}-plain"), str(tmp_path / f"{method}-ray")
+            train(configured(*flags, "--out", plain), PlainHost(plain))
+            launch(configured(*flags, "--out", ray_run, "--run.workers", "2"))
+            losses = [[record["total"] for record in records(run)] for run in (plain, ray_run)]
+            assert len(losses[0]) == len(losses[1]) == 10
+            assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+    def test_a_killed_worker_costs_nothing_but_time(
+        self, shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        flags = ["--optim.steps", "60", "--u2pl.warmup_steps", "5", "--run.workers", "2"]
+        flags += ["--run.checkpoint_every", "10"]
+        calm, hurt = str(tmp_path / "calm"), str(tmp_path / "hurt")
+        launch(configured(*flags, "--data", shapes, "--out", calm))
+
+        def assassin() -> None:
+            wait_for("a registered checkpoint", lambda: _registered(hurt))
+            kill(named(os.getpid(), "RayTrainWorker")[0])
+
+        thread = threading.Thread(target=assassin)
+        thread.start()
+        progress = launch(configured(*flags, "--data", shapes, "--out", hurt))
+        thread.join()
+        said = capsys.readouterr().out
+        assert "was lost" in said
+        assert "resuming from" in said
+        assert progress.step == 60
+        assert_same_state(*(storage.join(run, checkpoint.name(60)) for run in (calm, hurt)))
+        steps = [record["step"] for record in records(hurt)]
+        assert steps == list(range(1, 61))  # no record lost, none twice
+
+    def test_evaluate_repeats_the_figure_of_the_loop(self, shapes: str, tmp_path: Path) -> None:
+        run = str(tmp_path / "run")
+        progress = launch(configured("--data", shapes, "--out", run, "--optim.steps", "8", "--u2pl.warmup_steps", "2"))
+        assert progress.last is not None
+        _, scores = score(run, None, torch.device("cpu"))
+        assert {name: each.miou for name, each in scores.items()} == progress.last.miou
+        assert list(scores["teacher"].iou) == progress.last.iou
+
+
+def _registered(run: str) -> bool:
+    file = Path(run) / "checkpoint_manager_snapshot.json"
+    return file.exists() and "step_" in file.read_text()
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """A folder of Ray's own, so that no other cluster of this machine is found; short, as it holds sockets."""
+    with tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+class Job:
+    """A job as a user starts it, with everything below it ended at the end of the block."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=out)
+        self.pid = self._process.pid
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        kill(*descendants(self.pid), self.pid)
+        self._process.wait()
+
+    def wait(self, seconds: float = 240) -> int:
+        return self._process.wait(seconds)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+def environment(ray_folder: str, s3: S3Server) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **s3.environment(), "RAY_TMPDIR": ray_folder, "PATH": path}
+
+
+def train_command(*flags: str) -> list[str]:
+    return [sys.executable, "jobs/train.py", *SHORT, *flags]
+
+
+def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
+    run = "s3://runs/killed"
+    flags = ["--data", shapes, "--out", run, "--optim.steps", "60", "--u2pl.warmup_steps", "5"]
+    command = train_command(*flags, "--run.workers", "2", "--run.checkpoint_every", "10")
+    env = environment(ray_folder, s3)
+    with Job(command, env, tmp_path / "first.log") as job:
+        wait_for("a registered checkpoint", lambda: _snapshot(run))
+        kill(job.pid, *descendants(job.pid))
+    with Job(command, env, tmp_path / "second.log") as job:
+        assert job.wait() == 0, job.said
+        assert "resuming from s3://runs/killed/step_" in job.said
+        assert "Traceback" not in job.said
+    progress = Progress.from_dict(json.loads(storage.read_bytes(f"{run}/summary.json")))
+    assert progress.step == 60
+    assert progress.last is not None
+    assert [record["step"] for record in records(run)] == list(range(1, 61))
+    assert s3.environment()["AWS_SECRET_ACCESS_KEY"] not in "".join(
+        storage.read_bytes(storage.join(run, file)).decode(errors="replace")
+        for file in storage.list_files(run)
+        if file.endswith((".json", ".yaml", ".jsonl"))
+    )
+    with Job([sys.executable, "jobs/evaluate.py", run, "--data", shapes], env, tmp_path / "evaluate.log") as job:
+        assert job.wait() == 0, job.said
+        assert f"val mIoU teacher {100 * progress.last.value:.2f}" in job.said
+
+
+def _snapshot(run: str) -> bool:
+    uri = storage.join(run, "checkpoint_manager_snapshot.json")
+    return storage.exists(uri) and b"step_" in storage.read_bytes(uri)
+
+
+def test_a_submitted_job_succeeds(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
+    env = environment(ray_folder, s3)
+    gcs, dashboard, *others = free_ports(6)
+    names = [
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "runtime-env-agent-port",
+        "ray-client-server-port",
+    ]
+    head = ["ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    head += [f"--{name}={port}" for name, port in zip(names, others, strict=True)]
+    head += ["--node-ip-address=127.0.0.1", "--object-store-memory=300000000", "--disable-usage-stats"]
+    flags = ["--data", shapes, "--out", "s3://runs/submitted", "--optim.steps", "8", "--u2pl.warmup_steps", "2"]
+    submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
+    submit += ["python", "jobs/train.py", *SHORT, *flags]
+    with Job(head, env, tmp_path / "head.log") as cluster:
+        wait_for("the job server", lambda: _listens(dashboard), 90)
+        with Job(submit, env, tmp_path / "job.log") as job:
+            assert job.wait() == 0, job.said + cluster.said
+            assert "succeeded" in job.said
+    assert storage.exists(f"s3://runs/submitted/{checkpoint.name(8)}/state.pt")
+
+
+def _listens(port: int) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=2) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False

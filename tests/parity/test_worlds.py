@@ -1,0 +1,231 @@
+"""The number of workers and an interruption change nothing: the real loop on the demo dataset with the tiny network."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from pipeline import checkpoint
+from pipeline.batch import Batch
+from pipeline.cli import resolve
+from pipeline.config import Config, as_dict, build
+from pipeline.ingest.loader import Loader
+from pipeline.methods import OPTIONS, Method
+from pipeline.training import loop
+from pipeline.training.hosts import PlainHost
+
+STEPS = 10
+WARMUP = 3
+RUNS = ("suponly", "u2pl", "contrast")
+"""`contrast` is U2PL with lambda_c on; its draws are per worker, so its losses are not those of one worker."""
+
+
+def _config(root: str, out: Path, method: str, **u2pl: Any) -> Config:
+    options = {"warmup_steps": WARMUP, "anchors": 16, "negatives": 8, "keys": 16, "queue": 40, "queue_background": 40}
+    return resolve(
+        {
+            "method": method,
+            "split": "1_4",
+            "out": str(out),
+            "data": {"root": root, "crop": [48, 48], "scale": [0.6, 1.3]},
+            "model": {"backbone": "tiny", "weights": "none", "feature_dim": 16},
+            "optim": {"lr": 0.02, "head_lr_mult": 1, "steps": STEPS, "batch_labeled": 4, "batch_unlabeled": 4},
+            "eval": {"every": 1000},
+            "run": {"log_every": 1, "checkpoint_every": 1000, "tensorboard": False},
+            "u2pl": {**options, "cutmix": 1.0, **u2pl},
+        },
+        OPTIONS,
+    )
+
+
+def _configs(root: str, out: Path) -> dict[str, Config]:
+    return {
+        "suponly": _config(root, out / "suponly", "suponly"),
+        "u2pl": _config(root, out / "u2pl", "u2pl", lambda_c=0.0),
+        "contrast": _config(root, out / "contrast", "u2pl", lambda_c=0.1),
+    }
+
+
+class _Watch:
+    """Runs the loop and keeps what it does not return: the ids of each step and the method."""
+
+    def __init__(self, config: Config) -> None:
+        self.ids: list[dict[str, tuple[str, ...]]] = []
+        self.methods: list[Method] = []
+        self._build = loop.build_method
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "build_method", self._built)
+            patch.setattr(loop, "Loader", self._watched())
+            loop.train(config, PlainHost(str(config.out)))
+        self.state = {name: value.clone() for name, value in self.methods[0].state_dict().items()}
+
+    def _built(self, config: Config, num_classes: int) -> Method:
+        self.methods.append(self._build(config, num_classes))
+        return self.methods[-1]
+
+    def _watched(self) -> Callable[..., Loader]:
+        ids = self.ids
+
+        class Watched(Loader):
+            def __iter__(self) -> Iterator[Batch]:
+                for batch in super().__iter__():
+                    sides = {"labeled": batch.labeled, "unlabeled": batch.unlabeled}
+                    ids.append({name: side.ids for name, side in sides.items() if side})
+                    yield batch
+
+        return Watched
+
+
+def _worker(rank: int, store: str, configs: dict[str, dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    runs = {name: _Watch(build(Config, values)) for name, values in configs.items()}
+    torch.save({name: {"ids": run.ids, "state": run.state} for name, run in runs.items()}, f"{store}.{rank}")
+    for run in runs.values():
+        _check_storage(run.methods[0])
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Every run with two workers: where they wrote, and what each rank saw."""
+    out = tmp_path_factory.mktemp("two")
+    store = str(out / "store")
+    configs = {name: as_dict(config) for name, config in _configs(shapes, out).items()}
+    mp.spawn(_worker, (store, configs), nprocs=2)  # type: ignore[attr-defined]
+    return out, [torch.load(f"{store}.{rank}", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one_rank(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, _Watch]]:
+    """Every run in this process alone."""
+    out = tmp_path_factory.mktemp("one")
+    return out, {name: _Watch(config) for name, config in _configs(shapes, out).items()}
+
+
+def _records(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("name", ["suponly", "u2pl"])
+def test_two_workers_have_the_losses_of_one(name, one_rank, two_ranks):
+    alone, shared = (_records(out / name, "train") for out in (one_rank[0], two_ranks[0]))
+    assert len(alone) == len(shared) == STEPS
+    for one, two in zip(alone, shared, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4), f"step {one['step']}"
+    if name == "u2pl":
+        assert alone[WARMUP - 1]["loss"].keys() == {"supervised"}
+        assert alone[WARMUP]["loss"]["unsupervised"] > 0
+    (one,), (two,) = (_records(out / name, "eval") for out in (one_rank[0], two_ranks[0]))
+    assert two["miou"] == pytest.approx(one["miou"], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_workers_see_the_global_batches_of_one(name, one_rank, two_ranks):
+    alone, ranks = one_rank[1][name].ids, [rank[name]["ids"] for rank in two_ranks[1]]
+    assert len(alone) == STEPS
+    for one, first, second in zip(alone, *ranks, strict=True):
+        assert one.keys() == first.keys() == second.keys()
+        for side in one:
+            assert one[side] == first[side] + second[side]
+    assert len({step["labeled"] for step in alone}) > 1
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_ranks_end_in_one_state(name, two_ranks):
+    """Parameters, batch statistics, teacher and memory bank, bit for bit: rank 0 alone writes checkpoints."""
+    first, second = (rank[name]["state"] for rank in two_ranks[1])
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    if name == "contrast":
+        assert (first["bank.count"] > 0).any()
+
+
+def test_the_contrastive_term_reaches_the_student(one_rank):
+    with_term, without = (one_rank[1][name].state for name in ("contrast", "u2pl"))
+    key = "student.decoder.representation.1.weight"
+    assert not torch.equal(with_term[key], without[key])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_network_shares_storage_with_another(name, one_rank):
+    _check_storage(one_rank[1][name].methods[0])
+
+
+def _check_storage(method: Method) -> None:
+    used: dict[int, str] = {}
+    for name, network in method.networks().items():
+        for key, value in [*network.named_parameters(), *network.named_buffers()]:
+            place = value.untyped_storage().data_ptr()
+            assert place not in used, f"{name}.{key} shares storage with {used[place]}"
+            used[place] = f"{name}.{key}"
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------
+
+
+class _Lost(Exception):
+    """The machine goes away."""
+
+
+class _Losing(PlainHost):
+    """Loses the machine right after the checkpoint of a step."""
+
+    def __init__(self, out: str, step: int) -> None:
+        super().__init__(out)
+        self._step = step
+
+    def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
+        super().report(step, score, write)
+        if step == self._step:
+            raise _Lost
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts and lists by dotted path."""
+    pairs: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        return {path: value}
+    return {key: leaf for name, inner in pairs for key, leaf in _flat(inner, f"{path}.{name}").items()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", sorted(OPTIONS))
+def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, tmp_path):
+    config = _config(shapes, tmp_path / "whole", method)
+    config = replace(
+        config,
+        model=replace(config.model, backbone="tiny"),
+        optim=replace(config.optim, optimizer=optimizer, steps=12, clip_norm=1.0, warmup_steps=9),
+        run=replace(config.run, checkpoint_every=7),
+    )
+    cut = replace(config, out=str(tmp_path / "cut"))
+    whole = loop.train(config, PlainHost(str(config.out)))
+    with pytest.raises(_Lost):
+        loop.train(cut, _Losing(str(cut.out), 7))
+    resumed = loop.train(cut, PlainHost(str(cut.out)))
+
+    assert resumed == whole
+    assert resumed.step == 12
+    states = [_flat(checkpoint.read_state(f"{run.out}/{checkpoint.name(12)}")) for run in (config, cut)]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        same = torch.equal(value, states[1][key]) if isinstance(value, Tensor) else value == states[1][key]
+        assert same, key
+    assert any("momentum_buffer" in key or "exp_avg" in key for key in states[0])
+    timing = ("images_per_second", "stall", "eta_seconds")
+    records = [
+        [{k: v for k, v in line.items() if k not in timing} for line in _records(tmp_path / run, "train")]
+        for run in ("whole", "cut")
+    ]
+    assert [line["step"] for line in records[1]] == list(range(1, 13))
+    assert records[0] == records[1]

@@ -1,0 +1,30 @@
+import torch
+from torch import nn
+
+from pipeline.ops import ema
+
+
+def _net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    net(torch.randn(2, 3, 4, 4))
+    return net
+
+
+def test_parameters_are_averaged_and_buffers_are_not():
+    teacher, student = _net(0), _net(1)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    ema.update(teacher, student, 0.9)
+    for name, mine in teacher.named_parameters():
+        torch.testing.assert_close(mine, 0.9 * before[name] + 0.1 * student.get_parameter(name))
+    for name, mine in teacher.named_buffers():
+        assert torch.equal(mine, before[name])
+
+
+def test_decay_0_copies_everything_but_the_storage():
+    teacher, student = _net(0), _net(1)
+    ema.update(teacher, student, 0.0)
+    for name, mine in teacher.state_dict().items():
+        assert torch.equal(mine, student.state_dict()[name])
+    student[0].weight.data.add_(1)  # type: ignore[operator]
+    assert not torch.equal(teacher[0].weight, student[0].weight)  # type: ignore[arg-type]

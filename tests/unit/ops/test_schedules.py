@@ -1,0 +1,24 @@
+from itertools import pairwise
+
+import pytest
+
+from pipeline.ops.schedules import ema_decay, poly, unreliable_share
+
+
+def test_poly_rises_then_falls_to_0():
+    factors = [poly(step, 100, 0.9, warmup=10) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx((1 - 9 / 100) ** 0.9)
+    assert all(early > late for early, late in pairwise(factors[9:]))
+    assert factors[100] == 0
+
+
+def test_ema_copies_until_its_start_and_warms_up_to_the_cap():
+    decays = [ema_decay(step, 5, 0.9) for step in range(30)]
+    assert decays[:6] == [0.0] * 6
+    assert decays[6:9] == pytest.approx([1 / 2, 2 / 3, 3 / 4])
+    assert set(decays[14:]) == {0.9}
+
+
+def test_unreliable_share_falls_linearly():
+    assert [unreliable_share(step, 4, 0.2) for step in range(5)] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0.0])

@@ -1,0 +1,230 @@
+import errno
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+from pipeline import storage
+from pipeline.errors import UserError
+from tests.s3 import READER_KEY, READER_SECRET, S3Server, free_ports
+
+
+@pytest.fixture
+def bucket(s3: S3Server, tmp_path: Path):
+    """A folder of its own on the S3 server; afterwards no client keeps this test's credentials."""
+    storage._s3.cache_clear()
+    yield f"{s3.bucket_uri}/{tmp_path.name}"
+    storage._s3.cache_clear()
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("bucket")
+
+
+# ---- the same on every storage --------------------------------------------------------------------------------
+
+
+def test_write_read_list_delete(root):
+    place = storage.join(root, "a", "b.bin")
+    assert not storage.exists(place)
+    assert storage.list_files(root) == []
+    storage.write_bytes(place, b"one")
+    storage.write_bytes(place, b"two")
+    storage.write_bytes(storage.join(root, "c"), b"")
+    assert storage.read_bytes(place) == b"two"
+    assert storage.read_bytes(storage.join(root, "c")) == b""
+    assert storage.exists(place)
+    assert not storage.exists(storage.join(root, "a"))  # a folder is no file
+    assert storage.list_files(root) == ["a/b.bin", "c"]
+    storage.delete(storage.join(root, "a"))
+    storage.delete(storage.join(root, "nothing"))
+    assert storage.list_files(root) == ["c"]
+
+
+def test_a_missing_file_is_one_line(root):
+    with pytest.raises(UserError, match="nothing: not found") as error:
+        storage.read_bytes(storage.join(root, "nothing"))
+    assert "\n" not in str(error.value)
+
+
+def test_check_writable_leaves_nothing(root):
+    storage.check_writable(root)
+    assert storage.list_files(root) == []
+
+
+# ---- local ----------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    place = str(tmp_path / "file")
+    storage.write_bytes(place, b"old")
+
+    def full(self: Path, target: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        storage.write_bytes(place, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert storage.read_bytes(place) == b"old"
+
+
+def test_a_write_over_a_folder_leaves_no_file(tmp_path):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    with pytest.raises(OSError, match="folder"):
+        storage.write_bytes(str(tmp_path / "folder"), b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):
+    place = str(tmp_path / "file")
+    storage.write_bytes(place, b"old")
+    seen = []
+    replace = Path.replace
+
+    def watched(self: Path, target: str) -> Path:
+        seen.append((storage.read_bytes(place), self.read_bytes()))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    storage.write_bytes(place, b"new")
+    assert seen == [(b"old", b"new")]
+
+
+def test_no_permission_is_one_line(tmp_path, monkeypatch):
+    def denied(self: object, path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    class Denied(pafs.LocalFileSystem):
+        open_input_stream = denied  # type: ignore[assignment]
+
+    monkeypatch.setattr(storage, "resolve", lambda uri: (Denied(), uri))
+    with pytest.raises(UserError, match="permission denied"):
+        storage.read_bytes(str(tmp_path / "file"))
+
+
+def test_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert storage.absolute("runs/a") == f"{tmp_path}/runs/a"
+    assert storage.absolute("file:///a/b") == "/a/b"
+    assert storage.absolute("~/a") == "/home/someone/a"
+    assert storage.absolute("s3://bucket/a/") == "s3://bucket/a"
+    assert storage.is_local("a/b")
+    assert storage.is_local("file:///a")
+    assert not storage.is_local("s3://bucket/a")
+
+
+@pytest.mark.parametrize("part", ["/etc/passwd", "..", "a/../../b", "../a", "a\\b", "a\0b"])
+def test_join_refuses_what_leads_out(part):
+    with pytest.raises(UserError, match="leads out of"):
+        storage.join("s3://bucket/data", "shards", part)
+
+
+def test_join_keeps_what_stays_inside():
+    assert storage.join("s3://bucket/data/", "a..b", "c/d") == "s3://bucket/data/a..b/c/d"
+
+
+# ---- URIs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uri", ["s3://key:secret@bucket/a", "s3://bucket/a?access_key=key&secret_key=secret"])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri):
+    with pytest.raises(UserError, match="no credentials or options in a URI") as error:
+        storage.resolve(uri)
+    assert "secret" not in str(error.value)
+    assert "bucket" in str(error.value)
+
+
+def test_the_rest_of_a_key_is_kept(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert storage.resolve("s3://bucket/run#2/a b")[1] == "bucket/run#2/a b"
+    assert storage.resolve("s3://bucket//a/")[1] == "bucket/a"
+    storage._s3.cache_clear()
+
+
+def test_unknown_scheme_and_missing_bucket():
+    with pytest.raises(UserError, match="nope://: cannot open"):
+        storage.resolve("nope://x/y")
+    with pytest.raises(UserError, match="no bucket named"):
+        storage.resolve("s3:///a")
+
+
+def test_fsspec_opens_the_rest():
+    storage.write_bytes("memory://place/a", b"x")
+    assert storage.read_bytes("memory://place/a") == b"x"
+
+
+# ---- trouble --------------------------------------------------------------------------------------------------
+
+
+def test_brief_trouble_is_waited_for(monkeypatch):
+    pauses, answers = [], [ConnectionError("gone"), OSError("AWS Error SLOW_DOWN"), "done"]
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+
+    def call() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert storage.retried(call) == "done"
+    assert pauses == [0.25, 0.5]
+
+
+def test_patience_ends_and_mistakes_are_not_waited_for(monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+
+    def gone() -> None:
+        raise ConnectionError("gone")
+
+    def wrong() -> None:
+        with storage.translated("place"):
+            raise FileNotFoundError("place")
+
+    with pytest.raises(ConnectionError):
+        storage.retried(gone, patience=0.0)
+    with pytest.raises(UserError, match="place: not found"):
+        storage.retried(wrong)
+    assert pauses == []
+
+
+# ---- S3 mistakes ----------------------------------------------------------------------------------------------
+
+
+def _refused(uri: str, words: str) -> None:
+    for action in (lambda: storage.check_writable(uri), lambda: storage.write_bytes(f"{uri}/x", b"x")):
+        with pytest.raises(UserError, match=words) as error:
+            action()
+        assert "\n" not in str(error.value)
+        assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "secret"), [("nobody", "trainer-secret"), ("trainer-key", "wrong-secret")])
+def test_wrong_key(bucket, monkeypatch, key, secret):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    _refused(bucket, "access denied: check AWS_ACCESS_KEY_ID")
+
+
+def test_a_reader_may_read_and_not_write(bucket, monkeypatch):
+    storage.write_bytes(f"{bucket}/a", b"x")
+    storage._s3.cache_clear()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+    assert storage.read_bytes(f"{bucket}/a") == b"x"
+    _refused(bucket, "access denied")
+
+
+def test_wrong_bucket(bucket):
+    _refused("s3://no-such-bucket/a", "bucket does not exist")
+    with pytest.raises(UserError, match="bucket no-such-bucket does not exist"):
+        storage.exists("s3://no-such-bucket/a")
+
+
+def test_wrong_endpoint(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    with pytest.raises(UserError, match="the endpoint does not answer: check AWS_ENDPOINT_URL"):
+        storage.read_bytes(f"{bucket}/a")
