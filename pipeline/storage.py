@@ -169,8 +169,13 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """The same place, valid in every working directory (Ray's workers have their own)."""
-    return resolve(uri)[1] if is_local(uri) else uri.rstrip("/")
+    """The same place, valid in every working directory (Ray's workers have their own).
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    path = resolve(uri)[1]
+    return path if is_local(uri) else uri.rstrip("/")
 
 
 def exists(uri: str) -> bool:

@@ -1,6 +1,8 @@
 """Real parts for the tests: an S3 server and a Ray cluster, started once and ended by pid."""
 
 import os
+import shutil
+import tempfile
 
 # Before anything imports torch or ray: one thread a process, no metadata service, nothing of the developer's shell.
 os.environ.update(
@@ -9,6 +11,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     AWS_EC2_METADATA_DISABLED="true",
+    RAY_TMPDIR=tempfile.mkdtemp(prefix="u2pl-", dir="/tmp"),  # a running cluster of the developer is not found here
 )
 for name in ("AWS_PROFILE", "RAY_ADDRESS", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
     os.environ.pop(name, None)
@@ -50,6 +53,12 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -152,4 +152,4 @@ def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
     for number, result in enumerate(results, start=1):
         yield result
         if number % step == 0 or number == total:
-            print(f"prepare: {number} of {total} shards", file=sys.stderr)
+            print(f"prepare: {number} of {total} shards", flush=True)

@@ -165,6 +165,8 @@ class Loader:
         try:
             pixels = decode_image(sample.image)
             classes = None if sample.mask is None else decode_mask(sample.mask)
+            if classes is not None and classes.shape != pixels.shape[:2]:
+                raise DecodeError("image and mask have different sizes")
         except DecodeError as error:
             image[:], mask[:], valid[:] = views.MEAN_COLOUR[:, None, None], views.IGNORE, False
             self.stats.count(sample, error)

@@ -5,18 +5,20 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline import checkpoint, cluster, storage
+from pipeline import checkpoint, cli, cluster, storage
 from pipeline.checkpoint import Progress
-from pipeline.config import Config, as_dict, build, identity, parse_yaml, suggest, to_yaml
+from pipeline.config import Config, as_dict, identity, read_file, suggest, to_yaml
 from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.datasets.shapes import prepare_shapes
 from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
-from pipeline.methods import METHODS
+from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+BUILT_IN_WEIGHTS = ("none", "torchvision")
+"""Values of `model.weights` that are no place."""
 
 
 def launch(config: Config, *, fresh: bool = False) -> Progress:
@@ -36,6 +38,7 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
     dataset = open_dataset(config.data.root)
     split = load_split(dataset, config.split, config.data.protocol)
     check_batch(config, split)
+    check_weights(config)
     _claim(config, fresh)
     done = storage.join(config.out, SUMMARY_FILE)
     if storage.exists(done):
@@ -59,7 +62,11 @@ def _placed(config: Config) -> Config:
         prepare_shapes(root)
     out = config.out or str(cluster.default_root() / "runs" / default_name(config, root))
     data = replace(config.data, root=storage.absolute(root))
-    return replace(config, data=data, out=storage.absolute(out))
+    weights = config.model.weights
+    model = (
+        config.model if weights in ("none", "torchvision") else replace(config.model, weights=storage.absolute(weights))
+    )
+    return replace(config, data=data, model=model, out=storage.absolute(out))
 
 
 def default_name(config: Config, root: str) -> str:
@@ -86,6 +93,17 @@ def check_batch(config: Config, split: Split) -> None:
         )
 
 
+def check_weights(config: Config) -> None:
+    """Whether a file of weights is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    weights = config.model.weights
+    if weights not in BUILT_IN_WEIGHTS and not storage.exists(weights):
+        raise UserError(f"model.weights {weights}: no such file; name one, or torchvision, or none")
+
+
 def _claim(config: Config, fresh: bool) -> None:
     """Makes the run directory this run's: writes its config, or compares it with the one that is there."""
     assert config.out is not None
@@ -94,7 +112,7 @@ def _claim(config: Config, fresh: bool) -> None:
         storage.delete(config.out)
     storage.check_writable(config.out)
     if storage.exists(uri):
-        before = identity(build(Config, parse_yaml(storage.read_bytes(uri).decode(), uri)))
+        before = identity(cli.resolve(read_file(uri), OPTIONS))
         difference = _difference(before, identity(config))
         if difference:
             raise UserError(f"{config.out} holds a run with {difference}; use --fresh or another --out")

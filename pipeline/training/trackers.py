@@ -59,7 +59,8 @@ class _Events:
         self._remote = None if storage.is_local(uri) else uri
         self._scratch = tempfile.TemporaryDirectory() if self._remote else None
         self._folder = self._scratch.name if self._scratch else storage.resolve(uri)[1]
-        self._writer = SummaryWriter(self._folder, purge_step=start + 1)  # records of a lost attempt
+        # what a lost attempt wrote after `start` is purged; file names have seconds only, so the suffix sets them apart
+        self._writer = SummaryWriter(self._folder, purge_step=start + 1, filename_suffix=f".from_{start}")
 
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():

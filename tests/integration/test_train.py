@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 SHORT = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.tensorboard", "false"]
 
 
-CALM = "--optim.optimizer sgd --optim.lr 0.01".split()
+CALM = ["--optim.optimizer", "sgd", "--optim.lr", "0.01"]
 """AdamW's first steps turn rounding errors into whole steps: two orders of one batch then differ by 3e-3."""
 
 

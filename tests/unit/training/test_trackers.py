@@ -61,6 +61,13 @@ def test_tensorboard_has_the_numbers(tmp_path):
     }
 
 
+def test_tensorboard_drops_the_lost_attempt_too(tmp_path):
+    _run(str(tmp_path), 0, [2, 4, 6], tensorboard=True)
+    _run(str(tmp_path), 4, [8], tensorboard=True)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert _scalars(tmp_path / "tensorboard")["train/total"] == [(2, 1.0), (4, 2.0), (8, 4.0)]
+
+
 def test_on_s3(s3: S3Server, tmp_path):
     storage._s3.cache_clear()
     out = f"{s3.bucket_uri}/{tmp_path.name}"

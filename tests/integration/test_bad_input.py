@@ -1,0 +1,172 @@
+"""A user's mistakes: exit code 2 and one line that names the thing; never a traceback."""
+
+import importlib.util
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import cli, storage
+from pipeline.config import to_yaml
+from pipeline.methods import OPTIONS
+from tests.s3 import READER_KEY, READER_SECRET, S3Server
+
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+class Jobs:
+    """Runs a job in this process, as its command line would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def fails(self, job: str, *argv: str) -> str:
+        """The one line on stderr of a job that must exit with 2."""
+        spec = importlib.util.spec_from_file_location(f"job_{job}", JOBS / f"{job}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self._monkeypatch.setattr(sys, "argv", [f"{job}.py", *argv])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(module.main)
+        line = self._capsys.readouterr().err
+        assert ended.value.code == 2
+        assert line.count("\n") == 1, line
+        assert "Traceback" not in line
+        return line
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Jobs:
+    monkeypatch.chdir(tmp_path)
+    return Jobs(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--split", "1_3"], ["1_3", "1_16, 1_2, 1_4, 1_8, full"]),
+        (["--preset", "voc_clasic"], ["voc_clasic", "did you mean voc_classic"]),
+        (["--method", "u2p"], ["u2p", "did you mean u2pl"]),
+        (["--optim.lrr", "0.1"], ["--optim.lrr", "did you mean --optim.lr"]),
+        (["--optim.lr", "fast"], ["optim.lr", "fast"]),
+        (["--data.protocol", "classic"], ["classic", "random"]),
+        (["--model.backbone", "resnet51"], ["resnet51"]),
+        (["--model.weights", "nowhere.pth"], ["nowhere.pth"]),
+        (["--optim.batch_labeled", "500"], ["25 labeled images", "batch_labeled"]),
+        (["--optim.batch_unlabeled", "500"], ["375 unlabeled images", "batch_unlabeled"]),
+        (["--out", "s3://"], ["bucket"]),
+    ],
+)
+def test_settings(jobs: Jobs, shapes: str, argv: list[str], named: list[str]) -> None:
+    base = [] if "--preset" in argv else ["--preset", "demo"]
+    split = [] if "--split" in argv else ["--split", "1_16"]
+    line = jobs.fails("train", *base, *split, "--data", shapes, *argv)
+    assert [word for word in named if word not in line] == [], line
+
+
+def test_yaml_files(jobs: Jobs, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {lrr: 0.1}\n")
+    assert "did you mean lr?" in jobs.fails("train", "--config", str(file))
+    file.write_text("optim: [1\n")
+    assert "not valid YAML" in jobs.fails("train", "--config", str(file))
+    assert "absent.yaml" in jobs.fails("train", "--config", "absent.yaml")
+
+
+def test_a_missing_or_half_written_dataset(jobs: Jobs, shapes: str, tmp_path: Path) -> None:
+    assert "make one with jobs/prepare.py" in jobs.fails("train", "--data", str(tmp_path / "nothing"))
+    half = tmp_path / "half"
+    shutil.copytree(shapes, half)
+    (half / "dataset.json").unlink()
+    assert "prepare did not finish" in jobs.fails("train", "--data", str(half))
+
+
+def test_labeled_list_with_an_unknown_id(jobs: Jobs, shapes: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shapes, copy)
+    listed = copy / "splits" / "random" / "1_16" / "labeled.txt"
+    listed.write_text(listed.read_text() + "no_such_image\n")
+    line = jobs.fails("train", "--preset", "demo", "--split", "1_16", "--data", str(copy))
+    assert "no_such_image" in line
+    assert "labeled.txt" in line
+
+
+def test_another_run_in_the_directory(jobs: Jobs, shapes: str, tmp_path: Path) -> None:
+    flags = ["--preset", "demo", "--split", "1_16", "--data", shapes, "--out", str(tmp_path / "run")]
+    (tmp_path / "run").mkdir()
+    config, _ = cli.parse_config(flags, "", OPTIONS)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    line = jobs.fails("train", *flags, "--optim.lr", "0.5")
+    assert "optim.lr" in line
+    assert "--fresh" in line
+
+
+def test_checkpoints(jobs: Jobs, shapes: str, tmp_path: Path) -> None:
+    assert "no checkpoint there" in jobs.fails("evaluate", str(tmp_path), "--data", shapes)
+
+
+class TestS3:
+    @pytest.fixture(autouse=True)
+    def _fresh_clients(self) -> None:
+        storage._s3.cache_clear()
+
+    def test_wrong_key_bucket_endpoint(self, jobs: Jobs, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert "bucket nowhere does not exist" in jobs.fails("train", "--data", "s3://nowhere/set")
+        assert "no dataset there" in jobs.fails("train", "--data", "s3://data/nothing")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        storage._s3.cache_clear()
+        line = jobs.fails("train", "--data", "s3://data/nothing")
+        assert "AWS_SECRET_ACCESS_KEY" in line
+        assert "wrong" not in line
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        began = time.monotonic()
+        assert "AWS_ENDPOINT_URL" in jobs.fails("train", "--data", "s3://data/nothing")
+        assert time.monotonic() - began < 15
+
+    def test_results_that_may_not_be_written(
+        self, jobs: Jobs, s3: S3Server, shapes: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER_KEY)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+        line = jobs.fails("train", "--preset", "demo", "--split", "1_16", "--data", shapes, "--out", "s3://data/run")
+        assert "access denied" in line
+
+
+def _tree(root: Path, image: bytes | None = None, mask: np.ndarray | None = None) -> Path:
+    """A VOC tree of three images, of which the first may be spoilt."""
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(root / f"JPEGImages/{name}.jpg")
+        Image.fromarray(rng.integers(0, 3, (20, 30), np.uint8)).save(root / f"SegmentationClass/{name}.png")
+    if image is not None:
+        (root / "JPEGImages/a.jpg").write_bytes(image)
+    if mask is not None:
+        Image.fromarray(mask).save(root / "SegmentationClass/a.png")
+    (root / "ImageSets/Segmentation/train.txt").write_text("a\nb\n")
+    (root / "ImageSets/Segmentation/val.txt").write_text("c\n")
+    return root
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        ({"mask": np.full((20, 30), 9, np.uint8)}, ["a.png", "9"]),
+        ({"mask": np.zeros((10, 30), np.uint8)}, ["a.png", "30x10", "30x20"]),
+        ({"image": b"<html>not found</html>"}, ["a.jpg", "unreadable"]),
+    ],
+)
+def test_bad_samples(jobs: Jobs, tmp_path: Path, spoil: dict, named: list[str]) -> None:
+    root = _tree(tmp_path / "tree", **spoil)
+    flags = ["--source", "voc", "--root", str(root), "--classes", "x,y,z", "--out", str(tmp_path / "out")]
+    line = jobs.fails("prepare", *flags)
+    assert [word for word in named if word not in line] == [], line
+    assert not (tmp_path / "out" / "dataset.json").exists()

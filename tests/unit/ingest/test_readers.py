@@ -1,0 +1,69 @@
+"""The inline reader and the cutting of the plan; Ray Data itself is tested with a real cluster."""
+
+import dataclasses
+from itertools import islice
+
+import pyarrow as pa
+import pytest
+
+from pipeline.datasets.format import open_dataset
+from pipeline.ingest import readers
+from pipeline.ingest.plan import LanePlan, Unit, select_groups
+
+
+@pytest.fixture
+def units(shapes: str) -> list[Unit]:
+    dataset = open_dataset(shapes)
+    ids = dataset.subset("train")["id"].to_pylist()[::2]
+    return list(islice(LanePlan(select_groups(dataset, ids), 4, 0).units(range(4), 0), 30))
+
+
+def test_inline_reads_id_and_image_of_each_unit(units):
+    for (unit, table), expected in zip(readers.read_inline(units), units, strict=True):
+        assert unit is expected
+        assert table.column_names == ["id", "image"]
+        assert tuple(table["id"].to_pylist()) == unit.group.ids
+        assert sum(map(len, table["image"].to_pylist())) == unit.group.size
+
+
+def test_segments_hold_all_units_in_order_and_are_bounded(units, monkeypatch):
+    monkeypatch.setattr(readers, "ITEM_ROWS", 12)
+    monkeypatch.setattr(readers, "SEGMENT_ITEMS", 2)
+    segments = list(readers._segments(iter(units)))
+    flat = [unit for segment in segments for item in segment for unit in item]
+    assert flat == units[: len(flat)]
+    assert len(units) - len(flat) < 12  # what fills no item yet; a plan never ends
+    assert all(len(segment) <= 2 for segment in segments)
+    for segment in segments:
+        for item in segment:
+            rows = [len(unit.group.rows) for unit in item]
+            assert sum(rows) >= 12 > sum(rows[:-1])
+
+
+def test_large_images_make_small_items(units, monkeypatch):
+    monkeypatch.setattr(readers, "ITEM_BYTES", units[0].group.size)
+    assert all(len(item) <= 3 for item in readers._items(iter(units)))
+
+
+def _block(units: list[Unit]) -> pa.Table:
+    return pa.concat_tables(table for _, table in readers.read_inline(units))
+
+
+def test_a_block_is_cut_back_into_its_units(units):
+    item = units[:5]
+    cut = list(readers._split(item, _block(item)))
+    assert [unit for unit, _ in cut] == item
+    for unit, table in cut:
+        assert tuple(table["id"].to_pylist()) == unit.group.ids
+
+
+def test_a_block_that_is_not_what_was_planned_is_refused(units):
+    item = units[:5]
+    for block in (_block(item[:4]), _block(item[1:] + item[:1])):
+        with pytest.raises(RuntimeError, match="other rows than the index says"):
+            list(readers._split(item, block))
+    with pytest.raises(RuntimeError, match="were planned"):
+        list(readers._split(item, _block(units[:6])))
+    group = dataclasses.replace(item[0].group, ids=("x",) * len(item[0].group.ids))
+    with pytest.raises(RuntimeError, match=f"{group.shard}, row group"):
+        list(readers._split([dataclasses.replace(item[0], group=group)], _block(item[:1])))

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.checkpoint import META_FILE, STATE_FILE
+from pipeline.training import hosts
+from pipeline.training.hosts import PlainHost
+
+
+def _write(folder: Path) -> None:
+    (folder / META_FILE).write_text("{}")
+    (folder / STATE_FILE).write_bytes(b"state")
+
+
+def test_a_reported_checkpoint_is_the_latest(tmp_path):
+    host = PlainHost(str(tmp_path))
+    assert host.latest() is None
+    for step in (5, 10):
+        host.report(step, None, _write)
+    assert host.latest() == f"{tmp_path}/step_0000010"
+    assert storage.list_files(f"{tmp_path}/step_0000010") == [META_FILE, STATE_FILE]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    PlainHost(str(tmp_path)).report(5, 0.5, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    """What makes it whole goes last, so a writer that dies before leaves none."""
+    write = storage.write_bytes
+
+    def dies_at_the_description(uri: str, data: bytes) -> None:
+        if uri.endswith(META_FILE):
+            raise KeyboardInterrupt
+        write(uri, data)
+
+    host = PlainHost(str(tmp_path))
+    host.report(5, None, _write)
+    monkeypatch.setattr(hosts.storage, "write_bytes", dies_at_the_description)
+    with pytest.raises(KeyboardInterrupt):
+        host.report(10, None, _write)
+    assert (tmp_path / "step_0000010" / STATE_FILE).exists()
+    assert host.latest() == f"{tmp_path}/step_0000005"

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from pipeline.cli import resolve
+from pipeline.methods import OPTIONS, build_method
+from pipeline.training.optim import build_optimizer, set_lr
+
+
+def _parts(optimizer: str, method: str = "u2pl", **optim: float):
+    values = {
+        "method": method,
+        "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
+        "optim": {"optimizer": optimizer, "lr": 0.01, "head_lr_mult": 10, "steps": 100, "weight_decay": 0.5, **optim},
+    }
+    config = resolve(values, OPTIONS)
+    built = build_method(config, 3)
+    return built, build_optimizer(built, config.optim), config.optim
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", sorted(OPTIONS))
+def test_it_moves_all_that_learns_and_nothing_twice(name, method):
+    built, optimizer, config = _parts(name, method)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len({id(p) for p in held}) == len(held)
+    assert {id(p) for p in held} == {id(p) for p in built.parameters() if p.requires_grad}
+    assert isinstance(optimizer, torch.optim.SGD if name == "sgd" else torch.optim.AdamW)
+    assert all(group["weight_decay"] == config.weight_decay for group in optimizer.param_groups)
+    assert name != "sgd" or all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+def test_the_rate_is_a_function_of_the_step():
+    _, optimizer, config = _parts("sgd", warmup_steps=10)
+    for step in (50, 0, 99):  # in any order, as after a resume
+        rate = set_lr(optimizer, config, step)
+        assert rate == pytest.approx(0.01 * min(1, (step + 1) / 10) * (1 - step / 100) ** 0.9)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, 10 * rate])
