@@ -1,5 +1,7 @@
 """The network of student and teacher: image in, class scores and features out."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ from pipeline.models.backbones import build_encoder
 from pipeline.models.deeplab import DeepLabDecoder
 from pipeline.models.parts import Prediction
 from pipeline.models.tiny import TINY_CHANNELS, TinyDecoder, TinyEncoder
+
+log = logging.getLogger(__name__)
 
 MEAN_COLOUR = (123.675, 116.28, 103.53)
 """ImageNet mean in RGB, 0..255: what a pixel that says nothing looks like."""
@@ -68,6 +72,7 @@ def build_model(config: ModelConfig, num_classes: int, *, features: bool, aux: b
 def _tiny(config: ModelConfig, num_classes: int, features: bool, aux: bool) -> tuple[nn.Module, nn.Module]:
     if config.weights != "none":
         raise UserError(f"model.weights {config.weights}: tiny has no pretrained weights; use none or another backbone")
+    log.info("encoder tiny: from scratch")
     decoder = TinyDecoder(TINY_CHANNELS, num_classes, config.feature_dim if features else 0, aux=aux)
     return TinyEncoder(TINY_CHANNELS), decoder
 

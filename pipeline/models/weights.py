@@ -27,13 +27,14 @@ def load_weights(network: nn.Module, name: str, source: str, unused: tuple[str, 
     Args:
         network: a torchvision network with its own parameter names.
         name: torchvision's name of it, e.g. "resnet50".
-        source: "none" (nothing happens), "torchvision", or a path or URI of a state dict.
+        source: "none" (it stays as initialised), "torchvision", or a path or URI of a state dict.
         unused: prefixes of parameters that `source` need not hold and whose content does not matter.
 
     Raises:
         UserError: the source cannot be read, or a parameter is missing, unexpected or of another shape.
     """
     if source == "none":
+        log.info("encoder %s: from scratch, no pretrained weights", name)
         return
     state = _download(name) if source == "torchvision" else read_state(source)
     state = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}

@@ -1,6 +1,5 @@
 """A user's mistakes: exit code 2 and one line that names the thing; never a traceback."""
 
-import importlib.util
 import shutil
 import sys
 import time
@@ -13,9 +12,8 @@ from PIL import Image
 from pipeline import cli, storage
 from pipeline.config import to_yaml
 from pipeline.methods import OPTIONS
+from tests.jobs import load
 from tests.s3 import READER_KEY, READER_SECRET, S3Server
-
-JOBS = Path(__file__).parents[2] / "jobs"
 
 
 class Jobs:
@@ -26,14 +24,9 @@ class Jobs:
 
     def fails(self, job: str, *argv: str) -> str:
         """The one line on stderr of a job that must exit with 2."""
-        spec = importlib.util.spec_from_file_location(f"job_{job}", JOBS / f"{job}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         self._monkeypatch.setattr(sys, "argv", [f"{job}.py", *argv])
         with pytest.raises(SystemExit) as ended:
-            cli.run(module.main)
+            cli.run(load(job).main)
         line = self._capsys.readouterr().err
         assert ended.value.code == 2
         assert line.count("\n") == 1, line

@@ -278,20 +278,17 @@ def test_close_does_not_wait_for_storage_that_hangs(shapes, monkeypatch):
     reached, hold = threading.Event(), threading.Event()
 
     def hanging(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-        for number, item in enumerate(read_inline(units)):
-            if number == 10:
-                reached.set()
-                hold.wait(60)
-            yield item
+        reached.set()
+        hold.wait(60)
+        yield from read_inline(units)
 
     loader = _loader(_config(shapes), reader=hanging)
-    batches = iter(loader)
-    while not reached.is_set():
-        next(batches)
+    loader._thread.start()
+    assert reached.wait(60)
     loader.close()
     assert loader._thread.is_alive()
     hold.set()
-    loader._thread.join(10)
+    loader._thread.join(60)
     assert not loader._thread.is_alive()
 
 
