@@ -203,12 +203,15 @@ def _fit(config: Config, workers: int) -> dict[str, Any]:
             ),
         )
         try:
-            return trainer.fit().return_value  # type: ignore[return-value]
+            result: dict[str, Any] = trainer.fit().return_value  # type: ignore[assignment]
         except ray.train.TrainingFailedError as error:
             cause = _user_error(error)
             if cause:
                 raise UserError(cause) from error
             raise
+    if "user_error" in result:
+        raise UserError(result["user_error"])
+    return result
 
 
 def _user_error(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,13 +13,13 @@ from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.checkpoint import Progress, Score
 from pipeline.config import Config
-from pipeline.datasets.format import Dataset, open_dataset
-from pipeline.datasets.splits import Split, load_split
+from pipeline.datasets.format import open_dataset
+from pipeline.datasets.splits import load_split
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import evaluate
 from pipeline.inference.restore import autocast
 from pipeline.ingest.loader import Loader
-from pipeline.methods import Losses, Method, Predictor, Step, build_method
+from pipeline.methods import Losses, Predictor, Step, build_method
 from pipeline.models.norm import sync_batchnorm
 from pipeline.ops.world import World
 from pipeline.training.hosts import Host
@@ -32,89 +31,89 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config, host: Host) -> Progress:
-    """Trains from the host's newest checkpoint, or from the start, to the last step.
-
-    Args:
-        config: `data.root` and `out` are set and valid on every worker.
-        host: where this rank runs.
-
-    Raises:
-        UserError: dataset, split, weights or checkpoint cannot be used.
-        Diverged: a loss is not finite; names the step and its samples.
-    """
-    assert config.data.root is not None
-    assert config.out is not None
-    world, device = World.current(), host.device()
-    dataset = open_dataset(config.data.root)
-    split = load_split(dataset, config.split, config.data.protocol)
-    run = _Run(config, host, world, device, dataset, split)
-    run.restore()
-    loader = Loader(
-        config, dataset, split, run.method.views, rank=world.rank, world=world.size,
-        start=run.progress.step, threads=host.threads, reader=host.reader,
-    )  # fmt: skip
-    tracker = Tracker(config.out, run.progress.step, tensorboard=config.run.tensorboard) if world.rank == 0 else None
-    meter = Meter(config, world, loader, device)
-    try:
-        for index, batch in zip(range(run.progress.step, config.optim.steps), loader, strict=False):
-            # ---- one step -------------------------------------------------------------------------------
-            lr = set_lr(run.optimizer, config.optim, index)
-            losses = run.step(batch.to(device), index)
-            meter.add(index, losses, batch)
-            done = index + 1
-            # ---- what follows a step, now and then ------------------------------------------------------
-            last = done == config.optim.steps
-            if done % config.run.log_every == 0 or last:
-                record = meter.summary(done, lr)
-                if tracker:
-                    tracker.log("train", done, record)
-                    log.info(meter.line(done, record))
-            scored = done % config.eval.every == 0 or last
-            if scored or done % config.run.checkpoint_every == 0:
-                meter.check()  # a checkpoint after a bad step could never be resumed
-                with meter.paused():
-                    if scored:
-                        run.evaluate(tracker)
-                    run.save(scored)
-                    if tracker:
-                        tracker.flush()
-    finally:
-        loader.close()
-        if tracker:
-            tracker.close()
-    return run.progress
+    """Trains from the host's newest checkpoint, or from the start, to the last step; see `Session`."""
+    return Session(config, host).train()
 
 
-@dataclass
-class _Run:
-    """What one attempt holds: method, optimiser, progress."""
+class Session:
+    """One attempt of a run on one rank: data, method, optimiser, progress."""
 
-    config: Config
-    host: Host
-    world: World
-    device: torch.device
-    dataset: Dataset
-    split: Split
+    def __init__(self, config: Config, host: Host) -> None:
+        """Opens everything and takes up the newest checkpoint; what fails here fails on every rank alike.
 
-    def __post_init__(self) -> None:
-        torch.manual_seed(self.config.seed)  # the same initial weights on every rank and for every number of ranks
-        method = build_method(self.config, len(self.dataset.info.classes))
-        if self.config.model.sync_bn and self.world.size > 1:
-            method = sync_batchnorm(method)
-        assert isinstance(method, Method)
-        self.method = method.to(self.device).train()
-        self.optimizer = build_optimizer(self.method, self.config.optim)
+        Args:
+            config: `data.root` and `out` are set and valid on every worker.
+            host: where this rank runs.
+
+        Raises:
+            UserError: dataset, split, weights or checkpoint cannot be used.
+        """
+        self.config, self.host = config, host
+        self.world, self.device = World.current(), host.device()
+        self.dataset = open_dataset(str(config.data.root))
+        self.split = load_split(self.dataset, config.split, config.data.protocol)
+        torch.manual_seed(config.seed)  # the same initial weights on every rank and for every number of ranks
+        method = build_method(config, len(self.dataset.info.classes)).to(self.device).train()
+        if config.model.sync_bn and self.world.size > 1:
+            sync_batchnorm(method)
+        self.method = method
+        self.optimizer = build_optimizer(method, config.optim)
         self.progress = Progress()
-        self.model: nn.Module = self.method
+        self._restore()
+        self.model: nn.Module = method
         if self.world.size > 1:  # buffers are equal on all ranks by construction; broadcasting a bank would be slow
-            self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
+            self.model = DistributedDataParallel(method, broadcast_buffers=False)
+        self.loader = Loader(
+            config, self.dataset, self.split, method.views, rank=self.world.rank, world=self.world.size,
+            start=self.progress.step, threads=host.threads, reader=host.reader,
+        )  # fmt: skip
+
+    def train(self) -> Progress:
+        """The loop.
+
+        Raises:
+            UserError: too many damaged samples, a damaged shard, or a storage that stays away; on this rank alone.
+            Diverged: a loss is not finite; names the step and its samples; on every rank alike.
+        """
+        config, start = self.config, self.progress.step
+        rank0 = self.world.rank == 0
+        tracker = Tracker(str(config.out), start, tensorboard=config.run.tensorboard) if rank0 else None
+        meter = Meter(config, self.world, self.loader, self.device)
+        try:
+            for index, batch in zip(range(start, config.optim.steps), self.loader, strict=False):
+                # ---- one step ---------------------------------------------------------------------------
+                lr = set_lr(self.optimizer, config.optim, index)
+                losses = self.step(batch.to(self.device), index)
+                meter.add(index, losses, batch)
+                done = index + 1
+                # ---- what follows a step, now and then --------------------------------------------------
+                last = done == config.optim.steps
+                if done % config.run.log_every == 0 or last:
+                    record = meter.summary(done, lr)
+                    if tracker:
+                        tracker.log("train", done, record)
+                        log.info(meter.line(done, record))
+                scored = done % config.eval.every == 0 or last
+                if scored or done % config.run.checkpoint_every == 0:
+                    meter.check()  # a checkpoint after a bad step could never be resumed
+                    with meter.paused():
+                        if scored:
+                            self.evaluate(tracker)
+                        self.save(scored)
+                        if tracker:
+                            tracker.flush()
+        finally:
+            self.loader.close()
+            if tracker:
+                tracker.close()
+        return self.progress
 
     def data(self) -> dict[str, Any]:
         """What the run reads, so that a resume with other data is refused."""
         info = self.dataset.info
         return {"index": info.index_hash, "split": self.split.digest, "classes": list(info.classes)}
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         """Takes up the newest checkpoint, if there is one."""
         uri = self.host.latest()
         if uri is None:

@@ -9,9 +9,10 @@ import ray.train
 import torch
 
 from pipeline.config import Config, build
+from pipeline.errors import UserError
 from pipeline.training.console import send_logs
 from pipeline.training.hosts import RayHost
-from pipeline.training.loop import train
+from pipeline.training.loop import Session
 
 
 def work(values: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
         values: `config` as plain values, and `console`, the driver's queue.
 
     Returns:
-        The progress as plain values.
+        The progress as plain values, or `user_error`: why the run cannot start.
     """
     first = ray.train.get_context().get_world_rank() == 0
     send_logs(values["console"], logging.INFO if first else logging.WARNING)
@@ -29,4 +30,8 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
     assert config.out is not None
     cpus = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)))
     torch.set_num_threads(cpus)
-    return asdict(train(config, RayHost(config.out, threads=max(1, cpus - 1))))
+    try:
+        session = Session(config, RayHost(config.out, threads=max(1, cpus - 1)))
+    except UserError as error:  # on every rank alike: starting the workers anew would not help
+        return {"user_error": str(error)}
+    return asdict(session.train())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from PIL import Image
 from pipeline import checkpoint, cli, storage
 from pipeline.checkpoint import Progress
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.inference.restore import score
 from pipeline.methods import OPTIONS
 from pipeline.training.hosts import PlainHost
@@ -111,6 +113,23 @@ class TestWorkers:
         first = launch(config)
         assert launch(config) == first
         assert "is finished" in capsys.readouterr().out
+
+    def test_mistakes_that_only_workers_see(self, shapes: str, tmp_path: Path) -> None:
+        weights = tmp_path / "weights.pth"
+        torch.save({"features.0.0.weight": torch.zeros(1)}, weights)
+        flags = ["--optim.steps", "4", "--method", "suponly", "--run.max_failures", "0"]
+        wrong = ["--model.backbone", "mobilenet_v2", "--model.weights", str(weights), "--out", str(tmp_path / "a")]
+        with pytest.raises(UserError, match=r"weights\.pth.*mobilenet_v2"):
+            launch(configured(*flags, "--data", shapes, *wrong))
+
+        damaged = tmp_path / "damaged"
+        shutil.copytree(shapes, damaged)
+        for shard in (damaged / "shards").glob("train-*"):
+            data = bytearray(shard.read_bytes())
+            data[1000 : len(data) // 2 : 500] = bytes(len(range(1000, len(data) // 2, 500)))
+            shard.write_bytes(data)
+        with pytest.raises(UserError, match=r"train-\d+\.parquet.*damaged"):
+            launch(configured(*flags, "--data", str(damaged), "--out", str(tmp_path / "b")))
 
 
 def _registered(run: str) -> bool:

@@ -28,7 +28,7 @@ def test_split_by_flag_and_by_unquoted_yaml(tmp_path):
 def test_defaults_then_preset_then_file_then_flags(tmp_path):
     file = _file(tmp_path, "optim:\n  lr: 0.5\n  power: 0.7\nu2pl:\n  lambda_c: 0.3\n")
     config = _parse("--preset", "demo", "--config", file, "--optim.lr", "0.25")
-    assert config.run.log_every == Config().run.log_every
+    assert config.model.dropout == Config().model.dropout
     assert config.model.backbone == "tiny"
     assert config.methods["u2pl"]["anchors"] == 64
     assert config.optim.power == 0.7

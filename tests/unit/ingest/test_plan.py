@@ -62,7 +62,10 @@ def test_order_changes_with_seed_and_epoch():
     assert rows(0) == rows(0)
     assert rows(0) != rows(1)
     epochs = [[name for epoch, name in rows(0) if epoch == number] for number in range(3)]
-    assert epochs[0] != epochs[1] != epochs[2]
+    groups = [[name.partition(".")[0] for name in epoch[::8]] for epoch in epochs]
+    assert groups[0] != groups[1] != groups[2]
+    rows_of = [[name for name in epoch if name.startswith("0.")] for epoch in epochs]
+    assert rows_of[0] != rows_of[1] != rows_of[2]
     assert epochs[0][:8] != sorted(epochs[0][:8])
 
 

@@ -9,7 +9,8 @@ SIZES = [(60, 80), (31, 17), (64, 64), (200, 50)]
 
 
 def _cut(config: DataConfig, image: np.ndarray, mask: np.ndarray, seed: int):
-    window = draw_window(*mask.shape, config, generator("views", seed))
+    height, width = mask.shape
+    window = draw_window(height, width, config, generator("views", seed))
     out, labels = np.empty((3, *config.crop), np.uint8), np.empty(config.crop, np.uint8)
     cut_image(image, window, out)
     cut_mask(mask, window, labels)

@@ -4,10 +4,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.batch import Batch
 from pipeline.methods.u2pl import U2PL
-from pipeline.models import upsample
+from pipeline.models import Prediction, upsample
 from pipeline.ops.mixing import cutmix_masks
 from tests.unit.methods.conftest import CLASSES, SIZE, batch, step, train_step
 
@@ -82,18 +83,28 @@ def test_pseudo_labels_are_the_evaluating_teachers_on_clean_images(build):
     assert all(torch.equal(value, before[name]) for name, value in method.teacher.named_buffers())
 
 
+class _ByBrightness(nn.Module):
+    """A teacher that knows the class of each pixel: the images' brightness is in steps of 40."""
+
+    def forward(self, image: torch.Tensor) -> Prediction:
+        label = (image[:, 0].long() // 40).clamp_max(CLASSES - 1)
+        return Prediction(nn.functional.one_hot(label, CLASSES).movedim(-1, 1).float(), None, None)
+
+
 def test_cutmix_moves_image_and_label_together(build):
-    """Label and validity go with the pixels: the red channel is made to carry both."""
+    """Validity too: what is ignored stays with its pixels."""
     method = cast("U2PL", build("u2pl", cutmix=1.0))
+    method.teacher = _ByBrightness()  # type: ignore[assignment]
     unlabeled = batch(4, seed=9).unlabeled
     assert unlabeled is not None
-    clean = cast("U2PL", build("u2pl", cutmix=0.0))._teach(unlabeled, step(4))
+    unlabeled.valid[::2, :, 3:9] = False
+    clean = (unlabeled.image[:, 0].long() // 40).clamp_max(CLASSES - 1).masked_fill(~unlabeled.valid, 255)
     mixed = method._teach(unlabeled, step(4))
     box = cutmix_masks(step(4).uniform_per_image("cutmix", (4, 3), torch.device("cpu")), (SIZE, SIZE))
     partner = torch.tensor([1, 0, 3, 2])
-    assert torch.equal(mixed.label, torch.where(box, clean.label[partner], clean.label))
+    assert torch.equal(mixed.label, torch.where(box, clean[partner], clean))
     assert torch.equal(mixed.images, torch.where(box[:, None], unlabeled.image[partner], unlabeled.image))
-    assert box.any()
+    assert not torch.equal(mixed.label, clean)
 
 
 def test_cutmix_probability(build):

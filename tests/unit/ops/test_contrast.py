@@ -150,6 +150,16 @@ def test_contrastive_loss_with_absent_classes(labels):
     assert torch.equal(count, sets.anchor.sum(1))
 
 
+def test_a_class_without_anchors_adds_nothing_but_counts():
+    """The teacher doubts all pixels of class 3, so it is present (a prototype) and has no anchor."""
+    pixels, bank = _pixels(), MemoryBank([10] * C, D)
+    pixels.probability[:, 3] = 0.01
+    loss, count, sets, draws = _whole(pixels, bank)
+    assert (count == 0).tolist() == [False, False, False, True, False]
+    assert sets.positive[3].any()
+    torch.testing.assert_close(loss, _expected(pixels, sets, draws, bank))
+
+
 def test_new_keys_are_pushed_before_the_draw_and_are_the_teachers():
     pixels, bank = _pixels(), MemoryBank([300] * C, D)
     _, _, sets, _ = _whole(pixels, bank)

@@ -93,9 +93,9 @@ def test_a_bad_step_is_named_and_never_becomes_a_checkpoint(shapes, tmp_path, mo
     config = _config(shapes, tmp_path, run={"log_every": 100, "checkpoint_every": 1})
     with pytest.raises(Diverged, match=r"not finite at step 2; this rank's samples: shape_\d+, shape_\d+$"):
         _train(config)
-    newest = checkpoint.newest(str(tmp_path))
-    assert newest == f"{tmp_path}/{checkpoint.name(2)}"
-    state = checkpoint.read_state(newest)["method"]
+    place = f"{tmp_path}/{checkpoint.name(2)}"
+    assert checkpoint.newest(str(tmp_path)) == place
+    state = checkpoint.read_state(place)["method"]
     assert all(value.isfinite().all() for value in state.values())
 
 
