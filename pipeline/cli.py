@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from pipeline import config as configs
 from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 
 _SHORT = {"data.root": ["--data"]}
 """Flags that have a short form beside their dotted name."""
@@ -53,9 +53,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
         code = 0
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does

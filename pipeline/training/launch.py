@@ -1,19 +1,19 @@
 """From a config to a finished run on Ray Train: checks first, then workers, then the result."""
 
 import json
-import math
 from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline import checkpoint, cli, cluster, storage
 from pipeline.checkpoint import Progress
-from pipeline.config import Config, as_dict, identity, read_file, suggest, to_yaml
+from pipeline.config import Config, as_dict, identity, read_file, to_yaml
 from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.datasets.shapes import prepare_shapes
 from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
+from pipeline.training.meter import Diverged
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -38,6 +38,7 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
     dataset = open_dataset(config.data.root)
     split = load_split(dataset, config.split, config.data.protocol)
     check_batch(config, split)
+    check_val(dataset)
     check_weights(config)
     _claim(config, fresh)
     done = storage.join(config.out, SUMMARY_FILE)
@@ -93,6 +94,16 @@ def check_batch(config: Config, split: Split) -> None:
         )
 
 
+def check_val(dataset: Dataset) -> None:
+    """Whether there is something to score on.
+
+    Raises:
+        UserError: there is not.
+    """
+    if not dataset.info.counts.get("val"):
+        raise UserError(f"{dataset.root}: no validation images; prepare the dataset with a val list")
+
+
 def check_weights(config: Config) -> None:
     """Whether a file of weights is there.
 
@@ -108,7 +119,7 @@ def _claim(config: Config, fresh: bool) -> None:
     """Makes the run directory this run's: writes its config, or compares it with the one that is there."""
     assert config.out is not None
     uri = storage.join(config.out, CONFIG_FILE)
-    if fresh:
+    if fresh and storage.exists(uri):  # nothing but a run is ever deleted
         storage.delete(config.out)
     storage.check_writable(config.out)
     if storage.exists(uri):
@@ -121,7 +132,7 @@ def _claim(config: Config, fresh: bool) -> None:
 
 def _difference(before: dict[str, Any], after: dict[str, Any], path: str = "") -> str:
     """The first key in which two configs differ, or an empty string."""
-    for key in before.keys() | after.keys():
+    for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             inner = _difference(old, new, f"{path}{key}.")
@@ -132,24 +143,32 @@ def _difference(before: dict[str, Any], after: dict[str, Any], path: str = "") -
     return ""
 
 
+def allowed_workers(config: Config) -> list[int]:
+    """Numbers of workers among which the batch divides; more than one need whole pairs of unlabeled images.
+
+    Mixing swaps boxes within pairs: cutting one would change what is trained.
+    """
+    optim = config.optim
+    pairs = optim.batch_unlabeled / 2 if METHODS[config.method].views.unlabeled else optim.batch_labeled
+    shared = [n for n in range(2, optim.batch_labeled + 1) if optim.batch_labeled % n == 0 and pairs % n == 0]
+    return [1, *shared]
+
+
 def worker_count(config: Config) -> int:
     """Workers that share the global batch equally.
 
     Raises:
         UserError: the asked number does not divide the batch, or the cluster has not so many GPUs.
     """
-    sizes = [config.optim.batch_labeled]
-    if METHODS[config.method].views.unlabeled:
-        sizes.append(config.optim.batch_unlabeled)
-    allowed = [n for n in range(1, min(sizes) + 1) if math.gcd(*sizes) % n == 0]
+    allowed = allowed_workers(config)
     cpus, gpus = cluster.cpus_and_gpus()
     if config.run.workers == 0:
         limit = int(gpus) or min(2, max(1, int(cpus)))
         return max(n for n in allowed if n <= limit)
     if config.run.workers not in allowed:
         raise UserError(
-            f"run.workers {config.run.workers} does not divide the batch of {' + '.join(map(str, sizes))} images"
-            f"{suggest('', [str(n) for n in allowed])}"
+            f"run.workers {config.run.workers} does not share the batch equally (unlabeled images in pairs)"
+            f"; choose from {', '.join(map(str, allowed))}"
         )
     if 0 < gpus < config.run.workers:
         raise UserError(f"run.workers {config.run.workers}: the cluster has {int(gpus)} GPUs")
@@ -211,6 +230,8 @@ def _fit(config: Config, workers: int) -> dict[str, Any]:
             raise
     if "user_error" in result:
         raise UserError(result["user_error"])
+    if "diverged" in result:
+        raise Diverged(f"{result['diverged']}; the last checkpoint before it is in {config.out}")
     return result
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.config import Config
+from pipeline.errors import RunError
 from pipeline.ingest.loader import Loader
 from pipeline.methods import Losses
 from pipeline.ops.world import World
@@ -19,7 +20,7 @@ _NEVER = 1 << 62
 """Step of the first bad loss while there is none."""
 
 
-class Diverged(RuntimeError):
+class Diverged(RunError):
     """A loss is no longer finite."""
 
 

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.training.console import send_logs
 from pipeline.training.hosts import RayHost
 from pipeline.training.loop import Session
+from pipeline.training.meter import Diverged
 
 
 def work(values: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
         values: `config` as plain values, and `console`, the driver's queue.
 
     Returns:
-        The progress as plain values, or `user_error`: why the run cannot start.
+        The progress as plain values, or why the run could not start (`user_error`) or not go on (`diverged`).
     """
     first = ray.train.get_context().get_world_rank() == 0
     send_logs(values["console"], logging.INFO if first else logging.WARNING)
@@ -32,6 +33,9 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(cpus)
     try:
         session = Session(config, RayHost(config.out, threads=max(1, cpus - 1)))
-    except UserError as error:  # on every rank alike: starting the workers anew would not help
+    except UserError as error:  # like `Diverged`, on every rank alike: starting the workers anew would not help
         return {"user_error": str(error)}
-    return asdict(session.train())
+    try:
+        return asdict(session.train())
+    except Diverged as error:
+        return {"diverged": str(error)}

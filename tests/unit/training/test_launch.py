@@ -1,0 +1,78 @@
+"""What the launcher decides before any worker starts."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.methods import OPTIONS
+from pipeline.training import launch
+
+
+def _config(*flags: str) -> Config:
+    return cli.parse_config(["--preset", "demo", *flags], "", OPTIONS)[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "labeled", "unlabeled", "allowed"),
+    [
+        ("suponly", 4, 7, [1, 2, 4]),
+        ("u2pl", 4, 8, [1, 2, 4]),
+        ("u2pl", 4, 4, [1, 2]),  # four workers would cut the CutMix pairs
+        ("u2pl", 4, 6, [1]),
+        ("u2pl", 16, 16, [1, 2, 4, 8]),
+        ("u2pl", 3, 5, [1]),
+    ],
+)
+def test_workers_share_the_batch(method: str, labeled: int, unlabeled: int, allowed: list[int]) -> None:
+    sizes = ("--optim.batch_labeled", str(labeled), "--optim.batch_unlabeled", str(unlabeled))
+    assert launch.allowed_workers(_config("--method", method, *sizes)) == allowed
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpus", "gpus", "count"),
+    [(0, 2, 0, 2), (0, 1, 0, 1), (0, 64, 0, 2), (0, 64, 3, 2), (0, 64, 8, 4), (4, 2, 0, 4)],
+)
+def test_worker_count(monkeypatch: pytest.MonkeyPatch, asked: int, cpus: float, gpus: float, count: int) -> None:
+    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (cpus, gpus))
+    assert launch.worker_count(_config("--run.workers", str(asked))) == count
+
+
+@pytest.mark.parametrize(("asked", "gpus", "named"), [(3, 0, "1, 2, 4"), (4, 2, "2 GPUs")])
+def test_impossible_worker_counts(monkeypatch: pytest.MonkeyPatch, asked: int, gpus: float, named: str) -> None:
+    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (8.0, gpus))
+    with pytest.raises(UserError, match=named):
+        launch.worker_count(_config("--run.workers", str(asked)))
+
+
+def test_fresh_deletes_runs_and_nothing_else(tmp_path: Path) -> None:
+    photo, config = tmp_path / "photo.jpg", _config("--out", str(tmp_path))
+    photo.write_bytes(b"precious")
+    launch._claim(config, fresh=True)
+    assert photo.exists()
+    assert (tmp_path / "config.yaml").exists()
+    launch._claim(config, fresh=True)  # now it is a run
+    assert not photo.exists()
+
+
+def test_a_run_directory_keeps_its_settings(tmp_path: Path) -> None:
+    config = _config("--out", str(tmp_path))
+    launch._claim(config, fresh=False)
+    machines = dataclasses.replace(config, run=dataclasses.replace(config.run, workers=4, log_every=7))
+    launch._claim(machines, fresh=False)  # other machines are no other run
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
+    with pytest.raises(UserError, match=r"optim\.lr 0\.003 instead of 0\.5"):
+        launch._claim(other, fresh=False)
+
+
+def test_a_dataset_without_val_is_refused(shapes: str) -> None:
+    from pipeline.datasets.format import open_dataset
+
+    dataset = open_dataset(shapes)
+    launch.check_val(dataset)
+    empty = dataclasses.replace(dataset, info=dataclasses.replace(dataset.info, counts={"train": 400, "val": 0}))
+    with pytest.raises(UserError, match="no validation images"):
+        launch.check_val(empty)
