@@ -75,7 +75,7 @@ def test_parallel_run(tree, tmp_path, capfd):
     info = prepare(read_folder(tree), root, name="tiny", facts=FACTS)
     check(root, tree)
     assert len([shard for shard in info.shards if "train" in shard]) == 8
-    assert "prepare: 10 of 10 shards" in capfd.readouterr().err
+    assert "prepare: 10 of 10 shards" in capfd.readouterr().out
     ids = open_dataset(root).index["id"].to_pylist()
     assert ids[:TRAIN] != sorted(ids[:TRAIN]), "rows are shuffled"
     assert not storage.list_files(f"{root}/parts")
