@@ -93,6 +93,11 @@ def name(step: int) -> str:
     return f"step_{step:07d}"
 
 
+def is_name(folder: str) -> bool:
+    """Whether a folder's name is one that `name` gives."""
+    return re.fullmatch(r"step_\d{7,}", folder) is not None
+
+
 def newest(run: str) -> str | None:
     """URI of the whole checkpoint with the highest step in a run directory, or None."""
     found = [re.fullmatch(rf"(step_(\d+))/{META_FILE}", file) for file in storage.list_files(run)]

@@ -119,7 +119,8 @@ def resolve(values: Mapping[str, Any], options: Mapping[str, type]) -> Config:
     values = dict(values)
     given = {name: _section(values.pop(name, None), name) for name in options}
     stored = _section(values.pop("methods", None), "methods")
-    unknown = [name for name in [values.get("method", Config.method), *stored] if name not in options]
+    named = str(values.get("method", Config.method))
+    unknown = [name for name in [named, *stored] if name not in options]
     if unknown:
         raise UserError(f"unknown method {unknown[0]!r}{configs.suggest(str(unknown[0]), sorted(options))}")
     near = [name for name in values if name not in {f.name for f in dataclasses.fields(Config)}]

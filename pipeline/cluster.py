@@ -7,6 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 _CURRENT_CLUSTER = "ray/ray_current_cluster"
 
 
@@ -23,7 +25,15 @@ def connect() -> None:
 
     if not ray.is_initialized():
         options = {"address": "local", "include_dashboard": False} if private else {}
-        ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
+        try:
+            ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
+        except (ConnectionError, RuntimeError) as error:
+            if private:
+                raise
+            raise UserError(
+                "the Ray cluster noted on this machine cannot be joined: start its head again or end it with "
+                "`ray stop`, and export the RAY_AUTH_MODE that it was started with"
+            ) from error
 
 
 def cpus_and_gpus() -> tuple[float, float]:
@@ -32,6 +42,13 @@ def cpus_and_gpus() -> tuple[float, float]:
 
     resources = ray.cluster_resources()
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+
+
+def nodes() -> int:
+    """How many nodes the connected cluster has."""
+    import ray
+
+    return sum(1 for node in ray.nodes() if node["Alive"])
 
 
 def default_root() -> Path:

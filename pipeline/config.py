@@ -6,7 +6,6 @@ a run is resumed; the others make the result what it is.
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import types
@@ -20,7 +19,6 @@ import yaml
 from pipeline import storage
 from pipeline.errors import UserError
 
-SPLITS = ("1_16", "1_8", "1_4", "1_2", "full")
 MAX_YAML_BYTES = 1 << 20
 
 
@@ -54,7 +52,7 @@ class DataConfig:
     """Which images, and how they are cut into training views."""
 
     root: str | None = None
-    """Prepared dataset: a local path or s3://bucket/prefix. None: the generated demo set, made on first use."""
+    """Prepared dataset: a local path or s3://bucket/prefix; `generated`: the demo set, made on first use."""
     protocol: str | None = None
     """Which split lists of the dataset (splits/PROTOCOL/SPLIT). None: the dataset's own default."""
     crop: tuple[int, int] = (513, 513)
@@ -86,8 +84,6 @@ class ModelConfig:
     """Channels of the representation head (contrastive methods)."""
     dropout: float = 0.1
     """Channel dropout in the decoder's heads."""
-    sync_bn: bool = True
-    """Batch statistics over all workers: results do not depend on their number."""
 
     def __post_init__(self) -> None:
         require_positive("model", self, "width", "feature_dim")
@@ -376,8 +372,3 @@ def identity(config: Config) -> dict[str, Any]:
     """What makes the result what it is: everything but the place and the machines."""
     values = as_dict(config)
     return {key: value for key, value in values.items() if key not in ("out", "run")}
-
-
-def digest(config: Config) -> str:
-    """Short hash of `identity`."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]

@@ -32,6 +32,7 @@ _BRIEF = (
 """In the text of pyarrow's S3 errors that pass by themselves."""
 
 _HINTS = (
+    (("is a directory", "Is a directory"), "is a folder, where a file is expected"),
     (
         (
             "ACCESS_DENIED",
@@ -124,6 +125,8 @@ def translated(uri: str) -> Iterator[None]:
         raise UserError(f"{uri}: not found; check the path and, for S3, AWS_ENDPOINT_URL") from error
     except PermissionError as error:
         raise UserError(f"{uri}: permission denied") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{uri}: a file is in the way of a folder; choose another place") from error
     except OSError as error:
         for marks, hint in _HINTS:
             if any(mark in str(error) for mark in marks):

@@ -19,6 +19,8 @@ Reader = Callable[[Iterable[Unit]], Iterator[tuple[Unit, pa.Table]]]
 ITEM_BYTES = 24 << 20
 """Encoded bytes that one Ray task reads: an item costs about 60 ms of CPU whatever its size."""
 ITEM_ROWS = 512
+READ_CPUS = 0.25
+"""CPUs that a read task reserves: it mostly waits."""
 SEGMENT_ITEMS = 4
 """Items per Ray Data execution; two segments are held in the object store at a time."""
 
@@ -85,7 +87,7 @@ def _execute(segment: list[list[Unit]]) -> tuple[list[list[Unit]], list[pa.Table
         for item in segment
     ]
     dataset = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
-        _read_item, batch_size=None, num_cpus=0.25
+        _read_item, batch_size=None, num_cpus=READ_CPUS
     )
     blocks: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     return segment, list(blocks)

@@ -140,7 +140,8 @@ class U2PL(Method):
         assert student.features is not None
         assert teacher.features is not None
         count, size = len(truth), (truth.shape[-2], truth.shape[-1])
-        alpha = torch.tensor(unreliable_share(step.index, step.total, options.alpha_0), device=truth.device)
+        share = unreliable_share(step.index, step.total, options.alpha_0)
+        alpha = torch.full((), share, device=truth.device)  # a copy of a host tensor would wait for the device
         values = entropy(upsample(teacher.logits[count:].float(), size))
         parts = partition(values, pseudo_label, alpha, world)
         kept = pseudo_label.masked_fill(~parts.reliable, IGNORE)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint, cli, cluster, storage
@@ -11,12 +12,24 @@ from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.datasets.shapes import prepare_shapes
 from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
+from pipeline.ingest.readers import READ_CPUS
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
 from pipeline.training.meter import Diverged
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+GENERATED = "generated"
+"""Value of `data.root` that stands for the demo set."""
+RUN_FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "tensorboard",
+    "checkpoint_manager_snapshot.json",
+    ".validate_storage_marker",
+}
+"""What a run leaves beside its checkpoints."""
 BUILT_IN_WEIGHTS = ("none", "torchvision")
 """Values of `model.weights` that are no place."""
 
@@ -49,6 +62,7 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
         cluster.connect()
         workers = worker_count(config)
         _announce(config, dataset, split, workers)
+        _warn_of_local_places(config)
         progress = Progress.from_dict(_fit(config, workers))
         storage.write_bytes(done, json.dumps(asdict(progress), indent=1).encode())
     _print_result(config, dataset, progress)
@@ -59,9 +73,13 @@ def _placed(config: Config) -> Config:
     """The config with absolute places for data and results, valid on every worker."""
     root = config.data.root
     if root is None:
+        raise UserError("no dataset named: pass --data PATH or s3://bucket/prefix (only --preset demo makes its own)")
+    if root == GENERATED:
         root = str(cluster.default_root() / "data" / "shapes")
         prepare_shapes(root)
-    out = config.out or str(cluster.default_root() / "runs" / default_name(config, root))
+    out = config.out or f"runs/{default_name(config, root)}"
+    if storage.is_local(out):
+        out = str(cluster.default_root() / Path(out.removeprefix("file://")).expanduser())
     data = replace(config.data, root=storage.absolute(root))
     weights = config.model.weights
     model = (
@@ -119,8 +137,10 @@ def _claim(config: Config, fresh: bool) -> None:
     """Makes the run directory this run's: writes its config, or compares it with the one that is there."""
     assert config.out is not None
     uri = storage.join(config.out, CONFIG_FILE)
-    if fresh and storage.exists(uri):  # nothing but a run is ever deleted
-        storage.delete(config.out)
+    if fresh:  # nothing but what a run writes is ever deleted
+        for name in {file.split("/")[0] for file in storage.list_files(config.out)}:
+            if name in RUN_FILES or checkpoint.is_name(name):
+                storage.delete(storage.join(config.out, name))
     storage.check_writable(config.out)
     if storage.exists(uri):
         before = identity(cli.resolve(read_file(uri), OPTIONS))
@@ -188,6 +208,32 @@ def _announce(config: Config, dataset: Dataset, split: Split, workers: int) -> N
     )
 
 
+def _warn_of_local_places(config: Config) -> None:
+    """Says which places other nodes may not see."""
+    places = [config.data.root, config.out, config.model.weights]
+    local = [place for place in places if place and place not in BUILT_IN_WEIGHTS and storage.is_local(place)]
+    if cluster.nodes() > 1 and local:
+        print(f"warning: {', '.join(local)}: must be on a disk that all {cluster.nodes()} nodes share; else use s3://")
+
+
+def worker_cpus(config: Config, workers: int) -> float:
+    """CPUs to reserve per worker, so that some are left for reading through Ray Data.
+
+    Raises:
+        UserError: none would be left: the unlabeled stream would wait for ever.
+    """
+    cpus, gpus = cluster.cpus_and_gpus()
+    spare = READ_CPUS if METHODS[config.method].views.unlabeled else 0.0
+    room = (cpus - spare) / workers
+    wanted = config.run.cpus_per_worker or (min(4.0, room) if gpus else 0.5)
+    if wanted > room or wanted <= 0:
+        raise UserError(
+            f"{workers} workers with {wanted:g} CPUs each leave none for reading on a cluster of {cpus:g} CPUs: "
+            "lower run.workers or run.cpus_per_worker"
+        )
+    return wanted
+
+
 def _fit(config: Config, workers: int) -> dict[str, Any]:
     """Runs the workers under Ray Train; returns rank 0's progress."""
     import ray.train
@@ -199,7 +245,7 @@ def _fit(config: Config, workers: int) -> dict[str, Any]:
 
     assert config.out is not None
     gpu = cluster.cpus_and_gpus()[1] > 0
-    cpus = config.run.cpus_per_worker or (4.0 if gpu else 0.5)
+    cpus = worker_cpus(config, workers)
     filesystem, path = storage.resolve(config.out)
     parent, _, name = path.rpartition("/")
     with relayed() as console:

@@ -39,7 +39,7 @@ class Session:
     """One attempt of a run on one rank: data, method, optimiser, progress."""
 
     def __init__(self, config: Config, host: Host) -> None:
-        """Opens everything and takes up the newest checkpoint; what fails here fails on every rank alike.
+        """Opens everything and takes up the newest checkpoint; no rank waits for another here.
 
         Args:
             config: `data.root` and `out` are set and valid on every worker.
@@ -54,15 +54,13 @@ class Session:
         self.split = load_split(self.dataset, config.split, config.data.protocol)
         torch.manual_seed(config.seed)  # the same initial weights on every rank and for every number of ranks
         method = build_method(config, len(self.dataset.info.classes)).to(self.device).train()
-        if config.model.sync_bn and self.world.size > 1:
+        if self.world.size > 1:
             sync_batchnorm(method)
         self.method = method
         self.optimizer = build_optimizer(method, config.optim)
         self.progress = Progress()
         self._restore()
         self.model: nn.Module = method
-        if self.world.size > 1:  # buffers are equal on all ranks by construction; broadcasting a bank would be slow
-            self.model = DistributedDataParallel(method, broadcast_buffers=False)
         self.loader = Loader(
             config, self.dataset, self.split, method.views, rank=self.world.rank, world=self.world.size,
             start=self.progress.step, threads=host.threads, reader=host.reader,
@@ -76,6 +74,8 @@ class Session:
             Diverged: a loss is not finite; names the step and its samples; on every rank alike.
         """
         config, start = self.config, self.progress.step
+        if self.world.size > 1:  # buffers are equal on all ranks by construction; broadcasting a bank would be slow
+            self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
         rank0 = self.world.rank == 0
         tracker = Tracker(str(config.out), start, tensorboard=config.run.tensorboard) if rank0 else None
         meter = Meter(config, self.world, self.loader, self.device)

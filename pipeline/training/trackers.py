@@ -38,7 +38,8 @@ class Tracker:
 
     def flush(self) -> None:
         """Makes all records durable. The file is replaced as a whole: object stores cannot append."""
-        storage.write_bytes(self._uri, "".join(f"{line}\n" for line in self._lines).encode())
+        text = "".join(f"{line}\n" for line in self._lines).encode()
+        storage.retried(lambda: storage.write_bytes(self._uri, text))
         if self._events:
             self._events.flush()
         self._flushed = time.monotonic()

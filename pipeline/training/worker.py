@@ -7,6 +7,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 
 from pipeline.config import Config, build
 from pipeline.errors import UserError
@@ -31,11 +32,24 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
     assert config.out is not None
     cpus = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)))
     torch.set_num_threads(cpus)
+    session, problem = None, ""
     try:
         session = Session(config, RayHost(config.out, threads=max(1, cpus - 1)))
-    except UserError as error:  # like `Diverged`, on every rank alike: starting the workers anew would not help
-        return {"user_error": str(error)}
+    except UserError as error:
+        problem = str(error)
+    problem = _first(problem)
+    if session is None or problem:  # starting the workers anew would not help
+        return {"user_error": problem}
     try:
         return asdict(session.train())
-    except Diverged as error:
+    except Diverged as error:  # on every rank alike
         return {"diverged": str(error)}
+
+
+def _first(problem: str) -> str:
+    """The first problem of any rank, or an empty string; a rank that stopped alone would leave the others waiting."""
+    if not dist.is_initialized():
+        return problem
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")

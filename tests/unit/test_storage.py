@@ -72,7 +72,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 def test_a_write_over_a_folder_leaves_no_file(tmp_path):
     (tmp_path / "folder" / "inner").mkdir(parents=True)
-    with pytest.raises(OSError, match="folder"):
+    with pytest.raises(UserError, match="is a folder"):
         storage.write_bytes(str(tmp_path / "folder"), b"x")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 

@@ -41,6 +41,37 @@ def test_worker_count(monkeypatch: pytest.MonkeyPatch, asked: int, cpus: float, 
     assert launch.worker_count(_config("--run.workers", str(asked))) == count
 
 
+@pytest.mark.parametrize(
+    ("method", "workers", "cpus", "gpus", "share"),
+    [("u2pl", 2, 2, 0, 0.5), ("suponly", 4, 2, 0, 0.5), ("u2pl", 8, 64, 8, 4.0), ("u2pl", 4, 16, 4, 3.9375)],
+)
+def test_workers_leave_cpus_for_reading(
+    monkeypatch: pytest.MonkeyPatch, method: str, workers: int, cpus: float, gpus: float, share: float
+) -> None:
+    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (cpus, gpus))
+    assert launch.worker_cpus(_config("--method", method), workers) == share
+
+
+def test_workers_that_take_every_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (2.0, 0.0))
+    with pytest.raises(UserError, match=r"lower run\.workers"):
+        launch.worker_cpus(_config(), 4)
+
+
+def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    placed = launch._placed(_config("--data", shapes, "--out", "runs/a"))
+    assert placed.out == str(tmp_path / "runs/a")
+    assert launch._placed(_config("--data", shapes)).out == str(tmp_path / "runs/shapes-u2pl-1_2-s0")
+    with pytest.raises(UserError, match="no dataset named"):
+        launch._placed(cli.parse_config(["--preset", "camvid"], "", OPTIONS)[0])
+    job = tmp_path / "working_dir_files" / "package"  # where a submitted job runs; Ray deletes it
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert launch._placed(_config("--data", shapes, "--out", "runs/a")).out == str(tmp_path / "home/u2pl-ray/runs/a")
+
+
 @pytest.mark.parametrize(("asked", "gpus", "named"), [(3, 0, "1, 2, 4"), (4, 2, "2 GPUs")])
 def test_impossible_worker_counts(monkeypatch: pytest.MonkeyPatch, asked: int, gpus: float, named: str) -> None:
     monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (8.0, gpus))
@@ -54,8 +85,11 @@ def test_fresh_deletes_runs_and_nothing_else(tmp_path: Path) -> None:
     launch._claim(config, fresh=True)
     assert photo.exists()
     assert (tmp_path / "config.yaml").exists()
-    launch._claim(config, fresh=True)  # now it is a run
-    assert not photo.exists()
+    (tmp_path / "step_0000300").mkdir()
+    (tmp_path / "step_0000300" / "state.pt").write_bytes(b"old")
+    launch._claim(config, fresh=True)
+    assert photo.exists()
+    assert not (tmp_path / "step_0000300").exists()
 
 
 def test_a_run_directory_keeps_its_settings(tmp_path: Path) -> None:
