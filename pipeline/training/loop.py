@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import checkpoint
+from pipeline import checkpoint, storage
 from pipeline.batch import Batch
 from pipeline.checkpoint import Progress, Score
 from pipeline.config import Config
@@ -50,8 +50,9 @@ class Session:
         """
         self.config, self.host = config, host
         self.world, self.device = World.current(), host.device()
-        self.dataset = open_dataset(str(config.data.root))
-        self.split = load_split(self.dataset, config.split, config.data.protocol)
+        # the driver has read all this, so trouble is brief: it is waited for, as it may be the reason of a restart
+        self.dataset = storage.retried(lambda: open_dataset(str(config.data.root)))
+        self.split = storage.retried(lambda: load_split(self.dataset, config.split, config.data.protocol))
         torch.manual_seed(config.seed)  # the same initial weights on every rank and for every number of ranks
         method = build_method(config, len(self.dataset.info.classes)).to(self.device).train()
         if self.world.size > 1:
@@ -59,7 +60,7 @@ class Session:
         self.method = method
         self.optimizer = build_optimizer(method, config.optim)
         self.progress = Progress()
-        self._restore()
+        storage.retried(self._restore)
         self.model: nn.Module = method
         self.loader = Loader(
             config, self.dataset, self.split, method.views, rank=self.world.rank, world=self.world.size,
