@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import DataConfig
+from pipeline.datasets.format import IGNORE_INDEX as IGNORE
 
-IGNORE = 255
 MEAN_COLOUR = np.array([124, 116, 104], np.uint8)
 """Padding: ImageNet's mean, so it is about 0 after normalisation."""
 

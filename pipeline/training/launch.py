@@ -82,9 +82,7 @@ def _placed(config: Config) -> Config:
         out = str(cluster.default_root() / Path(out.removeprefix("file://")).expanduser())
     data = replace(config.data, root=storage.absolute(root))
     weights = config.model.weights
-    model = (
-        config.model if weights in ("none", "torchvision") else replace(config.model, weights=storage.absolute(weights))
-    )
+    model = config.model if weights in BUILT_IN_WEIGHTS else replace(config.model, weights=storage.absolute(weights))
     return replace(config, data=data, model=model, out=storage.absolute(out))
 
 

@@ -77,12 +77,12 @@ class Meter:
         sums = self._world.sum(torch.stack(list(self._terms.values())).double()) / (self._world.size * self._steps)
         means = dict(zip(self._terms, sums.tolist(), strict=True))
         elapsed = time.perf_counter() - self._began - self._paused
-        batch = self._config.optim.batch_labeled + (self._config.optim.batch_unlabeled if self._two_sided() else 0)
+        images = sum(map(len, self._ids.values())) * self._world.size
         record = {
             "total": sum(means.values()),
             "loss": means,
             "lr": lr,
-            "images_per_second": round(batch * self._steps / elapsed, 2),
+            "images_per_second": round(images / elapsed, 2),
             "stall": round((self._loader.stats.stalled - self._stalled) / elapsed, 3),
             "eta_seconds": round((self._config.optim.steps - step) * elapsed / self._steps, 1),
             "damaged": self._loader.stats.damaged,
@@ -90,9 +90,6 @@ class Meter:
         }
         self._reset()
         return record
-
-    def _two_sided(self) -> bool:
-        return len(next(iter(self._ids.values()))) > self._config.optim.batch_labeled // self._world.size
 
     def line(self, step: int, record: dict[str, Any]) -> str:
         """One interval for people."""
