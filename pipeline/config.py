@@ -156,6 +156,8 @@ class RunConfig:
     """CPUs reserved per worker; 0: 4 beside a GPU, else 0.5 so that Ray Data keeps some."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the losses; auto: on GPUs, and on CPUs from 4 million pixels times classes a step, where it pays."""
     log_every: int = 25
     """Steps between log lines."""
     checkpoint_every: int = 570

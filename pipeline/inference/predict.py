@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models import upsample
 from pipeline.models.network import MEAN_COLOUR
+from pipeline.ops.grid import upsample
 
 
 def whole(model: nn.Module, image: Tensor, scale: float = 1.0) -> Tensor:

@@ -1,6 +1,5 @@
 """The interface between a method and the trainer, and the supervised loss that all methods share."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -10,8 +9,10 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
-from pipeline.models import Prediction, SegmentationModel, build_model, upsample
+from pipeline.models import Prediction, SegmentationModel, build_model
+from pipeline.ops.grid import make_grid, upsample
 from pipeline.ops.losses import cross_entropy, ohem_cross_entropy
+from pipeline.ops.uniform import uniform
 from pipeline.ops.world import World
 
 
@@ -50,9 +51,7 @@ class Step:
         return drawn[self.world.rank * count :][:count]
 
     def _draw(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        digest = hashlib.blake2b(f"{self.seed}/{self.index}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-        return torch.rand(shape, generator=generator, device=device)
+        return uniform(f"{self.seed}/{self.index}/{name}", shape, device)
 
 
 class Predictor(nn.Module):
@@ -122,10 +121,14 @@ class Method(nn.Module, ABC):
         """L_s of the labeled images, 0-dim: cross entropy or OHEM, plus the weighted auxiliary head."""
         if labeled.mask is None:
             raise ValueError("the labeled side of a batch has masks")
-        loss = ohem_cross_entropy if self.config.loss.supervised == "ohem" else cross_entropy
-        size = (labeled.mask.shape[-2], labeled.mask.shape[-1])
-        total = loss(upsample(prediction.logits.float(), size), labeled.mask, world)
+        total = self._supervised(prediction.logits, labeled.mask, world)
         if prediction.aux is not None:
-            aux = loss(upsample(prediction.aux.float(), size), labeled.mask, world)
-            total = total + self.config.loss.aux_weight * aux
+            total = total + self.config.loss.aux_weight * self._supervised(prediction.aux, labeled.mask, world)
         return total
+
+    def _supervised(self, logits: Tensor, mask: Tensor, world: World) -> Tensor:
+        size = (mask.shape[-2], mask.shape[-1])
+        if self.config.loss.supervised == "ohem":
+            return ohem_cross_entropy(upsample(logits.float(), size), mask, world)
+        grid = make_grid(size, (logits.shape[-2], logits.shape[-1]))
+        return cross_entropy(logits, grid.arrange(mask), world, grid)

@@ -1,14 +1,15 @@
-"""U2PL with CutMix (Wang et al., CVPR 2022): unreliable pixels as negative samples.
+"""U2PL (Wang et al., CVPR 2022): unreliable pixels as negative samples.
 
 L = L_s + L_u + lambda_c L_c. The teacher's entropy parts the unlabeled pixels: below gamma_t they carry pseudo-labels
 (L_u), above it they fill class-wise memory banks with negatives for the pixel contrastive loss (L_c). This is the
-method of the paper; where the released code differs from it, `docs/u2pl.md` says what we chose.
+method of the paper; where the released code differs from it, `docs/u2pl.md` says what we chose, and
+`variant: upstream` does as the release does.
 """
 
 import copy
 import logging
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,25 @@ from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config, convert, require_positive, require_share
 from pipeline.errors import UserError
 from pipeline.methods.base import Losses, Method, Step
-from pipeline.models import Prediction, SegmentationModel, upsample
-from pipeline.ops import ema, mixing
+from pipeline.models import Prediction, SegmentationModel
+from pipeline.ops import ema, mixing, upstream
 from pipeline.ops.bank import MemoryBank
-from pipeline.ops.contrast import Draws, Pixels, candidate_sets, contrastive_loss
-from pipeline.ops.entropy import entropy, partition, shrink
-from pipeline.ops.losses import IGNORE, unsupervised_cross_entropy
+from pipeline.ops.contrast import (
+    Candidates,
+    Draws,
+    Pixels,
+    Positives,
+    Rule,
+    averaged,
+    candidates,
+    contrastive_loss,
+    positives,
+)
+from pipeline.ops.entropy import IGNORE, Partition, partition
+from pipeline.ops.grid import Grid, make_grid, shrink
+from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.schedules import ema_decay, unreliable_share
+from pipeline.ops.world import World
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +45,30 @@ log = logging.getLogger(__name__)
 class U2PLOptions:
     """U2PL; the defaults are the release's values for PASCAL VOC, lambda_c is the paper's."""
 
+    variant: Literal["paper", "upstream"] = "paper"
+    """upstream: one-hot, negatives, class pairing, weight, padding and teacher start as in the released code."""
     warmup_steps: int = 570
     """Supervised steps before the teacher starts (release: one epoch on VOC, none on Cityscapes)."""
+    epoch_steps: int = 0
+    """Steps for which alpha_t stays what it is (release: an epoch, 570 on VOC at 1_2); 0: it moves in every step."""
     ema_decay: float = 0.99
     """Largest decay of the EMA teacher."""
+    teacher_passes: Literal[1, 2] = 2
+    """2: labels from clean images, entropy and keys from mixed ones; 1: all from clean ones, mixed like the images."""
+    mix: Literal["cutmix", "classmix", "cutout", "none"] = "cutmix"
+    """Strong augmentation of the unlabeled images."""
+    mix_share: float = 0.5
+    """Probability that a step uses it."""
     alpha_0: float = 0.2
     """Share of unlabeled pixels that is unreliable at step 0; it falls linearly to 0."""
+    thresholds: Literal["global", "rank"] = "global"
+    """Whether the entropy threshold is taken over the pixels of all workers or of each (release)."""
+    loss: Literal["contrastive", "binary"] = "contrastive"
+    """contrastive: L_c, InfoNCE; binary: L_b, our derivation, as the release calls it without defining it."""
     lambda_c: float = 0.1
-    """Weight of the contrastive loss."""
+    """Weight of that loss."""
+    negative_pixels: Literal["unreliable", "reliable", "all"] = "unreliable"
+    """Which unlabeled pixels become negatives (the paper's ablation)."""
     temperature: float = 0.5
     """tau of the contrastive loss."""
     delta_p: float = 0.3
@@ -52,30 +81,65 @@ class U2PLOptions:
     """Anchors per class, step and worker."""
     negatives: int = 50
     """Negatives per anchor."""
+    negative_groups: int = 0
+    """Groups of anchors that share their negatives; 0: each anchor has its own, as in the paper. Fewer are faster on
+    CPUs and noisier (64: +17 % noise of the gradient), with the same expectation."""
     keys: int = 256
     """New keys per class, step and worker at most."""
     queue: int = 30000
     """Capacity of a class's memory bank."""
     queue_background: int = 50000
     """Capacity of class 0's memory bank."""
-    cutmix: float = 0.5
-    """Probability that a step mixes its unlabeled images."""
+    bank_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How keys are stored; bfloat16 halves memory and traffic."""
+    prototype_ema: bool = False
+    """Smooth the positives over the steps (the release's anchor_ema, which it leaves off)."""
 
     def __post_init__(self) -> None:
         sizes = ("temperature", "r_l", "anchors", "negatives", "keys", "queue", "queue_background")
         require_positive("u2pl", self, *sizes)
-        require_share("u2pl", self, "ema_decay", "alpha_0", "delta_p", "cutmix")
+        require_share("u2pl", self, "ema_decay", "alpha_0", "delta_p", "mix_share")
         if self.r_l >= self.r_h:
             raise UserError(f"u2pl.r_l {self.r_l}: must be below u2pl.r_h {self.r_h}")
+        if self.negative_groups < 0 or self.anchors % self.groups:
+            raise UserError(f"u2pl.negative_groups {self.negative_groups}: must divide u2pl.anchors {self.anchors}")
+
+    @property
+    def groups(self) -> int:
+        """Sets of negatives per class."""
+        return self.negative_groups or self.anchors
 
 
-class _Mixed(NamedTuple):
-    """The unlabeled side after CutMix."""
+class _Change(NamedTuple):
+    """What strong augmentation does to the unlabeled batch, in images, labels and whatever else lies on them."""
+
+    mask: Tensor
+    """bool [B,H,W], True where an image loses its own pixels."""
+    partner: Tensor | None
+    """int64 [B], whose pixels come in; None: they are erased."""
+
+    def apply(self, own: Tensor, blank: Tensor | int) -> Tensor:
+        """`own` [B,H,W] or [B,K,H,W] after it; `blank` is what erased pixels become."""
+        if self.partner is not None:
+            return mixing.mix(own, self.mask, self.partner)
+        return torch.where(self.mask if own.dim() == 3 else self.mask.unsqueeze(1), blank, own)
+
+    def apply_small(self, own: Tensor) -> Tensor:
+        """`own` [B,K,h,w] of the network's resolution; what is erased stays, as its label says 255."""
+        if self.partner is None:
+            return own
+        return mixing.mix(own, shrink(self.mask, (own.shape[-2], own.shape[-1])), self.partner)
+
+
+class _Taught(NamedTuple):
+    """What the student is to learn from the unlabeled images."""
 
     images: Tensor
-    """uint8 [B_u,3,H,W], mixed."""
+    """uint8 [B_u,3,H,W], strongly augmented."""
     label: Tensor
-    """int64 [B_u,H,W], pseudo-labels mixed along; 255 where there is no pixel."""
+    """int64 [B_u,H,W], pseudo-labels of them; 255 where there is no pixel."""
+    teacher: Prediction
+    """The teacher's view of labeled and unlabeled images, for entropy, ranks and keys; no gradient."""
 
 
 class U2PL(Method):
@@ -84,13 +148,19 @@ class U2PL(Method):
     Options = U2PLOptions
     views = ViewSpec(unlabeled=True)
 
+    prototypes: Tensor
+    """float32 [C,D], smoothed positives."""
+
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.options: U2PLOptions = _clamped(convert(U2PLOptions, config.methods.get("u2pl", {}), "u2pl"), num_classes)
         self.student = self.build_network(features=True)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         sizes = [self.options.queue_background] + [self.options.queue] * (num_classes - 1)
-        self.bank = MemoryBank(sizes, config.model.feature_dim)
+        dim = config.model.feature_dim
+        self.bank = MemoryBank(sizes, dim, getattr(torch, self.options.bank_dtype))
+        if self.options.prototype_ema:
+            self.register_buffer("prototypes", torch.zeros(num_classes, dim))
 
     def networks(self) -> dict[str, SegmentationModel]:
         """The teacher is the result, as in the release; during warm-up it equals the student."""
@@ -99,6 +169,8 @@ class U2PL(Method):
     def after_step(self, step: Step) -> None:
         """EMA of the parameters; until the end of the warm-up the teacher is the student's copy."""
         decay = ema_decay(step.index, self.options.warmup_steps, self.options.ema_decay)
+        if self.options.variant == "upstream" and step.index < self.options.warmup_steps + self.options.epoch_steps:
+            decay = 0.0  # D8: the release ties the teacher to the student for its whole first epoch
         ema.update(self.teacher, self.student, decay)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
@@ -106,95 +178,176 @@ class U2PL(Method):
         labeled, unlabeled = batch.labeled, batch.unlabeled
         if unlabeled is None or labeled.mask is None:
             raise ValueError("U2PL needs masks of the labeled and images of the unlabeled side")
+        if self.options.variant == "upstream":  # D6: padding is class 0, and pseudo-labels of padding count
+            labeled = replace(labeled, mask=labeled.mask.masked_fill(~labeled.valid, 0))
+            unlabeled = replace(unlabeled, valid=torch.ones_like(unlabeled.valid))
         if step.index < self.options.warmup_steps:
             prediction = self.student(labeled.image)
             untouched = 0.0 * prediction.features.float().sum()  # DDP waits for every parameter's gradient
             return Losses({"supervised": self.supervised(prediction, labeled, step.world) + untouched}, {})
-        mixed = self._teach(unlabeled, step)
-        images = torch.cat([labeled.image, mixed.images])
-        student: Prediction = self.student(images)
-        with torch.no_grad():  # training mode: entropy, ranks and keys come from batch statistics, as in the release
-            teacher: Prediction = self.teacher.train()(images)
-        with torch.autocast(images.device.type, enabled=False):
-            return self._losses(student, teacher, labeled, mixed.label, step)
+        taught = self._teach(labeled, unlabeled, step)
+        student: Prediction = self.student(torch.cat([labeled.image, taught.images]))
+        with torch.autocast(labeled.image.device.type, enabled=False):
+            return self._losses(student, taught, labeled, step)
+
+    # ---- what the teacher says ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _teach(self, unlabeled: Views, step: Step) -> _Mixed:
-        """Pseudo-labels of the clean images by the teacher in evaluation mode (paper eq. 4), then CutMix of both."""
-        size = (unlabeled.image.shape[-2], unlabeled.image.shape[-1])
-        logits = upsample(self.teacher.eval()(unlabeled.image).logits.float(), size)
-        label = logits.argmax(1).masked_fill(~unlabeled.valid, IGNORE)
-        count, device = len(label), label.device
-        draws = step.uniform_per_image("cutmix", (count, 3), device)
-        used = step.uniform_shared("mix", (1,), device) < self.options.cutmix
-        box = mixing.cutmix_masks(draws, size) & used
-        partner = mixing.partners(count, device)
-        return _Mixed(mixing.mix(unlabeled.image, box, partner), mixing.mix(label, box, partner))
+    def _teach(self, labeled: Views, unlabeled: Views, step: Step) -> _Taught:
+        """Pseudo-labels of the clean images (paper eq. 4), strong augmentation, and the teacher's second look.
 
-    def _losses(
-        self, student: Prediction, teacher: Prediction, labeled: Views, pseudo_label: Tensor, step: Step
-    ) -> Losses:
-        options, world = self.options, step.world
-        truth = labeled.mask
+        Labels come from the teacher in evaluation mode; entropy, ranks and keys from batch statistics, as in the
+        release. With one pass, all of it comes from that second look, taken at the clean images.
+        """
+        count, image = len(labeled.image), unlabeled.image
+        look = self._look(labeled.image, image) if self.options.teacher_passes == 1 else None
+        logits = self.teacher.eval()(image).logits if look is None else look.logits[count:]
+        grid = make_grid((image.shape[-2], image.shape[-1]), (logits.shape[-2], logits.shape[-1]))
+        label = grid.label(logits).masked_fill(~unlabeled.valid, IGNORE)
+        change = self._change(label, step)
+        if change is not None:
+            image = change.apply(image, self.student.mean.round().to(image.dtype))  # about 0 after normalisation
+            label = change.apply(label, IGNORE)
+            look = look and _mixed_outputs(look, count, change)
+        return _Taught(image, label, look or self._look(labeled.image, image))
+
+    def _look(self, labeled: Tensor, unlabeled: Tensor) -> Prediction:
+        """The teacher with batch statistics, which also moves its running ones."""
+        return self.teacher.train()(torch.cat([labeled, unlabeled]))
+
+    def _change(self, label: Tensor, step: Step) -> _Change | None:
+        """This step's strong augmentation; on steps without it, its mask is empty."""
+        kind, count, size = self.options.mix, len(label), (label.shape[1], label.shape[2])
+        if kind == "none":
+            return None
+        if kind == "classmix":
+            draws = step.uniform_per_image("classmix", (count, self.num_classes), label.device)
+            mask = mixing.classmix_masks(draws, label)
+        else:
+            mask = mixing.cutmix_masks(step.uniform_per_image("cutmix", (count, 3), label.device), size)
+        used = step.uniform_shared("mix", (1,), label.device) < self.options.mix_share
+        return _Change(mask & used, None if kind == "cutout" else mixing.partners(count, label.device))
+
+    # ---- the losses ---------------------------------------------------------------------------------------------
+
+    def _losses(self, student: Prediction, taught: _Taught, labeled: Views, step: Step) -> Losses:
+        options, truth, count = self.options, labeled.mask, len(labeled.image)
         assert truth is not None
-        assert student.features is not None
-        assert teacher.features is not None
-        count, size = len(truth), (truth.shape[-2], truth.shape[-1])
-        share = unreliable_share(step.index, step.total, options.alpha_0)
-        alpha = torch.full((), share, device=truth.device)  # a copy of a host tensor would wait for the device
-        values = entropy(upsample(teacher.logits[count:].float(), size))
-        parts = partition(values, pseudo_label, alpha, world)
-        kept = pseudo_label.masked_fill(~parts.reliable, IGNORE)
-        unsupervised = unsupervised_cross_entropy(upsample(student.logits[count:].float(), size), kept, world)
+        size, small = (truth.shape[-2], truth.shape[-1]), (student.logits.shape[-2], student.logits.shape[-1])
+        grid = make_grid(size, small)
+        alpha = torch.full((), self._alpha(step), device=truth.device)  # a copy of a host tensor would wait
+        label = grid.arrange(taught.label)
+        values = grid.entropy(taught.teacher.logits[count:])
+        among = step.world if options.thresholds == "global" else World()
+        parts = partition(values, label != IGNORE, alpha, among)
+        kept = torch.where(parts.reliable, label, IGNORE)
+        unsupervised = unsupervised_cross_entropy(student.logits[count:], kept, step.world, grid)
 
-        small = (student.features.shape[-2], student.features.shape[-1])
-        known = truth != IGNORE
-        pixels = Pixels(
-            student=student.features,
-            teacher=teacher.features,
-            probability=teacher.logits.float().softmax(1),
-            label=shrink(torch.cat([truth, pseudo_label]), small),
-            reliable=shrink(torch.cat([known, parts.reliable]), small),
-            unreliable=shrink(torch.cat([known, parts.unreliable]), small),
-            labeled=torch.arange(count + len(pseudo_label), device=truth.device) < count,
+        anchors = parts.reliable
+        if options.variant == "upstream":
+            anchors = upstream.surest(values, label != IGNORE, alpha, among)
+        pixels = self._pixels(student, taught, truth, grid, anchors, self._negative_pixels(parts, label))
+        draws = self._draws(step, truth.device)
+        found, positive = self._candidates(pixels, draws, step)
+        contrastive = contrastive_loss(
+            pixels, found, positive, self.bank, draws, options.temperature, step.world, binary=options.loss == "binary"
         )
-        sets = candidate_sets(pixels, options.delta_p, options.r_l, options.r_h)
-        contrastive, anchors = contrastive_loss(
-            pixels, sets, self.bank, self._draws(step, truth.device), options.temperature, world
-        )
-        supervised = self.supervised(
-            Prediction(student.logits[:count], None, None if student.aux is None else student.aux[:count]),
-            labeled,
-            world,
-        )
+        supervised = self.supervised(_first(student, count), labeled, step.world)
         terms = {
             "supervised": supervised,
             "unsupervised": unsupervised,
-            "contrastive": options.lambda_c * contrastive,
+            "contrastive": self._lambda_c(step.world) * contrastive,
         }
         logs = {
-            "kept": parts.reliable.float().mean(),
+            "kept": parts.reliable.sum() / taught.label.numel(),
             "entropy_threshold": parts.threshold,
-            "anchors": anchors,
-            "negatives": sets.negative.sum(1),
+            "anchors": found.anchor_count,
+            "negatives": found.negative_count,
             "bank_fill": self.bank.count / self.bank.size,
-            "pseudo_labels": _histogram(kept)[: self.num_classes],
+            "pseudo_labels": _histogram(grid.shrink(kept))[: self.num_classes],
         }
         return Losses(terms, logs)
+
+    def _alpha(self, step: Step) -> float:
+        """alpha_t; the release holds it for an epoch."""
+        held = self.options.epoch_steps or 1
+        return unreliable_share(step.index // held * held, step.total, self.options.alpha_0)
+
+    def _lambda_c(self, world: World) -> float:
+        """D4: the release divides the contrastive gradient by the number of ranks once more."""
+        return self.options.lambda_c / (world.size if self.options.variant == "upstream" else 1)
+
+    def _negative_pixels(self, parts: Partition, label: Tensor) -> Tensor:
+        return {"unreliable": parts.unreliable, "reliable": parts.reliable, "all": label != IGNORE}[
+            self.options.negative_pixels
+        ]
+
+    def _pixels(
+        self, student: Prediction, taught: _Taught, truth: Tensor, grid: Grid, anchors: Tensor, negatives: Tensor
+    ) -> Pixels:
+        """All images at the resolution of the features."""
+        assert student.features is not None
+        assert taught.teacher.features is not None
+        small_truth = shrink(truth, grid.small)
+        known = small_truth != IGNORE
+        labels = torch.cat([small_truth, shrink(taught.label, grid.small)])
+        return Pixels(
+            student=student.features,
+            teacher=taught.teacher.features,
+            logits=taught.teacher.logits,
+            label=labels,
+            reliable=torch.cat([known, grid.shrink(anchors)]),
+            unreliable=torch.cat([known, grid.shrink(negatives)]),
+            labeled=len(truth),
+        )
+
+    def _candidates(self, pixels: Pixels, draws: Draws, step: Step) -> tuple[Candidates, Positives]:
+        """Anchors, positives and new keys, by the paper's rules or the release's."""
+        rule = Rule(self.options.delta_p, self.options.r_l, self.options.r_h)
+        if self.options.variant == "paper":
+            found = candidates(pixels, rule, draws)
+            positive = self._smoothed(positives(found, step.world), step)
+            return found, positive
+        halves = pixels.label[: pixels.labeled], pixels.label[pixels.labeled :]
+        own = torch.cat([upstream.one_hot(half, self.num_classes) for half in halves])
+        found = upstream.candidates(pixels, own, rule, draws)
+        return upstream.mispaired(found, self._smoothed(upstream.positives(found), step))
+
+    def _smoothed(self, positive: Positives, step: Step) -> Positives:
+        """The positives, or their moving average with the release's decay, min(1 - 1/i, 0.999)."""
+        if not self.options.prototype_ema:
+            return positive
+        decay = torch.full((), ema_decay(step.index, self.options.warmup_steps, 0.999), device=positive.mean.device)
+        self.prototypes.copy_(averaged(self.prototypes, positive, decay))
+        return positive._replace(mean=self.prototypes)
 
     def _draws(self, step: Step, device: torch.device) -> Draws:
         classes, options = self.num_classes, self.options
         return Draws(
             anchors=step.uniform("anchors", (classes, options.anchors), device),
             keys=step.uniform("keys", (classes, options.keys), device),
-            negatives=step.uniform("negatives", (classes, options.anchors, options.negatives), device),
+            negatives=step.uniform("negatives", (classes, options.groups, options.negatives), device),
         )
+
+
+def _first(prediction: Prediction, count: int) -> Prediction:
+    """The first `count` images: the labeled ones."""
+    return Prediction(prediction.logits[:count], None, None if prediction.aux is None else prediction.aux[:count])
+
+
+def _mixed_outputs(teacher: Prediction, count: int, change: _Change) -> Prediction:
+    """The teacher's outputs of clean images, mixed as the images are; the first `count` are labeled and stay."""
+    assert teacher.features is not None
+    logits, features = (
+        torch.cat([output[:count], change.apply_small(output[count:])]) for output in (teacher.logits, teacher.features)
+    )
+    return Prediction(logits, features, None)
 
 
 def _histogram(label: Tensor) -> Tensor:
     """Pixels per label, int64 [256]; `torch.bincount` would wait for the device."""
     counts = torch.zeros(IGNORE + 1, dtype=torch.int64, device=label.device)
-    return counts.index_add_(0, label.flatten(), torch.ones_like(label).flatten())
+    return counts.index_add_(0, label.flatten().long(), torch.ones_like(label, dtype=torch.int64).flatten())
 
 
 def _clamped(options: U2PLOptions, num_classes: int) -> U2PLOptions:
@@ -203,4 +356,4 @@ def _clamped(options: U2PLOptions, num_classes: int) -> U2PLOptions:
         return options
     lower = max(1, num_classes - 1)
     log.warning("u2pl.r_l %d leaves no negatives with %d classes: using %d", options.r_l, num_classes, lower)
-    return U2PLOptions(**{**vars(options), "r_l": lower})
+    return replace(options, r_l=lower)

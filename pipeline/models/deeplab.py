@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
-from pipeline.models.parts import Channels, Prediction, Taps, conv_bn_relu, upsample
+from pipeline.models.parts import Channels, Prediction, Taps, conv_bn_relu
+from pipeline.ops.grid import upsample
 
 RATES = {8: (12, 24, 36), 16: (6, 12, 18)}
 """Dilations of the spatial pyramid by output stride."""

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Taps(NamedTuple):
@@ -34,11 +33,6 @@ class Prediction(NamedTuple):
     """[B,D,h,w] float output of the representation head, not normalised; None if built without."""
     aux: Tensor | None
     """[B,C,h',w'] float class scores of the auxiliary head; None if built without."""
-
-
-def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes float maps [B,C,h,w] to [B,C,*size]: bilinear, corners aligned, as everywhere in U2PL."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:

@@ -6,7 +6,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.parts import Channels, Prediction, Taps, conv_bn_relu, upsample
+from pipeline.models.parts import Channels, Prediction, Taps, conv_bn_relu
+from pipeline.ops.grid import upsample
 
 TINY_CHANNELS = Channels(low=24, mid=48, high=96)
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.ops.kernel import kernel
 from pipeline.ops.selection import draw_rank
 from pipeline.ops.world import World
 
@@ -23,11 +23,11 @@ class MemoryBank(nn.Module):
     size: Tensor
     offset: Tensor
 
-    def __init__(self, sizes: Sequence[int], dim: int) -> None:
-        """Args: sizes: capacity of each class's queue, in keys; dim: channels of a key."""
+    def __init__(self, sizes: Sequence[int], dim: int, dtype: torch.dtype = torch.float32) -> None:
+        """Args: sizes: capacity of each class's queue, in keys; dim: channels of a key; dtype: of the stored keys."""
         super().__init__()
         size = torch.tensor(sizes)
-        self.register_buffer("keys", torch.zeros(int(size.sum()) + 1, dim))
+        self.register_buffer("keys", torch.zeros(int(size.sum()) + 1, dim, dtype=dtype))
         self.register_buffer("pointer", torch.zeros_like(size))
         self.register_buffer("count", torch.zeros_like(size))
         self.register_buffer("size", size, persistent=False)
@@ -38,20 +38,19 @@ class MemoryBank(nn.Module):
         """Appends the keys of all ranks in rank order; the newest stay.
 
         Args:
-            keys: float [C,K,D], not normalised.
-            valid: bool [C,K]; valid keys come first in each row.
+            keys: float [C,K,D], not normalised. A key that is not finite is left out: one would spoil the loss of
+                its class for as long as it stays.
+            valid: bool [C,K], which keys there are.
             world: ranks to gather from: two collectives, whatever the number of classes.
         """
-        gathered = world.gather(F.normalize(keys.float(), dim=-1))  # [W,C,K,D]
-        counts = world.gather(valid.sum(1))  # [W,C]
-        before = counts.cumsum(0) - counts
-        total = counts.sum(0)
-        k = torch.arange(keys.shape[1], device=keys.device)
-        position = before[..., None] + k  # [W,C,K], place in this step's list
-        kept = (k < counts[..., None]) & (position >= (total - self.size)[:, None])
-        slot = self.offset[:, None] + (self.pointer[:, None] + position) % self.size[:, None]
+        unit, finite = _unit(keys)
+        given = world.gather(valid & finite)  # [W,C,K]
+        gathered = world.gather(unit.to(self.keys.dtype))  # [W,C,K,D]
+        place, total = _places(given)
+        kept = given & (place >= (total - self.size)[:, None])
+        slot = self.offset[:, None] + (self.pointer[:, None] + place) % self.size[:, None]
         slot = torch.where(kept, slot, len(self.keys) - 1)
-        self.keys.index_copy_(0, slot.flatten(), gathered.flatten(0, 2).to(self.keys.dtype))
+        self.keys.index_copy_(0, slot.flatten(), gathered.flatten(0, 2))
         self.pointer.copy_((self.pointer + total) % self.size)
         self.count.copy_(torch.minimum(self.count + total, self.size))
 
@@ -64,17 +63,28 @@ class MemoryBank(nn.Module):
         Returns:
             int64 of that shape; an empty class gives its first slot, which the caller masks by `count`.
         """
-        shape = (-1, *[1] * (uniform.dim() - 1))
-        return self.row(draw_rank(uniform, self.count.view(shape)))
+        return _draw(uniform, self.count, self.pointer, self.size, self.offset)
 
-    def row(self, rank: Tensor) -> Tensor:
-        """Index into `keys` of the `rank`-th oldest key of each class, int64 [C,...] -> int64 [C,...]."""
-        shape = (-1, *[1] * (rank.dim() - 1))
-        start = torch.where(self.count == self.size, self.pointer, 0)
-        return self.offset.view(shape) + (start.view(shape) + rank) % self.size.view(shape)
 
-    def ordered(self, label: int) -> Tensor:
-        """The keys of one class, oldest first: float [count, D]."""
-        ranks = torch.arange(int(self.count[label]), device=self.keys.device)
-        start = int(self.pointer[label]) if self.count[label] == self.size[label] else 0
-        return self.keys[self.offset[label] + (start + ranks) % self.size[label]]
+@kernel()
+def _unit(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """L2-normalised float32 [C,K,D], 0 where not finite; and whether they are finite, bool [C,K]."""
+    length = keys.float().norm(dim=-1, keepdim=True)
+    finite = length.isfinite()
+    return torch.where(finite, keys.float() / length.clamp_min(1e-12), 0.0), finite.squeeze(-1)
+
+
+def _places(given: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of each given key in its class's list of this step, bool [W,C,K] -> int64; and the lists' lengths [C]."""
+    counts = given.sum(2)
+    before = counts.cumsum(0) - counts
+    return before[..., None] + given.cumsum(2) - 1, counts.sum(0)
+
+
+@kernel()
+def _draw(uniform: Tensor, count: Tensor, pointer: Tensor, size: Tensor, offset: Tensor) -> Tensor:
+    """Slots of the drawn keys. The oldest key lies at the pointer once a queue is full, at its start before."""
+    shape = (-1, *[1] * (uniform.dim() - 1))
+    rank = draw_rank(uniform, count.view(shape))
+    start = torch.where(count == size, pointer, 0)
+    return offset.view(shape) + (start.view(shape) + rank) % size.view(shape)

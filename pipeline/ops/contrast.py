@@ -1,14 +1,15 @@
-"""U2PL's pixel contrastive loss L_c: candidate sets, prototypes and InfoNCE, for all classes at once."""
+"""U2PL's pixel contrastive loss L_c: who is anchor, positive or negative of each class, and the loss itself."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops.bank import MemoryBank
-from pipeline.ops.losses import IGNORE
-from pipeline.ops.selection import Members, rows
+from pipeline.ops.entropy import IGNORE
+from pipeline.ops.info_nce import info_nce
+from pipeline.ops.kernel import kernel
+from pipeline.ops.selection import Members, Segments, rows, take
 from pipeline.ops.world import World
 
 
@@ -19,16 +20,27 @@ class Pixels(NamedTuple):
     """float [B,D,h,w], features that get the gradient."""
     teacher: Tensor
     """float [B,D,h,w], features of prototypes and keys."""
-    probability: Tensor
-    """float [B,C,h,w], the teacher's softmax."""
+    logits: Tensor
+    """float [B,C,h,w] of the teacher."""
     label: Tensor
-    """int64 [B,h,w], truth or pseudo-label, 255 unknown."""
+    """integer [B,h,w] of any dtype, truth or pseudo-label, 255 unknown."""
     reliable: Tensor
-    """bool [B,h,w]; on labeled images: label known."""
+    """bool [B,h,w]: may be anchor or positive. On labeled images: label known."""
     unreliable: Tensor
-    """bool [B,h,w]; looked at on unlabeled images only."""
-    labeled: Tensor
-    """bool [B], which images are labeled."""
+    """bool [B,h,w]: may be a negative, on unlabeled images."""
+    labeled: int
+    """How many images are labeled; they come first."""
+
+
+class Rule(NamedTuple):
+    """Which pixels of which rank count; O(c) is the rank of class c in the teacher's scores, 0 the likeliest."""
+
+    delta_p: float
+    """Anchors are pixels whose own class has more than this probability."""
+    r_l: int
+    """Classes with O(c) < r_l are likely."""
+    r_h: int
+    """Classes with O(c) >= r_h are so unlikely that the pixel teaches nothing."""
 
 
 class Draws(NamedTuple):
@@ -39,117 +51,161 @@ class Draws(NamedTuple):
     keys: Tensor
     """float [C,K]."""
     negatives: Tensor
-    """float [C,M,N]."""
+    """float [C,G,N]: N negatives for each of G groups of neighbouring anchors; G = M is the paper's."""
 
 
-class Sets(NamedTuple):
-    """Membership by class, bool [C,n]."""
+class Candidates(NamedTuple):
+    """What this rank's pixels give to each class."""
 
-    anchor: Tensor
-    positive: Tensor
-    negative: Tensor
+    anchors: Tensor
+    """int64 [C,M], drawn pixels."""
+    anchor_count: Tensor
+    """int64 [C], pixels they were drawn from."""
+    positive_sum: Tensor
+    """float32 [C,D], summed teacher features of the pixels that make the prototype."""
+    positive_count: Tensor
+    """int64 [C], number of those pixels."""
+    keys: Tensor
+    """int64 [C,K], pixels that enter the bank."""
+    keys_valid: Tensor
+    """bool [C,K], which of them exist."""
+    negative_count: Tensor
+    """int64 [C], pixels that could have entered."""
 
 
-def candidate_sets(pixels: Pixels, delta_p: float, r_l: int, r_h: int) -> Sets:
-    """Who can be an anchor, part of the prototype, or a negative of each class (paper eq. 5, 6, 9-12).
+def candidates(pixels: Pixels, rule: Rule, draws: Draws) -> Candidates:
+    """Chooses anchors, positives and new keys (paper eq. 5, 6, 9-12).
 
-    With O(c) the rank of class c in the teacher's probabilities (0 = most likely): anchors are reliable pixels of the
-    class with p_c > delta_p; the prototype averages all reliable pixels of the class; negatives are labeled pixels of
-    another class that the teacher still ranks high, O(c) < r_l, and unreliable pixels for which the class is neither
-    likely nor the least likely, r_l <= O(c) < r_h.
+    Anchors are reliable pixels of the class with p_c > delta_p; the prototype averages all reliable pixels of the
+    class; negatives are labeled pixels of another class that the teacher still ranks high, O(c) < r_l, and
+    unreliable pixels for which the class is neither likely nor the least likely, r_l <= O(c) < r_h.
     """
-    probability = pixels.probability.detach().flatten(2)  # [B,C,n']
-    classes = probability.shape[1]
-    label = pixels.label.flatten(1).unsqueeze(1)
-    own = label == torch.arange(classes, device=label.device).view(1, -1, 1)
-    reliable = pixels.reliable.flatten(1).unsqueeze(1)
-    sure = probability > delta_p
-    leading = probability.topk(min(r_h, classes), dim=1).values
-    likely = probability >= leading[:, r_l - 1 : r_l]
-    possible = probability >= leading[:, -1:]
-    of_labeled = likely & ~own & (label != IGNORE)
-    of_unlabeled = pixels.unreliable.flatten(1).unsqueeze(1) & possible & ~likely
-    negative = torch.where(pixels.labeled.view(-1, 1, 1), of_labeled, of_unlabeled)
-
-    def by_class(mask: Tensor) -> Tensor:
-        return mask.transpose(0, 1).flatten(1)
-
-    return Sets(by_class(own & reliable & sure), by_class(own & reliable), by_class(negative))
+    classes = pixels.logits.shape[1]
+    label, logits = pixels.label.float(), pixels.logits.detach().float()
+    by_class = Segments(_anchor_set(logits, label, pixels.reliable, rule.delta_p).flatten(), 2 * classes)
+    count = by_class.count.view(classes, 2)
+    sums = by_class.sums(rows(pixels.teacher.detach())).unflatten(0, (classes, 2))
+    members = Members(negative_mask(pixels, rule))
+    keys, valid = members.stratified(draws.keys)
+    # the even sets hold the pixels that may be anchors
+    anchors = by_class.draw(draws.anchors.repeat_interleave(2, 0))[::2]
+    return Candidates(anchors, count[:, 0], sums.sum(1), count.sum(1), keys, valid, members.count)
 
 
-def prototypes(features: Tensor, positive: Tensor) -> Tensor:
-    """Mean feature of each class's positive pixels, 0 where there are none: float32 [C,D].
+@kernel()
+def _anchor_set(logits: Tensor, label: Tensor, reliable: Tensor, delta_p: float) -> Tensor:
+    """Number of each pixel's set, int16 [B,h,w]: 2c for sure pixels of class c, 2c+1 for unsure ones, 2C for none."""
+    classes = logits.shape[1]
+    own = label.unsqueeze(1) == torch.arange(classes, device=logits.device, dtype=logits.dtype).view(-1, 1, 1)
+    weights = (logits - logits.amax(1, keepdim=True)).exp()
+    probability = (weights * own.float()).sum(1) / weights.sum(1)
+    member = reliable.float() * (label != IGNORE).float()
+    number = 2.0 * label + (probability <= delta_p).float()
+    return (member * number + (1.0 - member) * (2.0 * classes)).to(torch.int16)
 
-    Args:
-        features: float [B,D,h,w] of the teacher.
-        positive: bool [C, B*h*w]; a pixel belongs to one class at most.
+
+def negative_mask(pixels: Pixels, rule: Rule) -> Tensor:
+    """Which pixels are negatives of which class: uint8 [C,n], 0 or 1."""
+    logits = pixels.logits.detach().float()
+    likely, possible = kth_largest(logits, rule.r_l), kth_largest(logits, min(rule.r_h, logits.shape[1]))
+    label = pixels.label.float()
+    labeled = (torch.arange(len(label), device=label.device) < pixels.labeled).float().view(-1, 1, 1)
+    truth, unreliable = labeled * (label != IGNORE).float(), (1.0 - labeled) * pixels.unreliable.float()
+    return _negatives(logits, likely, possible, label, truth, unreliable).flatten(1)
+
+
+@kernel()
+def _negatives(
+    logits: Tensor, likely: Tensor, possible: Tensor, label: Tensor, truth: Tensor, unreliable: Tensor
+) -> Tensor:
+    """uint8 [C,B,h,w]. Products of floats 0 and 1 in place of logic: mixed types do not vectorise."""
+    score = logits.transpose(0, 1)
+    classes = torch.arange(len(score), device=logits.device, dtype=logits.dtype).view(-1, 1, 1, 1)
+    leading = (score >= likely).float()
+    of_labeled = leading * (label != classes).float() * truth
+    of_unlabeled = (1.0 - leading) * (score >= possible).float() * unreliable
+    return (of_labeled + of_unlabeled).to(torch.uint8)
+
+
+_NETWORK = 512
+"""Comparisons up to which an unrolled insertion beats `topk`."""
+
+
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest (1 = largest) along dim 1: float [B,C,h,w] -> [B,h,w]."""
+    classes = values.shape[1]
+    if classes * min(k, classes + 1 - k) > _NETWORK:
+        return values.topk(k, dim=1).values[:, -1]
+    return _largest(values, k) if 2 * k <= classes + 1 else -_largest(-values, classes + 1 - k)
+
+
+@kernel()
+def _largest(values: Tensor, k: int) -> Tensor:
+    """Insertion of one class after the other into the k largest so far."""
+    best: list[Tensor] = []
+    for value in values.unbind(1):
+        for i, held in enumerate(best):
+            best[i], value = torch.maximum(held, value), torch.minimum(held, value)
+        if len(best) < k:
+            best.append(value)
+    return best[-1]
+
+
+class Positives(NamedTuple):
+    """The positive of each class."""
+
+    mean: Tensor
+    """float32 [C,D], mean teacher feature; 0 for a class without pixels."""
+    pixels: Tensor
+    """float32 [C], how many pixels it is made of."""
+    weight: Tensor
+    """float32 [C], weight of the class's loss on this rank; 0 without anchors."""
+
+
+def positives(found: Candidates, world: World) -> Positives:
+    """Prototypes over all ranks: one sum, whatever the number of classes.
+
+    The weight is this rank's share of the anchor candidates relative to the mean per rank: the mean over the ranks then
+    has the expectation of one draw from all candidates.
     """
-    flat = features.detach().float().flatten(2)
-    member = positive.view(len(positive), *flat.shape[::2]).transpose(0, 1)  # [B,C,h*w]
-    total = torch.bmm(member.to(flat.dtype), flat.transpose(1, 2)).sum(0)
-    return total / positive.sum(1, keepdim=True).clamp_min(1)
+    local = torch.cat([found.positive_sum, found.positive_count[:, None], found.anchor_count[:, None]], 1)
+    total = world.sum(local)
+    count, anchors = total[:, -2], total[:, -1]
+    weight = found.anchor_count * world.size / anchors.clamp_min(1)
+    return Positives(total[:, :-2] / count.clamp_min(1)[:, None], count, weight)
 
 
-class _InfoNCE(torch.autograd.Function):
-    """Loss and gradient in one pass, a class at a time, so that no [C,M,N,D] tensor is kept for the backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchors: Tensor, positives: Tensor, keys: Tensor, index: Tensor, temperature: float
-    ) -> Tensor:
-        losses, gradients = [], []
-        norm = anchors.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        unit = anchors / norm
-        for a, z, chosen in zip(unit, F.normalize(positives, dim=-1), index, strict=True):
-            others = keys[chosen].to(a.dtype)  # [M,N,D]
-            logits = torch.cat([(a @ z)[:, None], torch.bmm(others, a.unsqueeze(2)).squeeze(2)], 1) / temperature
-            losses.append((logits.logsumexp(1) - logits[:, 0]).mean())
-            share = logits.softmax(1)
-            pull = (share[:, :1] - 1) * z + torch.bmm(share[:, None, 1:], others).squeeze(1)
-            gradients.append((pull - a * (pull * a).sum(1, keepdim=True)) / (temperature * len(a)))
-        ctx.save_for_backward(torch.stack(gradients) / norm)
-        return torch.stack(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].view(-1, 1, 1), None, None, None, None
-
-
-def info_nce(anchors: Tensor, positives: Tensor, keys: Tensor, index: Tensor, temperature: float) -> Tensor:
-    """Mean InfoNCE over the anchors of each class, float32 [C] (paper eq. 3).
-
-    Args:
-        anchors: float [C,M,D], gets the gradient; compared by cosine.
-        positives: float [C,D], one per class.
-        keys: float [rows,D], normalised bank.
-        index: int64 [C,M,N], rows of `keys`: the negatives of each anchor.
-        temperature: tau.
-    """
-    return _InfoNCE.apply(anchors.float(), positives.float(), keys, index, temperature)  # type: ignore[no-any-return]
+def averaged(previous: Tensor, current: Positives, decay: Tensor) -> Tensor:
+    """Prototypes smoothed over the steps: decay * previous + (1 - decay) * mean where the class is present, [C,D]."""
+    return torch.where(current.pixels[:, None] > 0, torch.lerp(current.mean, previous, decay), previous)
 
 
 def contrastive_loss(
-    pixels: Pixels, sets: Sets, bank: MemoryBank, draws: Draws, temperature: float, world: World
-) -> tuple[Tensor, Tensor]:
-    """L_c of this rank, and the number of its anchor candidates by class (int64 [C]).
+    pixels: Pixels,
+    found: Candidates,
+    positive: Positives,
+    bank: MemoryBank,
+    draws: Draws,
+    temperature: float,
+    world: World,
+    *,
+    binary: bool = False,
+) -> Tensor:
+    """L_c (or L_b) of this rank; its mean over the ranks has the same expectation for any number of ranks.
 
     New keys are pushed before the negatives are drawn. The sum over classes with anchors and keys is divided by the
     number of classes present (prototype set not empty); with at most one class present the loss is 0.
     """
-    negatives = Members(sets.negative)
-    key_index, valid = negatives.stratified(draws.keys)
-    bank.push(rows(pixels.teacher.detach(), key_index), valid, world)
-    anchors = Members(sets.anchor)
+    bank.push(take(rows(pixels.teacher.detach()), found.keys), found.keys_valid, world)
+    sharing = found.anchors.shape[1] // draws.negatives.shape[1]
     losses = info_nce(
-        rows(pixels.student, anchors.draw(draws.anchors)),
-        prototypes(pixels.teacher, sets.positive),
+        take(rows(pixels.student), found.anchors),
+        positive.mean,
         bank.keys,
-        bank.draw(draws.negatives),
+        bank.draw(draws.negatives).repeat_interleave(sharing, 1),
         temperature,
+        binary=binary,
     )
-    present = sets.positive.any(1)
-    active = present & (anchors.count > 0) & (bank.count > 0)
-    count = present.sum()
-    loss = torch.where(active, losses, 0.0).sum() / count.clamp_min(1) * (count > 1)
-    return loss, anchors.count
+    weight = torch.where(bank.count > 0, positive.weight, 0.0)
+    present = (positive.pixels > 0).sum()
+    return (losses * weight).sum() / present.clamp_min(1) * (present > 1)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.ops.entropy import IGNORE
+from pipeline.ops.grid import Grid
 from pipeline.ops.world import World
-
-IGNORE = 255
 
 
 def mean_count(mask: Tensor, world: World) -> Tensor:
@@ -19,15 +19,19 @@ def mean_count(mask: Tensor, world: World) -> Tensor:
     return (world.sum(mask.sum()).float() / world.size).clamp_min(1.0)
 
 
-def cross_entropy(logits: Tensor, target: Tensor, world: World) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, world: World, grid: Grid | None = None) -> Tensor:
     """Mean cross entropy over the pixels that are not ignored, 0 if there are none.
 
     Args:
-        logits: float [B,C,H,W].
-        target: int64 [B,H,W], 255 ignored.
+        logits: float [B,C,H,W]; with a grid, at the network's resolution.
+        target: int64 [B,H,W], 255 ignored; with a grid, in its order.
         world: ranks that share the mean.
+        grid: how the logits lie below the pixels; None: they are of the same size.
     """
-    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
+    if grid is None:
+        total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
+    else:
+        total = grid.cross_entropy(logits, target)
     return total / mean_count(target != IGNORE, world)
 
 
@@ -37,6 +41,7 @@ def ohem_cross_entropy(
     """Cross entropy of the hard pixels: those whose true class has probability <= `threshold`.
 
     If fewer than `min_kept` are that hard, the `min_kept` hardest count; with fewer valid pixels, all (per rank).
+    Logits and target are of the same size.
     """
     valid = target != IGNORE
     with torch.no_grad():
@@ -47,13 +52,11 @@ def ohem_cross_entropy(
     return cross_entropy(logits, target.masked_fill(~kept, IGNORE), world)
 
 
-def unsupervised_cross_entropy(logits: Tensor, pseudo_label: Tensor, world: World) -> Tensor:
+def unsupervised_cross_entropy(logits: Tensor, pseudo_label: Tensor, world: World, grid: Grid | None = None) -> Tensor:
     """L_u: mean cross entropy over the kept pixels, times all pixels / kept pixels (the paper's lambda_u).
 
-    Args:
-        logits: float [B,C,H,W] of the student.
-        pseudo_label: int64 [B,H,W]; dropped pixels are 255.
-        world: ranks that share the mean.
+    Arguments as for `cross_entropy`; dropped pixels of the pseudo-label are 255.
     """
-    weight = pseudo_label.numel() / mean_count(pseudo_label != IGNORE, world)
-    return cross_entropy(logits, pseudo_label, world) * weight
+    pixels = len(logits) * grid.size[0] * grid.size[1] if grid else pseudo_label.numel()
+    weight = pixels / mean_count(pseudo_label != IGNORE, world)
+    return cross_entropy(logits, pseudo_label, world, grid) * weight

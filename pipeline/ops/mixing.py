@@ -1,11 +1,11 @@
-"""CutMix on the device: a box of every image is replaced by the same box of its partner."""
+"""CutMix and ClassMix on the device: a part of every image is replaced by the same part of its partner."""
 
 import torch
 from torch import Tensor
 
 
 def partners(count: int, device: torch.device) -> Tensor:
-    """Who lends a box to whom inside the batch: int64 [count].
+    """Who lends pixels to whom inside the batch: int64 [count].
 
     Neighbours swap (0 with 1, 2 with 3), so a pair stays together however the global batch is cut over ranks; an odd
     batch shifts by one instead, as upstream does.
@@ -39,6 +39,26 @@ def cutmix_masks(draws: Tensor, size: tuple[int, int]) -> Tensor:
 
     inside_y = (y >= column(top)) & (y < column(top + box_h))
     return inside_y & (x >= column(left)) & (x < column(left + box_w))
+
+
+def classmix_masks(draws: Tensor, label: Tensor) -> Tensor:
+    """The pixels of a random half of the classes in each image stay, the others are replaced.
+
+    Args:
+        draws: float [B,C] in [0,1): the classes with the smallest numbers stay.
+        label: int64 [B,H,W], pseudo-labels; 255 is replaced.
+
+    Returns:
+        bool [B,H,W], True where the partner's pixels come in. Of n classes present floor(n/2) stay (upstream
+        augmentation.py, generate_class_mask).
+    """
+    batch, classes = draws.shape
+    flat = label.flatten(1)
+    present = torch.zeros(batch, 256, device=label.device).scatter(1, flat, 1.0)[:, :classes] > 0
+    rank = torch.where(present, draws, 2.0).argsort(1).argsort(1)
+    stays = torch.zeros(batch, 256, dtype=torch.bool, device=label.device)
+    stays[:, :classes] = rank < present.sum(1, keepdim=True) // 2
+    return ~stays.gather(1, flat).view_as(label)
 
 
 def mix(own: Tensor, mask: Tensor, partner: Tensor) -> Tensor:

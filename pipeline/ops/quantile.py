@@ -1,8 +1,9 @@
-"""Exact quantiles over the pixels of all ranks, without a sort over ranks and without a host sync."""
+"""Exact quantiles over the pixels of all ranks, without a sort and without a host sync."""
 
 import torch
 from torch import Tensor
 
+from pipeline.ops.kernel import kernel
 from pipeline.ops.world import World
 
 _LOW = 16
@@ -17,7 +18,7 @@ def masked_quantile(values: Tensor, mask: Tensor, q: Tensor, world: World) -> Te
     statistic, a second one of the low bits its exact value. Histograms add up over ranks.
 
     Args:
-        values: float32 of any shape, >= 0.
+        values: float32 of any shape, >= 0; NaN is left out.
         mask: bool of that shape; False is left out.
         q: float [K] in 0..1.
         world: ranks whose values count.
@@ -25,25 +26,34 @@ def masked_quantile(values: Tensor, mask: Tensor, q: Tensor, world: World) -> Te
     Returns:
         float32 [K]; NaN where no value is masked in, which every comparison answers with False.
     """
-    if world.size == 1 and values.numel() <= 1 << 24:  # what torch.nanquantile can take
-        return torch.nanquantile(values.detach().masked_fill(~mask, torch.nan).flatten(), q)
-    bits = values.detach().float().abs().contiguous().view(torch.int32).flatten().long()  # abs: -0.0 becomes 0.0
-    weight = mask.flatten().to(torch.int64)
-    high, low = bits >> _LOW, bits & (_LOW_BINS - 1)
-    cumulative = world.sum(
-        torch.zeros(_HIGH_BINS, dtype=torch.int64, device=bits.device).index_add_(0, high, weight)
-    ).cumsum(0)
+    flat = values.detach().float().abs().flatten()  # abs: -0.0 becomes 0.0
+    member = mask.flatten() & (flat == flat)
+    cumulative = world.sum(_high_histogram(flat, member)).cumsum(0)
     count = cumulative[-1]
     position = q.double() * (count - 1).clamp_min(0)
     ranks = torch.cat([position.floor(), position.ceil()]).long()
     bins = torch.searchsorted(cumulative, ranks, right=True).clamp_max(_HIGH_BINS - 1)
     inside = ranks - torch.where(bins > 0, cumulative[(bins - 1).clamp_min(0)], 0)
-    histogram = torch.zeros(len(ranks), _LOW_BINS, dtype=torch.int64, device=bits.device)
-    for row, chosen in zip(histogram, bins, strict=True):
-        row.index_add_(0, low, weight * (high == chosen))
-    low_bin = torch.searchsorted(world.sum(histogram).cumsum(1), inside[:, None], right=True).clamp_max(_LOW_BINS - 1)[
-        :, 0
-    ]
-    below, above = ((bins << _LOW) | low_bin).to(torch.int32).view(torch.float32).chunk(2)
+    within = world.sum(_low_histograms(flat, member, bins)).cumsum(1)
+    low = torch.searchsorted(within, inside[:, None], right=True).clamp_max(_LOW_BINS - 1)[:, 0]
+    below, above = ((bins << _LOW) | low).int().view(torch.float32).chunk(2)
     result = below + (position - position.floor()).float() * (above - below)
     return torch.where(count > 0, result, torch.nan)
+
+
+@kernel()
+def _high_histogram(values: Tensor, member: Tensor) -> Tensor:
+    """Values by their high bits: int32 [2^15]."""
+    counts = torch.zeros(_HIGH_BINS, dtype=torch.int32, device=values.device)
+    return counts.index_add(0, values.view(torch.int32) >> _LOW, member.int())
+
+
+@kernel()
+def _low_histograms(values: Tensor, member: Tensor, bins: Tensor) -> Tensor:
+    """Values by their low bits, among those with the high bits `bins` [K]: int32 [K,2^16]."""
+    bits = values.view(torch.int32)
+    high, low = bits >> _LOW, bits & (_LOW_BINS - 1)
+    counts = torch.zeros(_LOW_BINS, dtype=torch.int32, device=values.device)
+    # all values add to the bin of their low bits, most of them 0: one bin for the rest would be contended on a GPU
+    rows = [counts.index_add(0, low, (member & (high == bins[k])).int()) for k in range(len(bins))]
+    return torch.stack(rows)

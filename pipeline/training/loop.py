@@ -21,6 +21,7 @@ from pipeline.inference.restore import autocast
 from pipeline.ingest.loader import Loader
 from pipeline.methods import Losses, Predictor, Step, build_method
 from pipeline.models.norm import sync_batchnorm
+from pipeline.ops import kernel
 from pipeline.ops.world import World
 from pipeline.training.hosts import Host
 from pipeline.training.meter import Meter
@@ -58,6 +59,8 @@ class Session:
         if self.world.size > 1:
             sync_batchnorm(method)
         self.method = method
+        if self._compiles(len(self.dataset.info.classes)):
+            kernel.activate(self.device)
         self.optimizer = build_optimizer(method, config.optim)
         self.progress = Progress()
         storage.retried(self._restore)
@@ -113,6 +116,12 @@ class Session:
         """What the run reads, so that a resume with other data is refused."""
         info = self.dataset.info
         return {"index": info.index_hash, "split": self.split.digest, "classes": list(info.classes)}
+
+    def _compiles(self, classes: int) -> bool:
+        """Whether to compile the losses: at small sizes on a CPU it takes longer than it saves."""
+        choice, (height, width) = self.config.run.compile, self.config.data.crop
+        work = self.config.optim.batch_unlabeled // self.world.size * height * width * classes
+        return choice == "on" or (choice == "auto" and (self.device.type == "cuda" or work >= 4_000_000))
 
     def _restore(self) -> None:
         """Takes up the newest checkpoint, if there is one."""

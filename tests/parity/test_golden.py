@@ -10,19 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.inference.metrics import ConfusionMatrix
-from pipeline.ops import mixing
+from pipeline.methods.u2pl import _Change
+from pipeline.ops import mixing, upstream
 from pipeline.ops.bank import MemoryBank
-from pipeline.ops.contrast import Draws, Pixels, Sets, candidate_sets, contrastive_loss, info_nce, prototypes
-from pipeline.ops.entropy import entropy, partition, shrink
+from pipeline.ops.contrast import (
+    Draws,
+    Pixels,
+    Positives,
+    Rule,
+    averaged,
+    candidates,
+    contrastive_loss,
+    negative_mask,
+    positives,
+)
+from pipeline.ops.entropy import entropy, partition
+from pipeline.ops.grid import FullGrid, QuarterGrid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.quantile import masked_quantile
 from pipeline.ops.schedules import ema_decay, poly, unreliable_share
 from pipeline.ops.selection import Members, rows
 from pipeline.ops.world import World
+from tests.unit.ops.banks import ordered
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 ALONE = World()
-CONTRAST = ("correct_onehot", "all_classes")
+CONTRAST = ("upstream_onehot", "correct_onehot", "all_classes")
 
 pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason="needs the golden vectors")
 
@@ -40,16 +53,16 @@ def _number(value: Any) -> float:
 
 @pytest.mark.parametrize("case", range(5))
 def test_unsupervised_loss(case: int):
-    golden = _golden("unsup_loss")
+    golden, grid = _golden("unsup_loss"), FullGrid((33, 33), (33, 33))
     label = golden["label_u"]
     alpha = (1 - golden["percents"][case] / 100).float()
-    parts = partition(entropy(golden["pred_teacher"]), label, alpha, ALONE)
+    parts = partition(grid.entropy(golden["pred_teacher"]), label != 255, alpha, ALONE)
     assert _number(parts.threshold) == pytest.approx(_number(golden["thresholds"][case]), abs=1e-6)
     kept = label.masked_fill(~parts.reliable, 255)
     assert torch.equal(kept, golden["targets_after"][case])
 
     logits = golden["pred_student"].clone().requires_grad_()
-    loss = unsupervised_cross_entropy(logits, kept, ALONE)
+    loss = unsupervised_cross_entropy(logits, kept, ALONE, grid)
     loss.backward()
     assert _number(loss) == pytest.approx(_number(golden["losses"][case]), rel=1e-6)
     assert logits.grad is not None
@@ -58,43 +71,77 @@ def test_unsupervised_loss(case: int):
 
 @pytest.mark.parametrize("case", range(5))
 def test_entropy_masks(case: int):
-    golden = _golden("entropy_masks")
-    label, small = golden["label_u"], (9, 9)
+    golden, grid = _golden("entropy_masks"), FullGrid((33, 33), (9, 9))
+    known = golden["label_u"] != 255
     values = entropy(golden["pred_teacher"])
     torch.testing.assert_close(values, golden["entropy"], rtol=0, atol=1e-6)
 
     share = unreliable_share(int(golden["epoch"][case]), int(golden["epochs"]), 0.2)
     assert 100 * share == pytest.approx(_number(golden["alpha_percent"][case]))
     assert 100 * (1 - share) == pytest.approx(_number(golden["drop_percent"][case]))
-    parts = partition(values, label, torch.tensor(share), ALONE)
+    parts = partition(values, known, torch.tensor(share), ALONE)
     assert _number(parts.threshold) == pytest.approx(_number(golden["high_thresh"][case]), abs=1e-6)
     assert torch.equal(parts.unreliable, golden["high_mask_full"][case] > 0)
-    assert torch.equal(parts.reliable, (label != 255) & ~parts.unreliable)  # the paper's, not low_mask (row 10)
+    assert torch.equal(parts.reliable, known & ~parts.unreliable)  # the paper's, not low_mask
 
-    low = masked_quantile(values, label != 255, torch.tensor([share]), ALONE)[0]
+    low = masked_quantile(values, known, torch.tensor([share]), ALONE)[0]
     assert _number(low) == pytest.approx(_number(golden["low_thresh"][case]), abs=1e-6)
-    low_mask = (label != 255) & (values <= low)
-    assert torch.equal(low_mask, golden["low_mask_full"][case] > 0)
-    known = golden["label_l"] != 255
-    for mask, name in ((low_mask, "low"), (parts.unreliable, "high")):
-        reduced = shrink(torch.cat([known, mask]), small)
+    surest = upstream.surest(values, known, torch.tensor(share), ALONE)
+    assert torch.equal(surest, golden["low_mask_full"][case] > 0)
+    truth = shrink(golden["label_l"] != 255, (9, 9))
+    for mask, name in ((surest, "low"), (parts.unreliable, "high")):
+        reduced = torch.cat([truth, grid.shrink(mask)])
         assert torch.equal(reduced, golden[f"{name}_mask_all_small"][case][:, 0] > 0)
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_the_quarter_grid_gives_the_same(case: int):
+    """The golden logits of the middle 9x9 pixels, four times finer: both grids agree within the golden tolerances."""
+    golden = _golden("unsup_loss")
+    student, teacher = (golden[f"pred_{name}"][..., 12:21, 12:21].contiguous() for name in ("student", "teacher"))
+    label = golden["label_u"]
+    alpha = (1 - golden["percents"][case] / 100).float()
+    found = []
+    for grid in (FullGrid((33, 33), (9, 9)), QuarterGrid((33, 33), (9, 9))):
+        target = grid.arrange(label)
+        parts = partition(grid.entropy(teacher), target != 255, alpha, ALONE)
+        kept = torch.where(parts.reliable, target, 255)
+        logits = student.clone().requires_grad_()
+        loss = unsupervised_cross_entropy(logits, kept, ALONE, grid)
+        loss.backward()
+        found.append((loss.detach(), logits.grad, parts.threshold, grid.shrink(parts.reliable)))
+    (loss, gradient, threshold, reliable), (other, other_gradient, other_threshold, other_reliable) = found
+    assert _number(other) == pytest.approx(_number(loss), rel=1e-6)
+    torch.testing.assert_close(other_gradient, gradient, rtol=0, atol=1e-6)
+    assert _number(other_threshold) == pytest.approx(_number(threshold), abs=2e-6)
+    assert torch.equal(other_reliable, reliable)
 
 
 # ---- contrastive loss -----------------------------------------------------------------------------------------
 
 
 def _pixels(golden: dict[str, Tensor]) -> Pixels:
-    label = shrink(torch.cat([golden["label_l"], golden["label_u"]]), (9, 9))
     return Pixels(
         student=golden["rep"].clone().requires_grad_(),
         teacher=golden["rep_teacher"],
-        probability=golden["prob_teacher"],
-        label=label,
+        logits=golden["prob_teacher"].log(),
+        label=shrink(torch.cat([golden["label_l"], golden["label_u"]]), (9, 9)),
         reliable=golden["low_mask"][:, 0] > 0,
         unreliable=golden["high_mask"][:, 0] > 0,
-        labeled=torch.tensor([True, True, False, False]),
+        labeled=2,
     )
+
+
+def _rule(golden: dict[str, Tensor]) -> Rule:
+    delta_p, _, r_l, r_h, *_ = golden["cfg"].tolist()
+    return Rule(delta_p, int(r_l), int(r_h))
+
+
+def _own(name: str, pixels: Pixels) -> Tensor:
+    """Labels as the file has them: the release's one-hot or the right one."""
+    if name == "upstream_onehot":
+        return torch.cat([upstream.one_hot(half, 7) for half in (pixels.label[:2], pixels.label[2:])])
+    return pixels.label.unsqueeze(1) == torch.arange(7).view(-1, 1, 1)
 
 
 def _bank(golden: dict[str, Tensor]) -> MemoryBank:
@@ -108,70 +155,92 @@ def _uniform(position: Tensor, pool: Tensor) -> Tensor:
     return (position.double() + 0.5).div(pool.view(-1, *[1] * (position.dim() - 1))).float()
 
 
+def _draws(golden: dict[str, Tensor]) -> Draws:
+    """Uniform numbers that lead to the recorded draws."""
+    anchors, negatives = (int(number) for number in golden["cfg"][4:6])
+    return Draws(
+        anchors=_uniform(golden["draw_anchor_idx"], golden["draw_anchor_pool"]),
+        keys=torch.zeros(7, golden["negative_mask"][0].numel()),
+        negatives=_uniform(golden["draw_negative_idx"].view(7, anchors, negatives), golden["draw_negative_pool"]),
+    )
+
+
 def _check_bank(bank: MemoryBank, golden: dict[str, Tensor]) -> None:
     assert torch.equal(bank.count, golden["bank_count_after"])
     for label, content in enumerate(golden["bank_after"]):
         content = content[~content.isnan().any(1)]
-        torch.testing.assert_close(bank.ordered(label), F.normalize(content, dim=-1), rtol=0, atol=1e-6)
+        torch.testing.assert_close(ordered(bank, label), F.normalize(content, dim=-1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONTRAST)
-def test_candidate_sets(name: str):
+def test_upstream_candidate_sets(name: str):
     golden = _golden(f"contrast_{name}")
-    delta_p, _, r_l, r_h, *_ = golden["cfg"].tolist()
-    sets = candidate_sets(_pixels(golden), delta_p, int(r_l), int(r_h))
-    shape = golden["anchor_mask"].shape
-    assert torch.equal(sets.anchor.view(shape), golden["anchor_mask"])
-    assert torch.equal(sets.positive.view(shape), golden["proto_mask"])
-    if name == "correct_onehot":
-        assert torch.equal(sets.negative.view(shape), golden["paper_negative_mask"])
+    pixels = _pixels(golden)
+    own = _own(name, pixels)
+    assert torch.equal(own, torch.cat([golden["onehot_l_small"], golden["onehot_u_small"]]) > 0)
+    sets = upstream.masks(pixels, own, _rule(golden))
+    for found, expected in zip(sets, ("anchor_mask", "proto_mask", "negative_mask"), strict=True):
+        assert torch.equal(found, golden[expected].flatten(1)), expected
+
+
+def test_paper_candidate_sets():
+    golden = _golden("contrast_correct_onehot")
+    pixels, draws = _pixels(golden), _draws(golden)
+    expected = golden["paper_negative_mask"].flatten(1)
+    assert torch.equal(negative_mask(pixels, _rule(golden)).bool(), expected)
+    found = candidates(pixels, _rule(golden), draws)
+    assert torch.equal(found.negative_count, expected.sum(1))
+    assert torch.equal(found.anchor_count, golden["draw_anchor_pool"])
+    features = rows(pixels.teacher)
+    for label in range(7):
+        anchors = golden["anchor_mask"][label].flatten().nonzero().flatten()
+        assert torch.equal(found.anchors[label], anchors[golden["draw_anchor_idx"][label]])
+        member = golden["proto_mask"][label].flatten()
+        assert found.positive_count[label] == member.sum()
+        torch.testing.assert_close(found.positive_sum[label], features[member].sum(0))
+        keys = found.keys[label][found.keys_valid[label]]
+        assert torch.equal(keys, expected[label].nonzero().flatten())
 
 
 @pytest.mark.parametrize("name", CONTRAST)
-def test_bank_and_loss_with_the_recorded_draws(name: str):
+def test_the_whole_upstream_loss(name: str):
     golden = _golden(f"contrast_{name}")
-    delta_p, _, r_l, r_h, anchors, negatives, tau = golden["cfg"].tolist()
-    pixels, bank = _pixels(golden), _bank(golden)
-    sets = candidate_sets(pixels, delta_p, int(r_l), int(r_h))
-
-    members = Members(golden["negative_mask"].flatten(1))
-    assert torch.equal(members.count, golden["new_keys"])
-    index, valid = members.stratified(torch.zeros(7, golden["negative_mask"][0].numel()))
-    bank.push(rows(pixels.teacher, index), valid, ALONE)
-    _check_bank(bank, golden)
-
-    candidates = Members(sets.anchor)
-    assert torch.equal(candidates.count, golden["draw_anchor_pool"])
+    pixels, bank, draws = _pixels(golden), _bank(golden), _draws(golden)
+    found = upstream.candidates(pixels, _own(name, pixels), _rule(golden), draws)
+    assert torch.equal(found.negative_count, golden["new_keys"])
+    found, positive = upstream.mispaired(found, upstream.positives(found))
+    loss = contrastive_loss(pixels, found, positive, bank, draws, _number(golden["cfg"][6]), ALONE)
+    loss.backward()
+    assert torch.equal(found.anchor_count, golden["draw_anchor_pool"])
     assert torch.equal(bank.count, golden["draw_negative_pool"])
-    chosen = bank.row(golden["draw_negative_idx"].view(7, int(anchors), int(negatives)))
-    anchor = rows(pixels.student, candidates.lookup(golden["draw_anchor_idx"]))
-    loss = info_nce(anchor, prototypes(pixels.teacher, sets.positive), bank.keys, chosen, tau).sum() / 7
-    loss.backward()
-    _check_loss(loss, pixels, golden)
-
-
-@pytest.mark.parametrize("name", CONTRAST)
-def test_the_whole_contrastive_loss(name: str):
-    """The same through the function that the method calls, with uniform numbers that lead to the recorded draws."""
-    golden = _golden(f"contrast_{name}")
-    delta_p, _, r_l, r_h, anchors, negatives, tau = golden["cfg"].tolist()
-    pixels, bank = _pixels(golden), _bank(golden)
-    own = candidate_sets(pixels, delta_p, int(r_l), int(r_h))
-    sets = Sets(
-        own.anchor, own.positive, golden["negative_mask"].flatten(1)
-    )  # the file's loss has upstream's negatives
-    draws = Draws(
-        anchors=_uniform(golden["draw_anchor_idx"], golden["draw_anchor_pool"]),
-        keys=torch.zeros(7, sets.negative.shape[1]),
-        negatives=_uniform(
-            golden["draw_negative_idx"].view(7, int(anchors), int(negatives)), golden["draw_negative_pool"]
-        ),
-    )
-    loss, count = contrastive_loss(pixels, sets, bank, draws, tau, ALONE)
-    loss.backward()
-    assert torch.equal(count, golden["draw_anchor_pool"])
     _check_bank(bank, golden)
     _check_loss(loss, pixels, golden)
+
+
+@pytest.mark.parametrize("name", ["correct_onehot", "all_classes"])
+def test_the_whole_loss_with_the_recorded_keys(name: str):
+    """The method's own path; the file's keys follow the release's rule, everything else the paper's."""
+    golden = _golden(f"contrast_{name}")
+    pixels, bank, draws = _pixels(golden), _bank(golden), _draws(golden)
+    keys, valid = Members(golden["negative_mask"].flatten(1)).stratified(draws.keys)
+    found = candidates(pixels, _rule(golden), draws)._replace(keys=keys, keys_valid=valid)
+    loss = contrastive_loss(pixels, found, positives(found, ALONE), bank, draws, _number(golden["cfg"][6]), ALONE)
+    loss.backward()
+    _check_bank(bank, golden)
+    _check_loss(loss, pixels, golden)
+
+
+def test_prototype_average():
+    golden = _golden("prototype_ema")
+    own = (golden["onehot"].unsqueeze(1) == torch.arange(7).view(-1, 1, 1)).transpose(0, 1).flatten(1)
+    smoothed = torch.zeros(7, 8)
+    for index, features in enumerate(golden["rep_teacher_steps"]):
+        mean = own.float() @ rows(features) / own.sum(1, keepdim=True)
+        decay = ema_decay(index, 0, 0.999)
+        assert decay == pytest.approx(_number(golden["decay"][index]))
+        current = Positives(mean, own.sum(1).float(), torch.ones(7))
+        smoothed = averaged(smoothed, current, torch.tensor(decay))
+        torch.testing.assert_close(smoothed, golden["prototypes"][index], rtol=1e-6, atol=1e-6)
 
 
 def _check_loss(loss: Tensor, pixels: Pixels, golden: dict[str, Tensor]) -> None:
@@ -186,7 +255,7 @@ def test_queue():
     for step in range(1, 5):
         keys = golden[f"push{step}"]
         bank.push(keys[None], torch.ones(1, len(keys), dtype=torch.bool), ALONE)
-        torch.testing.assert_close(bank.ordered(0), F.normalize(golden[f"after{step}"], dim=-1), rtol=0, atol=1e-6)
+        torch.testing.assert_close(ordered(bank, 0), F.normalize(golden[f"after{step}"], dim=-1), rtol=0, atol=1e-6)
 
 
 # ---- schedules, score, mixing ---------------------------------------------------------------------------------
@@ -221,3 +290,11 @@ def test_cutmix():
     partner = mixing.partners(3, torch.device("cpu"))  # three images: upstream's (i + 1) mod 3
     for name in ("image", "target", "logits"):
         assert torch.equal(mixing.mix(golden[name], replaced, partner), golden[f"cutmix_{name}"])
+
+
+def test_cutout():
+    golden = _golden("cutmix")
+    erased = golden["masks_cutout"] == 0
+    change = _Change(erased, None)
+    for name, blank in (("image", 0), ("target", 255), ("logits", 0)):
+        assert torch.equal(change.apply(golden[name], blank), golden[f"cutout_{name}"])

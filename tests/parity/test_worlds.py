@@ -39,7 +39,7 @@ def _config(root: str, out: Path, method: str, **u2pl: Any) -> Config:
             "optim": {"lr": 0.02, "head_lr_mult": 1, "steps": STEPS, "batch_labeled": 4, "batch_unlabeled": 4},
             "eval": {"every": 1000},
             "run": {"log_every": 1, "checkpoint_every": 1000, "tensorboard": False},
-            "u2pl": {**options, "cutmix": 1.0, **u2pl},
+            "u2pl": {**options, "mix_share": 1.0, **u2pl},
         },
         OPTIONS,
     )

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import logging
 from typing import Any, cast
@@ -6,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.batch import Batch
+from pipeline.batch import Batch, Views
+from pipeline.errors import UserError
 from pipeline.methods.u2pl import U2PL
 from pipeline.models import Prediction, upsample
 from pipeline.ops.mixing import cutmix_masks
+from pipeline.ops.world import World
 from tests.unit.methods.conftest import CLASSES, SIZE, batch, step, train_step
 
 WARM = 2
@@ -18,6 +21,12 @@ WARM = 2
 @pytest.fixture
 def u2pl(build) -> U2PL:
     return cast("U2PL", build("u2pl"))
+
+
+def _sides(count: int = 2, seed: int = 0) -> tuple[Views, Views]:
+    on = batch(count, seed=seed)
+    assert on.unlabeled is not None
+    return on.labeled, on.unlabeled
 
 
 def _differ(method: U2PL) -> bool:
@@ -68,19 +77,35 @@ def test_lambda_c_weighs_the_contrastive_term(build):
 
 
 def test_pseudo_labels_are_the_evaluating_teachers_on_clean_images(build):
-    method = cast("U2PL", build("u2pl", cutmix=0.0))
+    method = cast("U2PL", build("u2pl", mix_share=0.0))
     for index in range(4):
         train_step(method, index)
-    unlabeled = batch(seed=9).unlabeled
-    assert unlabeled is not None
-    before = {name: value.clone() for name, value in method.teacher.named_buffers()}
-    mixed = method._teach(unlabeled, step(4))
+    labeled, unlabeled = _sides(seed=9)
     with torch.no_grad():
         logits = upsample(method.teacher.eval()(unlabeled.image).logits, (SIZE, SIZE))
-    expected = logits.argmax(1).masked_fill(~unlabeled.valid, 255)
-    assert torch.equal(mixed.label, expected)
-    assert torch.equal(mixed.images, unlabeled.image)
-    assert all(torch.equal(value, before[name]) for name, value in method.teacher.named_buffers())
+    taught = method._teach(labeled, unlabeled, step(4))
+    assert torch.equal(taught.label, logits.argmax(1).masked_fill(~unlabeled.valid, 255))
+    assert torch.equal(taught.images, unlabeled.image)
+
+
+def test_one_pass_labels_and_scores_the_clean_images_in_one_look(build):
+    """Labels, entropy and keys come from the same outputs, moved as the images are."""
+    method = cast("U2PL", build("u2pl", mix_share=1.0, teacher_passes=1))
+    for index in range(4):
+        train_step(method, index)
+    labeled, unlabeled = _sides(seed=9)
+    same = copy.deepcopy(method.teacher).train()
+    with torch.no_grad():
+        clean = same(torch.cat([labeled.image, unlabeled.image]))
+    taught = method._teach(labeled, unlabeled, step(4))
+    box = cutmix_masks(step(4).uniform_per_image("cutmix", (2, 3), torch.device("cpu")), (SIZE, SIZE))
+    label = upsample(clean.logits[2:], (SIZE, SIZE)).argmax(1).masked_fill(~unlabeled.valid, 255)
+    assert torch.equal(taught.label, torch.where(box, label.flip(0), label))
+    small = box[:, ::2, ::2]
+    for found, output in ((taught.teacher.logits, clean.logits), (taught.teacher.features, clean.features)):
+        assert torch.equal(found[:2], output[:2])
+        assert torch.equal(found[2:], torch.where(small[:, None], output[2:].flip(0), output[2:]))
+    assert all(torch.equal(a, b) for a, b in zip(method.teacher.buffers(), same.buffers(), strict=True))
 
 
 class _ByBrightness(nn.Module):
@@ -88,18 +113,18 @@ class _ByBrightness(nn.Module):
 
     def forward(self, image: torch.Tensor) -> Prediction:
         label = (image[:, 0].long() // 40).clamp_max(CLASSES - 1)
-        return Prediction(nn.functional.one_hot(label, CLASSES).movedim(-1, 1).float(), None, None)
+        scores = nn.functional.one_hot(label, CLASSES).movedim(-1, 1).float()
+        return Prediction(scores, scores, None)
 
 
 def test_cutmix_moves_image_and_label_together(build):
     """Validity too: what is ignored stays with its pixels."""
-    method = cast("U2PL", build("u2pl", cutmix=1.0))
+    method = cast("U2PL", build("u2pl", mix_share=1.0))
     method.teacher = _ByBrightness()  # type: ignore[assignment]
-    unlabeled = batch(4, seed=9).unlabeled
-    assert unlabeled is not None
+    labeled, unlabeled = _sides(4, seed=9)
     unlabeled.valid[::2, :, 3:9] = False
     clean = (unlabeled.image[:, 0].long() // 40).clamp_max(CLASSES - 1).masked_fill(~unlabeled.valid, 255)
-    mixed = method._teach(unlabeled, step(4))
+    mixed = method._teach(labeled, unlabeled, step(4))
     box = cutmix_masks(step(4).uniform_per_image("cutmix", (4, 3), torch.device("cpu")), (SIZE, SIZE))
     partner = torch.tensor([1, 0, 3, 2])
     assert torch.equal(mixed.label, torch.where(box, clean[partner], clean))
@@ -108,10 +133,12 @@ def test_cutmix_moves_image_and_label_together(build):
 
 
 def test_cutmix_probability(build):
-    method = cast("U2PL", build("u2pl", cutmix=0.5))
-    unlabeled = batch(2).unlabeled
-    assert unlabeled is not None
-    used = [not torch.equal(method._teach(unlabeled, step(index)).images, unlabeled.image) for index in range(60)]
+    method = cast("U2PL", build("u2pl", mix_share=0.5))
+    labeled, unlabeled = _sides()
+    looks = (method._teach(labeled, unlabeled, step(index)).images for index in range(60))
+    used = [not torch.equal(images, unlabeled.image) for images in looks]
+        not torch.equal(method._teach(labeled, unlabeled, step(index)).images, unlabeled.image) for index in range(60)
+    ]
     assert 18 <= sum(used) <= 42
 
 
@@ -132,7 +159,8 @@ def test_logs_describe_the_step(u2pl):
     assert logs["entropy_threshold"] > 0
     for name in ("anchors", "negatives", "bank_fill", "pseudo_labels"):
         assert len(logs[name]) == CLASSES
-    assert sum(logs["pseudo_labels"]) == pytest.approx(logs["kept"] * 2 * SIZE * SIZE)
+    at_stride_2 = 2 * (SIZE // 2) ** 2
+    assert sum(logs["pseudo_labels"]) == pytest.approx(logs["kept"] * at_stride_2, rel=0.15)
     assert all(0 <= fill <= 1 for fill in logs["bank_fill"])
 
 
@@ -169,3 +197,147 @@ def test_it_says_what_a_batch_lacks(u2pl):
 
 def test_background_has_a_queue_of_its_own_size(u2pl):
     assert u2pl.bank.size.tolist() == [30] + [20] * (CLASSES - 1)
+
+
+# ---- options ----------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "upstream": {"variant": "upstream"},
+    "upstream with its epochs and thresholds": {"variant": "upstream", "epoch_steps": 2, "thresholds": "rank"},
+    "binary": {"loss": "binary"},
+    "reliable negatives": {"negative_pixels": "reliable"},
+    "all negatives": {"negative_pixels": "all"},
+    "classmix": {"mix": "classmix", "mix_share": 1.0},
+    "cutout": {"mix": "cutout", "mix_share": 1.0},
+    "no mixing": {"mix": "none"},
+    "one pass": {"teacher_passes": 1, "mix_share": 1.0},
+    "one pass, cutout": {"teacher_passes": 1, "mix": "cutout", "mix_share": 1.0},
+    "shared negatives": {"negative_groups": 2},
+    "bfloat16 bank": {"bank_dtype": "bfloat16"},
+    "smoothed prototypes": {"prototype_ema": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_trains(name, build):
+    method = cast("U2PL", build("u2pl", **OPTIONS[name]))
+    on = batch()
+    losses = [train_step(method, index, on, lr=0.05) for index in range(8)]
+    assert all(value.isfinite() for terms in losses for value in terms.values())
+    assert losses[-1]["supervised"] < losses[0]["supervised"]
+    assert losses[-1]["contrastive"] > 0
+    assert method.bank.count.any()
+
+
+def _terms(build, index: int = 5, **options: Any) -> dict[str, torch.Tensor]:
+    return build("u2pl", **options)(batch(), step(index)).terms
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "binary"},
+        {"negative_pixels": "reliable"},
+        {"negative_pixels": "all"},
+        {"negative_groups": 2},
+        {"variant": "upstream"},
+        {"bank_dtype": "bfloat16"},
+    ],
+)
+def test_options_of_the_contrast_change_it_alone(options, build):
+    plain, changed = _terms(build), _terms(build, **options)
+    assert plain["contrastive"] != changed["contrastive"]
+    assert plain["unsupervised"] == changed["unsupervised"] or options.get("variant")  # that one labels padding, too
+
+
+def test_a_bank_in_bfloat16_changes_the_loss_by_rounding_only(build):
+    plain, rounded = (_terms(build, bank_dtype=dtype)["contrastive"] for dtype in ("float32", "bfloat16"))
+    torch.testing.assert_close(plain, rounded, rtol=5e-3, atol=0)
+
+
+def test_alpha_is_held_for_an_epoch(build):
+    held, moving = (cast("U2PL", build("u2pl", epoch_steps=steps)) for steps in (4, 0))
+    assert [held._alpha(step(index)) for index in (4, 5, 7)] == [moving._alpha(step(4))] * 3
+    assert held._alpha(step(8)) == moving._alpha(step(8)) < held._alpha(step(7))
+
+
+def test_upstream_ties_the_teacher_to_the_student_for_its_first_epoch(build):
+    """By value: the release shares the storage."""
+    method = cast("U2PL", build("u2pl", variant="upstream", epoch_steps=3))
+    for index in range(WARM + 3):
+        train_step(method, index)
+        assert not _differ(method)
+    train_step(method, WARM + 3)
+    assert _differ(method)
+
+
+def test_upstream_learns_padding_as_class_0(build):
+    method = cast("U2PL", build("u2pl", variant="upstream"))
+    labeled, unlabeled = _sides()
+    padded = dataclasses.replace(labeled, valid=torch.zeros_like(labeled.valid))
+    supervised = method(Batch(padded, unlabeled), step(0)).terms["supervised"]
+    assert labeled.mask is not None
+    zero = dataclasses.replace(labeled, mask=torch.zeros_like(labeled.mask))
+    assert supervised == method(Batch(zero, unlabeled), step(0)).terms["supervised"]
+
+
+def test_upstream_divides_the_weight_by_the_ranks(build):
+    method = cast("U2PL", build("u2pl", variant="upstream", lambda_c=1.0))
+    assert [method._lambda_c(World(0, size)) for size in (1, 4)] == [1.0, 0.25]
+    assert cast("U2PL", build("u2pl"))._lambda_c(World(0, 4)) == 0.1
+
+
+def test_cutout_erases_image_and_label(build):
+    method = cast("U2PL", build("u2pl", mix="cutout", mix_share=1.0))
+    labeled, unlabeled = _sides(seed=9)
+    taught = method._teach(labeled, unlabeled, step(4))
+    box = cutmix_masks(step(4).uniform_per_image("cutmix", (2, 3), torch.device("cpu")), (SIZE, SIZE))
+    assert (taught.label[box] == 255).all()
+    assert torch.equal(taught.label[~box] == 255, ~unlabeled.valid[~box])
+    grey = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)
+    assert torch.equal(taught.images, torch.where(box[:, None], grey, unlabeled.image))
+
+
+def test_smoothed_prototypes_are_state_and_move_slowly(build):
+    method = cast("U2PL", build("u2pl", prototype_ema=True))
+    assert "prototypes" in method.state_dict()
+    for index in range(WARM + 1):
+        train_step(method, index)
+    first = method.prototypes.clone()
+    assert first.any()
+    train_step(method, WARM + 1)
+    assert not torch.equal(first, method.prototypes)
+
+
+@pytest.mark.parametrize("groups", [-1, 3])
+def test_groups_of_negatives_must_divide_the_anchors(groups, build):
+    with pytest.raises(UserError, match="negative_groups"):
+        build("u2pl", negative_groups=groups)
+
+
+@pytest.mark.parametrize("kind", ["inf", "nan"])
+def test_an_overflow_in_one_pixel_of_the_teacher_spoils_nothing(kind, build):
+    """Under autocast a score may overflow: the pixel is no label, no anchor, no key."""
+    method = cast("U2PL", build("u2pl", mix="none"))
+    for index in range(4):
+        train_step(method, index)
+    handle = method.teacher.register_forward_hook(_Overflow(float(kind)))
+    terms = train_step(method, 4)
+    handle.remove()
+    assert all(value.isfinite() for value in terms.values())
+    assert all(value.isfinite().all() for value in method.state_dict().values())
+
+
+class _Overflow:
+    """Puts a value into one pixel of an unlabeled image, in scores and features."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor], output: Prediction) -> Prediction:
+        del module, inputs
+        logits, features = output.logits.clone(), output.features.clone() if output.features is not None else None
+        logits[-1, 1, 3, 3] = self.value
+        if features is not None:
+            features[-1, :, 3, 3] = self.value
+        return Prediction(logits, features, None)
