@@ -102,7 +102,10 @@ def test_one_pass_labels_and_scores_the_clean_images_in_one_look(build):
     label = upsample(clean.logits[2:], (SIZE, SIZE)).argmax(1).masked_fill(~unlabeled.valid, 255)
     assert torch.equal(taught.label, torch.where(box, label.flip(0), label))
     small = box[:, ::2, ::2]
-    for found, output in ((taught.teacher.logits, clean.logits), (taught.teacher.features, clean.features)):
+    pairs = zip(taught.teacher[:2], clean[:2], strict=True)  # logits and features
+    for found, output in pairs:
+        assert found is not None
+        assert output is not None
         assert torch.equal(found[:2], output[:2])
         assert torch.equal(found[2:], torch.where(small[:, None], output[2:].flip(0), output[2:]))
     assert all(torch.equal(a, b) for a, b in zip(method.teacher.buffers(), same.buffers(), strict=True))
