@@ -100,7 +100,7 @@ def _anchor_set(logits: Tensor, label: Tensor, reliable: Tensor, delta_p: float)
     weights = (logits - logits.amax(1, keepdim=True)).exp()
     probability = (weights * own.float()).sum(1) / weights.sum(1)
     member = reliable.float() * (label != IGNORE).float()
-    number = 2.0 * label + (probability <= delta_p).float()
+    number = 2.0 * label + (1.0 - (probability > delta_p).float())  # NaN is not sure
     return (member * number + (1.0 - member) * (2.0 * classes)).to(torch.int16)
 
 

@@ -115,7 +115,7 @@ class QuarterGrid(Grid):
     def label(self, logits: Tensor) -> Tensor:
         """As `FullGrid`, up to ties in the last bit."""
         (h, w), batch = self.small, len(logits)
-        cells = _likeliest(_corners(logits)).view(batch, h, 4, 4, w).transpose(3, 4)
+        cells = _likeliest(_corners(logits, -math.inf)).view(batch, h, 4, 4, w).transpose(3, 4)
         return cells.reshape(batch, 4 * h, 4 * w)[:, : self.size[0], : self.size[1]].long()
 
     def entropy(self, logits: Tensor) -> Tensor:
@@ -136,12 +136,13 @@ def make_grid(size: tuple[int, int], small: tuple[int, int]) -> Grid:
 # ---- the quarter grid's passes over the cells ------------------------------------------------------------------
 
 _LN2 = math.log(2.0)
-_FLOOR = -60.0 / _LN2
-"""Least log2 probability: keeps the products of a cell's exponentials inside float32."""
+_FLOOR = -120.0
+"""Least log2 probability: keeps the products of a cell's exponentials inside float32. Only pixels between corners that
+are surer than 2^120 of different classes notice."""
 
 
 @torch.no_grad()
-def _corners(logits: Tensor) -> Tensor:
+def _corners(logits: Tensor, floor: float = _FLOOR) -> Tensor:
     """log2 of the softmax, [B,C,h,w] -> float32 [B,h+1,C,w+1] with the last row and column repeated.
 
     A constant added to all classes of one corner leaves the softmax of interpolated pixels alone, so this may stand
@@ -149,7 +150,7 @@ def _corners(logits: Tensor) -> Tensor:
     sum over them.
     """
     batch, classes, h, w = logits.shape
-    log2 = (logits.float().log_softmax(1) * (1.0 / _LN2)).clamp_min_(_FLOOR).transpose(1, 2)
+    log2 = (logits.float().log_softmax(1) * (1.0 / _LN2)).clamp_min_(floor).transpose(1, 2)
     padded = log2.new_empty(batch, h + 1, classes, w + 1)
     padded[:, :h, :, :w] = log2
     padded[:, h, :, :w] = log2[:, h - 1]
@@ -192,7 +193,7 @@ def _entropy(x: Tensor) -> Tensor:
     return torch.stack(found, 2).clamp_min(0.0)
 
 
-@kernel(one_pass=True)
+@kernel(one_pass=True, contract=False)  # a maximum rounded otherwise would be found nowhere
 def _likeliest(x: Tensor) -> Tensor:
     """Argmax over the classes: float32 [B,h,16,w]. A maximum and who has it vectorise better than an argmax."""
     classes = torch.arange(x.shape[2], device=x.device, dtype=x.dtype).view(-1, 1)

@@ -32,6 +32,10 @@ def info_nce(
     )
 
 
+_SHORT = 1e-8
+"""Length below which a vector counts as 0."""
+
+
 class _InfoNCE(torch.autograd.Function):
     """Keeps the gradient [C,M,D] for the backward, and nothing of the size of the negatives."""
 
@@ -56,7 +60,7 @@ class _InfoNCE(torch.autograd.Function):
 @kernel()
 def _normalised(anchors: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unit anchors [C,M,D], their lengths [C,M,1], unit positives [C,1,D]."""
-    norm = anchors.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    norm = anchors.norm(dim=-1, keepdim=True).clamp_min(_SHORT)
     return anchors / norm, norm, F.normalize(positives, dim=-1)[:, None]
 
 
@@ -77,8 +81,8 @@ def _loss(own: Tensor, others: Tensor, temperature: float, binary: bool) -> tupl
 
 @kernel()
 def _tangent(pull: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-    """The gradient of a cosine has no part along the anchor."""
-    return (pull - unit * (pull * unit).sum(-1, keepdim=True)) / norm
+    """The gradient of a cosine has no part along the anchor; an anchor of length 0 has no direction and gets none."""
+    return torch.where(norm > _SHORT, (pull - unit * (pull * unit).sum(-1, keepdim=True)) / norm, 0.0)
 
 
 def _dots(unit: Tensor, keys: Tensor, index: Tensor) -> Tensor:

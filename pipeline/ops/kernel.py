@@ -6,8 +6,7 @@ pays at some sizes and not at others: see `activate`.
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,19 +18,23 @@ log = logging.getLogger(__name__)
 _active = False
 
 
+_CONTRACT: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+"""Lets a multiplication and an addition become one instruction, rounded once."""
 _ONE_PASS: dict[str, Any] = {"realize_opcount_threshold": 1 << 16, "realize_reads_threshold": 1 << 16}
 """Keeps the compiler from storing intermediate results of long expressions."""
 
 
-def kernel(*, one_pass: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def kernel(*, one_pass: bool = False, contract: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Marks a function of tensors and constants, without side effects, as worth compiling as a whole.
 
     Args:
         one_pass: whether intermediate results are better computed anew for each use than kept in memory.
+        contract: whether a x b + c may be rounded once, here and not there.
     """
 
     def mark(function: Callable[P, R]) -> Callable[P, R]:
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, options=_ONE_PASS if one_pass else None)
+        options = (_ONE_PASS if one_pass else {}) | (_CONTRACT if contract else {})
+        compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -46,10 +49,7 @@ def activate(device: torch.device) -> bool:
     """Switches compilation on for this process, if `device` has a compiler; else says so and changes nothing."""
     global _active
     if not _active:
-        problem = _problem(device)
-        if problem:
-            log.warning("no compiler for %s (%s): the losses run uncompiled, right but slower", device.type, problem)
-        _active = not problem
+        _active = _compiles(device)
     return _active
 
 
@@ -58,22 +58,13 @@ def is_active() -> bool:
     return _active
 
 
-@contextmanager
-def inactive() -> Iterator[None]:
-    """Kernels run as they stand inside; for comparisons."""
-    global _active
-    before, _active = _active, False
-    try:
-        yield
-    finally:
-        _active = before
-
-
 @functools.cache
-def _problem(device: torch.device) -> str:
-    """Why the smallest of functions does not compile on `device`; empty if it does."""
+def _compiles(device: torch.device) -> bool:
+    """Whether the smallest of functions compiles on `device`; the first time, a warning says why it does not."""
     try:
         torch.compile(torch.square, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:
-        return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return ""
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        log.warning("no compiler for %s (%s): the losses run uncompiled, right but slower", device.type, problem)
+        return False
+    return True

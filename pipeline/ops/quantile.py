@@ -26,34 +26,47 @@ def masked_quantile(values: Tensor, mask: Tensor, q: Tensor, world: World) -> Te
     Returns:
         float32 [K]; NaN where no value is masked in, which every comparison answers with False.
     """
-    flat = values.detach().float().abs().flatten()  # abs: -0.0 becomes 0.0
-    member = mask.flatten() & (flat == flat)
+    flat, member = values.detach().float().flatten(), mask.flatten()
     cumulative = world.sum(_high_histogram(flat, member)).cumsum(0)
     count = cumulative[-1]
     position = q.double() * (count - 1).clamp_min(0)
-    ranks = torch.cat([position.floor(), position.ceil()]).long()
+    ranks = torch.stack([position.floor(), position.ceil()], 1).long()  # [K,2]
     bins = torch.searchsorted(cumulative, ranks, right=True).clamp_max(_HIGH_BINS - 1)
     inside = ranks - torch.where(bins > 0, cumulative[(bins - 1).clamp_min(0)], 0)
-    within = world.sum(_low_histograms(flat, member, bins)).cumsum(1)
-    low = torch.searchsorted(within, inside[:, None], right=True).clamp_max(_LOW_BINS - 1)[:, 0]
-    below, above = ((bins << _LOW) | low).int().view(torch.float32).chunk(2)
-    result = below + (position - position.floor()).float() * (above - below)
+    within = world.sum(_low_histograms(flat, member, bins)).cumsum(2)
+    low = torch.searchsorted(within, inside[..., None], right=True).clamp_max(_LOW_BINS - 1)[..., 0]
+    below, above = ((bins << _LOW) | low).int().view(torch.float32).unbind(1)
+    result = torch.where(above > below, below + (position - position.floor()).float() * (above - below), below)
     return torch.where(count > 0, result, torch.nan)
 
 
+def _ordered_bits(values: Tensor) -> Tensor:
+    """Bits that order as the values do, int32; abs makes -0.0 the 0.0 that it equals."""
+    return values.abs().view(torch.int32)
+
+
 @kernel()
-def _high_histogram(values: Tensor, member: Tensor) -> Tensor:
-    """Values by their high bits: int32 [2^15]."""
+def _high_histogram(values: Tensor, mask: Tensor) -> Tensor:
+    """Masked values by their high bits: int32 [2^15]."""
     counts = torch.zeros(_HIGH_BINS, dtype=torch.int32, device=values.device)
-    return counts.index_add(0, values.view(torch.int32) >> _LOW, member.int())
+    return counts.index_add(0, _ordered_bits(values) >> _LOW, (mask & (values == values)).int())
 
 
 @kernel()
-def _low_histograms(values: Tensor, member: Tensor, bins: Tensor) -> Tensor:
-    """Values by their low bits, among those with the high bits `bins` [K]: int32 [K,2^16]."""
-    bits = values.view(torch.int32)
+def _low_histograms(values: Tensor, mask: Tensor, bins: Tensor) -> Tensor:
+    """Masked values by their low bits, among those whose high bits are `bins` [K,2]: int32 [K,2,2^16].
+
+    The two bins of a row share one pass. All values add to a bin, most of them 0: one bin for the rest would be
+    contended on a GPU.
+    """
+    bits = _ordered_bits(values)
     high, low = bits >> _LOW, bits & (_LOW_BINS - 1)
-    counts = torch.zeros(_LOW_BINS, dtype=torch.int32, device=values.device)
-    # all values add to the bin of their low bits, most of them 0: one bin for the rest would be contended on a GPU
-    rows = [counts.index_add(0, low, (member & (high == bins[k])).int()) for k in range(len(bins))]
+    member = mask & (values == values)
+    rows = []
+    for k in range(len(bins)):
+        first, second = high == bins[k, 0], high == bins[k, 1]
+        counts = torch.zeros(2 * _LOW_BINS, dtype=torch.int32, device=values.device)
+        counts = counts.index_add(0, low + second.int() * _LOW_BINS, (member & (first | second)).int())
+        halves = counts.view(2, _LOW_BINS)
+        rows.append(torch.where(bins[k, 0] == bins[k, 1], halves[1:], halves))
     return torch.stack(rows)

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.ops.losses import IGNORE, cross_entropy, ohem_cross_entropy, unsupervised_cross_entropy
+from pipeline.ops.grid import FullGrid, Grid, QuarterGrid, upsample
+from pipeline.ops.losses import IGNORE, cross_entropy, mean_count, ohem_cross_entropy, unsupervised_cross_entropy
 from pipeline.ops.world import World
 from tests.unit.ops.worlds import on_ranks
 
@@ -62,3 +63,50 @@ def test_ohem_against_the_words_of_the_reference(threshold, min_kept):
     logits, target = _batch((0.1, 0.2, 0.3, 0.4))
     found = ohem_cross_entropy(logits * 2, target, World(), threshold, min_kept)
     torch.testing.assert_close(found, _ohem(logits * 2, target, threshold, min_kept))
+
+
+SMALL, SIZE = (4, 3), (13, 9)
+GRIDS = [FullGrid(SIZE, SMALL), QuarterGrid(SIZE, SMALL)]
+
+
+def _coarse() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the network's resolution; the images' shares of ignored pixels differ."""
+    torch.manual_seed(1)
+    target = torch.randint(0, 5, (4, *SIZE))
+    target[torch.rand(target.shape) < torch.tensor([0.1, 0.9, 0.5, 1.0]).view(4, 1, 1)] = IGNORE
+    return torch.randn(4, 5, *SMALL), target
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: type(grid).__name__)
+@pytest.mark.parametrize("loss", [cross_entropy, unsupervised_cross_entropy])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_a_grid_the_loss_is_that_of_resized_logits(loss, grid: Grid, ranks):
+    """The places of a grid that are no pixels count nowhere, neither in the mean nor in the weight of L_u."""
+    coarse, target = _coarse()
+    reference = coarse.clone().requires_grad_()
+    expected = loss(upsample(reference, SIZE), target, World())
+    expected.backward()
+    leaf = coarse.clone().requires_grad_()
+    parts, targets = leaf.chunk(ranks), target.chunk(ranks)
+    total = torch.stack(on_ranks(ranks, lambda w: loss(parts[w.rank], grid.arrange(targets[w.rank]), w, grid))).mean()
+    total.backward()
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(leaf.grad, reference.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: type(grid).__name__)
+@pytest.mark.parametrize("loss", [cross_entropy, unsupervised_cross_entropy])
+def test_with_a_grid_nothing_known_is_loss_0(loss, grid: Grid):
+    leaf = _coarse()[0].requires_grad_()
+    value = loss(leaf, grid.arrange(torch.full((4, *SIZE), IGNORE)), World(), grid)
+    value.backward()
+    assert value == 0
+    assert leaf.grad is not None
+    assert not leaf.grad.any()
+
+
+def test_mean_count_is_at_least_1():
+    mask = torch.tensor([[True, True, True], [False, False, False]])
+    assert mean_count(mask, World()) == 3
+    assert mean_count(mask[1], World()) == 1
+    assert [float(count) for count in on_ranks(2, lambda w: mean_count(mask[w.rank], w))] == [1.5, 1.5]

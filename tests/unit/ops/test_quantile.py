@@ -21,7 +21,52 @@ def _values(kind: str) -> torch.Tensor:
     return values[kind]
 
 
-@pytest.mark.parametrize("kind", ["spread", "tiny", "ties", "equal", "wide"])
+KINDS = ["spread", "tiny", "ties", "equal", "wide"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantiles_are_those_of_numpy(kind, ranks):
+    values = _values(kind)
+    mask = torch.rand(values.shape) > 0.3
+    expected = np.quantile(values[mask].double().numpy(), Q.double().numpy())
+    shares = values.chunk(ranks), mask.chunk(ranks)
+    for found in on_ranks(ranks, lambda w: masked_quantile(shares[0][w.rank], shares[1][w.rank], Q, w)):
+        np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-6, atol=2e-45)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nan_is_left_out(ranks):
+    values = _values("spread")
+    mask, damaged = torch.rand(values.shape) > 0.3, torch.rand(values.shape) > 0.8
+    damaged[:2] |= torch.rand(2, 20, 21) > 0.2  # most on one rank
+    expected = masked_quantile(values, mask & ~damaged, Q, World())
+    spoilt = torch.where(damaged, torch.where(torch.rand(values.shape) > 0.5, torch.nan, -torch.nan), values)
+    shares = spoilt.chunk(ranks), mask.chunk(ranks)
+    for found in on_ranks(ranks, lambda w: masked_quantile(shares[0][w.rank], shares[1][w.rank], Q, w)):
+        assert torch.equal(found, expected)
+
+
+def test_only_nan_masked_in_is_nothing():
+    values = torch.tensor([torch.nan, 1.0, torch.nan])
+    assert masked_quantile(values, values.isnan(), Q, World()).isnan().all()
+
+
+def test_one_value_is_every_quantile():
+    values = torch.rand(100)
+    for index in (0, 57, 99):
+        mask = torch.arange(100) == index
+        assert (masked_quantile(values, mask, Q, World()) == values[index]).all()
+
+
+def test_layout_and_shape_do_not_matter():
+    values = torch.rand(4, 6, 5)
+    mask = values > 0.2
+    expected = masked_quantile(values, mask, Q, World())
+    assert torch.equal(masked_quantile(values.permute(2, 0, 1), mask.permute(2, 0, 1), Q, World()), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_find_the_quantiles_of_one(kind):
     values = _values(kind)
     mask = torch.rand(values.shape) > 0.3

@@ -1,0 +1,58 @@
+"""Pixels for the contrastive loss, and the sums of it that are quick to check."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.ops.contrast import Pixels
+
+C, D, H, W = 5, 4, 6, 7
+
+
+def scene(classes: int = C, seed: int = 0, labels: tuple[int, ...] | None = None) -> Pixels:
+    """Three images, the first one labeled; labels hold 255, reliable and unreliable pixels are known."""
+    torch.manual_seed(seed)
+    choice = torch.tensor([*(labels or range(classes)), 255])
+    label = choice[torch.randint(0, len(choice), (3, H, W))]
+    known, side = label != 255, torch.rand(3, H, W)
+    reliable = known & (side < 0.7)
+    reliable[0] = known[0]
+    return Pixels(
+        student=torch.randn(3, D, H, W, requires_grad=True),
+        teacher=torch.randn(3, D, H, W),
+        logits=torch.randn(3, classes, H, W) * 2,
+        label=label,
+        reliable=reliable,
+        unreliable=known & (side >= 0.6),
+        labeled=1,
+    )
+
+
+def flat(maps: Tensor) -> Tensor:
+    """[B,K,h,w] -> [n,K], one pixel after the other."""
+    return torch.stack([maps[b, :, y, x] for b, y, x in places(maps)])
+
+
+def places(maps: Tensor) -> list[list[int]]:
+    """b, y, x of every pixel of [B,...,h,w], in order."""
+    return torch.cartesian_prod(*map(torch.arange, (len(maps), *maps.shape[-2:]))).tolist()
+
+
+def drawn(mask: Tensor, uniform: Tensor) -> list[int]:
+    """The members of a set [n] that `uniform` [K] picks, with replacement; none of an empty set."""
+    inside = mask.nonzero().flatten()
+    return [int(inside[min(int(u * len(inside)), len(inside) - 1)]) for u in uniform if len(inside)]
+
+
+def info_nce(anchors: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """Eq. 3 by autograd, for one class: [M,D], [D], [M,N,D] -> mean over the anchors."""
+    candidates = torch.cat([positive.expand(len(anchors), 1, -1), negatives], 1)
+    logits = F.cosine_similarity(anchors[:, None], candidates, dim=-1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(anchors), dtype=torch.long))
+
+
+def binary(anchors: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """L_b by autograd; arguments as for `info_nce`."""
+    own = F.cosine_similarity(anchors, positive[None], dim=-1) / temperature
+    others = F.cosine_similarity(anchors[:, None], negatives, dim=-1) / temperature
+    return -(own.sigmoid().log() + (1 - others.sigmoid()).log().mean(-1)).mean()
