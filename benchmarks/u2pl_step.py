@@ -36,7 +36,7 @@ from pipeline.models import build_model
 from pipeline.ops import kernel
 from pipeline.ops.bank import MemoryBank
 from pipeline.ops.contrast import Draws, Pixels, Rule, candidates, contrastive_loss, positives
-from pipeline.ops.entropy import IGNORE, partition
+from pipeline.ops.entropy import IGNORE, partition, reliable_labels, threshold
 from pipeline.ops.grid import make_grid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.schedules import unreliable_share
@@ -143,12 +143,13 @@ def ours(case: Case, groups: int) -> Step:
         label = grid.arrange(case.pseudo_label)
         values = grid.entropy(case.teacher_logits[count:])
         alpha = torch.full((), unreliable_share(round(1000 * case.progress), 1000, options.alpha_0))
-        parts = partition(values, label != IGNORE, alpha, world)
-        kept = torch.where(parts.reliable, label, IGNORE)
+        gamma = threshold(values, label != IGNORE, alpha, world)
+        kept = reliable_labels(values, label, gamma)
         unsupervised = unsupervised_cross_entropy(case.student_logits[count:], kept, world, grid)
         known = small_truth != IGNORE
-        reliable = torch.cat([known, grid.shrink(parts.reliable)])
-        unreliable = torch.cat([known, grid.shrink(parts.unreliable)])
+        parts = partition(grid.shrink(values), grid.shrink(label) != IGNORE, gamma)
+        reliable = torch.cat([known, parts.reliable])
+        unreliable = torch.cat([known, parts.unreliable])
         if not contrast:
             return unsupervised
         pixels = Pixels(

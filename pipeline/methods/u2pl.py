@@ -32,8 +32,8 @@ from pipeline.ops.contrast import (
     contrastive_loss,
     positives,
 )
-from pipeline.ops.entropy import IGNORE, Partition, partition
-from pipeline.ops.grid import Grid, make_grid, shrink
+from pipeline.ops.entropy import IGNORE, partition, reliable_labels, threshold
+from pipeline.ops.grid import make_grid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.schedules import ema_decay, unreliable_share
 from pipeline.ops.world import World
@@ -239,14 +239,18 @@ class U2PL(Method):
         label = grid.arrange(taught.label)
         values = grid.entropy(taught.teacher.logits[count:])
         among = step.world if options.thresholds == "global" else World()
-        parts = partition(values, label != IGNORE, alpha, among)
-        kept = torch.where(parts.reliable, label, IGNORE)
+        gamma = threshold(values, label != IGNORE, alpha, among)
+        kept = reliable_labels(values, label, gamma)
         unsupervised = unsupervised_cross_entropy(student.logits[count:], kept, step.world, grid)
 
+        small_values, small_known = grid.shrink(values), grid.shrink(label) != IGNORE
+        parts = partition(small_values, small_known, gamma)
         anchors = parts.reliable
         if options.variant == "upstream":
-            anchors = upstream.surest(values, label != IGNORE, alpha, among)
-        pixels = self._pixels(student, taught, truth, grid, anchors, self._negative_pixels(parts, label))
+            surest = upstream.surest_threshold(values, label != IGNORE, alpha, among)
+            anchors = small_known & (small_values <= surest)
+        negatives = {"unreliable": parts.unreliable, "reliable": parts.reliable, "all": small_known}
+        pixels = self._pixels(student, taught, truth, anchors, negatives[options.negative_pixels])
         draws = self._draws(step, truth.device)
         found, positive = self._candidates(pixels, draws, step)
         contrastive = contrastive_loss(
@@ -259,8 +263,8 @@ class U2PL(Method):
             "contrastive": self._lambda_c(step.world) * contrastive,
         }
         logs = {
-            "kept": parts.reliable.sum() / taught.label.numel(),
-            "entropy_threshold": parts.threshold,
+            "kept": (kept != IGNORE).sum() / taught.label.numel(),
+            "entropy_threshold": gamma,
             "anchors": found.anchor_count,
             "negatives": found.negative_count,
             "bank_fill": self.bank.count / self.bank.size,
@@ -277,27 +281,22 @@ class U2PL(Method):
         """D4: the release divides the contrastive gradient by the number of ranks once more."""
         return self.options.lambda_c / (world.size if self.options.variant == "upstream" else 1)
 
-    def _negative_pixels(self, parts: Partition, label: Tensor) -> Tensor:
-        return {"unreliable": parts.unreliable, "reliable": parts.reliable, "all": label != IGNORE}[
-            self.options.negative_pixels
-        ]
-
     def _pixels(
-        self, student: Prediction, taught: _Taught, truth: Tensor, grid: Grid, anchors: Tensor, negatives: Tensor
+        self, student: Prediction, taught: _Taught, truth: Tensor, anchors: Tensor, negatives: Tensor
     ) -> Pixels:
-        """All images at the resolution of the features."""
+        """All images at the resolution of the features; `anchors` and `negatives` are bool [B_u,h,w]."""
         assert student.features is not None
         assert taught.teacher.features is not None
-        small_truth = shrink(truth, grid.small)
-        known = small_truth != IGNORE
-        labels = torch.cat([small_truth, shrink(taught.label, grid.small)])
+        size = (anchors.shape[1], anchors.shape[2])
+        labels = torch.cat([shrink(truth, size), shrink(taught.label, size)])
+        known = labels[: len(truth)] != IGNORE
         return Pixels(
             student=student.features,
             teacher=taught.teacher.features,
             logits=taught.teacher.logits,
             label=labels,
-            reliable=torch.cat([known, grid.shrink(anchors)]),
-            unreliable=torch.cat([known, grid.shrink(negatives)]),
+            reliable=torch.cat([known, anchors]),
+            unreliable=torch.cat([known, negatives]),
             labeled=len(truth),
         )
 

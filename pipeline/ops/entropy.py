@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pipeline.ops.kernel import kernel
 from pipeline.ops.quantile import masked_quantile
 from pipeline.ops.world import World
 
@@ -12,14 +13,12 @@ IGNORE = 255
 
 
 class Partition(NamedTuple):
-    """Pixels of the unlabeled images by the teacher's entropy; bool of the shape of the entropy, and 0-dim float32."""
+    """Pixels of the unlabeled images by the teacher's entropy; bool of its shape."""
 
     reliable: Tensor
     """Entropy below gamma_t: pseudo-label and anchors."""
     unreliable: Tensor
     """Entropy at or above gamma_t: negative samples."""
-    threshold: Tensor
-    """gamma_t; NaN if every pixel is ignored (then both sets are empty)."""
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -34,11 +33,10 @@ def entropy(logits: Tensor) -> Tensor:
     return (total.log() - (weights * shifted).sum(1) / total).clamp_min(0.0)
 
 
-def partition(values: Tensor, known: Tensor, alpha: Tensor, world: World) -> Partition:
-    """Parts the pixels at gamma_t, the (1 - alpha_t) quantile of the entropy over all ranks (paper eq. 2 and 8).
+def threshold(values: Tensor, known: Tensor, alpha: Tensor, world: World) -> Tensor:
+    """gamma_t, the (1 - alpha_t) quantile of the entropy over all ranks (paper eq. 8): float32 0-dim.
 
-    Reliable and unreliable share one threshold: the release drops and selects by two percentiles that coincide at its
-    defaults.
+    Reliable and unreliable share it: the release drops and selects by two percentiles that coincide at its defaults.
 
     Args:
         values: float32, entropy, of any shape.
@@ -46,5 +44,16 @@ def partition(values: Tensor, known: Tensor, alpha: Tensor, world: World) -> Par
         alpha: float 0-dim, unreliable share alpha_t in 0..1.
         world: ranks whose pixels share the threshold.
     """
-    threshold = masked_quantile(values, known, (1.0 - alpha).reshape(1), world)[0]
-    return Partition(known & (values < threshold), known & (values >= threshold), threshold)
+    return masked_quantile(values, known, (1.0 - alpha).reshape(1), world)[0]
+
+
+def partition(values: Tensor, known: Tensor, gamma: Tensor) -> Partition:
+    """Parts the known pixels at gamma_t (paper eq. 2); without any, gamma is NaN and both sets are empty."""
+    return Partition(known & (values < gamma), known & (values >= gamma))
+
+
+@kernel()
+def reliable_labels(values: Tensor, label: Tensor, gamma: Tensor) -> Tensor:
+    """Labels of the pixels below gamma_t, 255 elsewhere: of the shape and dtype of `label`."""
+    reliable = (values < gamma).to(label.dtype)
+    return label * reliable + IGNORE * (1 - reliable)

@@ -69,6 +69,12 @@ class Grid(ABC):
 class FullGrid(Grid):
     """Logits at full size; the grid's order is the image's."""
 
+    @staticmethod
+    def of(label: Tensor) -> "FullGrid":
+        """The grid of labels [B,H,W] whose logits are of the same size."""
+        size = (label.shape[1], label.shape[2])
+        return FullGrid(size, size)
+
     def arrange(self, label: Tensor) -> Tensor:
         """As it is."""
         return label
@@ -79,16 +85,18 @@ class FullGrid(Grid):
 
     def label(self, logits: Tensor) -> Tensor:
         """Argmax of the resized logits."""
-        return upsample(logits.float(), self.size).argmax(1)
+        return self._full(logits).argmax(1)
 
     def entropy(self, logits: Tensor) -> Tensor:
         """Of the resized logits: [B,H,W]."""
-        return entropy(upsample(logits.float(), self.size))
+        return entropy(self._full(logits))
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         """Of the resized logits."""
-        full = upsample(logits.float(), self.size)
-        return F.cross_entropy(full, target, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(self._full(logits), target, ignore_index=IGNORE, reduction="sum")
+
+    def _full(self, logits: Tensor) -> Tensor:
+        return logits.float() if self.size == self.small else upsample(logits.float(), self.size)
 
 
 class QuarterGrid(Grid):
@@ -205,8 +213,8 @@ def _likeliest(x: Tensor) -> Tensor:
 def _normalisers(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """1/s of the pixels that count, 0 of the others, float32 [B,h,16,w]; and the sum of log2 s over the former."""
     total = torch.stack([e.sum(2) for e in _exponentials(x)], 2)
-    counts = target != IGNORE
-    return torch.where(counts, 1.0 / total, 0.0), torch.where(counts, total.log2(), 0.0).sum()
+    counts = (target != IGNORE).float()
+    return counts / total, (counts * total.log2()).sum()
 
 
 @kernel(one_pass=True)

@@ -6,11 +6,10 @@ a loss that is differentiated.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops.entropy import IGNORE
-from pipeline.ops.grid import Grid
+from pipeline.ops.grid import FullGrid, Grid
 from pipeline.ops.world import World
 
 
@@ -28,10 +27,7 @@ def cross_entropy(logits: Tensor, target: Tensor, world: World, grid: Grid | Non
         world: ranks that share the mean.
         grid: how the logits lie below the pixels; None: they are of the same size.
     """
-    if grid is None:
-        total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
-    else:
-        total = grid.cross_entropy(logits, target)
+    total = (grid or FullGrid.of(target)).cross_entropy(logits, target)
     return total / mean_count(target != IGNORE, world)
 
 
@@ -57,6 +53,6 @@ def unsupervised_cross_entropy(logits: Tensor, pseudo_label: Tensor, world: Worl
 
     Arguments as for `cross_entropy`; dropped pixels of the pseudo-label are 255.
     """
-    pixels = len(logits) * grid.size[0] * grid.size[1] if grid else pseudo_label.numel()
-    weight = pixels / mean_count(pseudo_label != IGNORE, world)
-    return cross_entropy(logits, pseudo_label, world, grid) * weight
+    grid = grid or FullGrid.of(pseudo_label)
+    kept = mean_count(pseudo_label != IGNORE, world)
+    return grid.cross_entropy(logits, pseudo_label) * (len(logits) * grid.size[0] * grid.size[1]) / kept.square()

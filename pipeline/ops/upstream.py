@@ -16,12 +16,12 @@ from pipeline.ops.selection import Members, rows
 from pipeline.ops.world import World
 
 
-def surest(values: Tensor, known: Tensor, alpha: Tensor, world: World) -> Tensor:
-    """Pixels at or below the alpha_t quantile of the entropy: the release's reliable pixels in L_c.
+def surest_threshold(values: Tensor, known: Tensor, alpha: Tensor, world: World) -> Tensor:
+    """The alpha_t quantile of the entropy, up to which the release calls pixels reliable in L_c: float32 0-dim.
 
-    Args: as for `ops.entropy.partition`. Returns: bool of the shape of `values`.
+    Arguments as for `ops.entropy.threshold`.
     """
-    return known & (values <= masked_quantile(values, known, alpha.reshape(1), world)[0])
+    return masked_quantile(values, known, alpha.reshape(1), world)[0]
 
 
 def one_hot(label: Tensor, classes: int) -> Tensor:

@@ -24,10 +24,9 @@ from pipeline.ops.contrast import (
     negative_mask,
     positives,
 )
-from pipeline.ops.entropy import entropy, partition
+from pipeline.ops.entropy import entropy, partition, reliable_labels, threshold
 from pipeline.ops.grid import FullGrid, QuarterGrid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
-from pipeline.ops.quantile import masked_quantile
 from pipeline.ops.schedules import ema_decay, poly, unreliable_share
 from pipeline.ops.selection import Members, rows
 from pipeline.ops.world import World
@@ -56,9 +55,10 @@ def test_unsupervised_loss(case: int):
     golden, grid = _golden("unsup_loss"), FullGrid((33, 33), (33, 33))
     label = golden["label_u"]
     alpha = (1 - golden["percents"][case] / 100).float()
-    parts = partition(grid.entropy(golden["pred_teacher"]), label != 255, alpha, ALONE)
-    assert _number(parts.threshold) == pytest.approx(_number(golden["thresholds"][case]), abs=1e-6)
-    kept = label.masked_fill(~parts.reliable, 255)
+    values = grid.entropy(golden["pred_teacher"])
+    gamma = threshold(values, label != 255, alpha, ALONE)
+    assert _number(gamma) == pytest.approx(_number(golden["thresholds"][case]), abs=1e-6)
+    kept = reliable_labels(values, label, gamma)
     assert torch.equal(kept, golden["targets_after"][case])
 
     logits = golden["pred_student"].clone().requires_grad_()
@@ -79,14 +79,15 @@ def test_entropy_masks(case: int):
     share = unreliable_share(int(golden["epoch"][case]), int(golden["epochs"]), 0.2)
     assert 100 * share == pytest.approx(_number(golden["alpha_percent"][case]))
     assert 100 * (1 - share) == pytest.approx(_number(golden["drop_percent"][case]))
-    parts = partition(values, known, torch.tensor(share), ALONE)
-    assert _number(parts.threshold) == pytest.approx(_number(golden["high_thresh"][case]), abs=1e-6)
+    gamma = threshold(values, known, torch.tensor(share), ALONE)
+    parts = partition(values, known, gamma)
+    assert _number(gamma) == pytest.approx(_number(golden["high_thresh"][case]), abs=1e-6)
     assert torch.equal(parts.unreliable, golden["high_mask_full"][case] > 0)
     assert torch.equal(parts.reliable, known & ~parts.unreliable)  # the paper's, not low_mask
 
-    low = masked_quantile(values, known, torch.tensor([share]), ALONE)[0]
+    low = upstream.surest_threshold(values, known, torch.tensor(share), ALONE)
     assert _number(low) == pytest.approx(_number(golden["low_thresh"][case]), abs=1e-6)
-    surest = upstream.surest(values, known, torch.tensor(share), ALONE)
+    surest = known & (values <= low)
     assert torch.equal(surest, golden["low_mask_full"][case] > 0)
     truth = shrink(golden["label_l"] != 255, (9, 9))
     for mask, name in ((surest, "low"), (parts.unreliable, "high")):
@@ -104,16 +105,17 @@ def test_the_quarter_grid_gives_the_same(case: int):
     found = []
     for grid in (FullGrid((33, 33), (9, 9)), QuarterGrid((33, 33), (9, 9))):
         target = grid.arrange(label)
-        parts = partition(grid.entropy(teacher), target != 255, alpha, ALONE)
-        kept = torch.where(parts.reliable, target, 255)
+        values = grid.entropy(teacher)
+        gamma = threshold(values, target != 255, alpha, ALONE)
+        kept = reliable_labels(values, target, gamma)
         logits = student.clone().requires_grad_()
         loss = unsupervised_cross_entropy(logits, kept, ALONE, grid)
         loss.backward()
-        found.append((loss.detach(), logits.grad, parts.threshold, grid.shrink(parts.reliable)))
-    (loss, gradient, threshold, reliable), (other, other_gradient, other_threshold, other_reliable) = found
+        found.append((loss.detach(), logits.grad, gamma, grid.shrink(values) < gamma))
+    (loss, gradient, gamma, reliable), (other, other_gradient, other_gamma, other_reliable) = found
     assert _number(other) == pytest.approx(_number(loss), rel=1e-6)
     torch.testing.assert_close(other_gradient, gradient, rtol=0, atol=1e-6)
-    assert _number(other_threshold) == pytest.approx(_number(threshold), abs=2e-6)
+    assert _number(other_gamma) == pytest.approx(_number(gamma), abs=2e-6)
     assert torch.equal(other_reliable, reliable)
 
 

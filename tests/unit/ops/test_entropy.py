@@ -1,9 +1,15 @@
 import pytest
 import torch
+from torch import Tensor
 
-from pipeline.ops.entropy import entropy, partition
+from pipeline.ops import entropy as ops
+from pipeline.ops.entropy import Partition, entropy, reliable_labels
 from pipeline.ops.world import World
 from tests.unit.ops.worlds import on_ranks
+
+
+def partition(values: Tensor, known: Tensor, alpha: Tensor, world: World) -> Partition:
+    return ops.partition(values, known, ops.threshold(values, known, alpha, world))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1000.0])
@@ -31,7 +37,7 @@ def test_the_share_alpha_is_unreliable_over_all_ranks(alpha):
     assert torch.equal(alone.reliable | alone.unreliable, known)
     assert not (alone.reliable & alone.unreliable).any()
     assert float(alone.unreliable.sum() / known.sum()) == pytest.approx(alpha, abs=1e-3)
-    assert values[alone.unreliable].min() >= alone.threshold > values[alone.reliable].max()
+    assert values[alone.unreliable].min() >= ops.threshold(values, known, share, World()) > values[alone.reliable].max()
     parts = on_ranks(2, lambda w: partition(values[2 * w.rank :][:2], known[2 * w.rank :][:2], share, w))
     assert torch.equal(torch.cat([part.reliable for part in parts]), alone.reliable)
     assert torch.equal(torch.cat([part.unreliable for part in parts]), alone.unreliable)
@@ -39,8 +45,8 @@ def test_the_share_alpha_is_unreliable_over_all_ranks(alpha):
 
 def test_a_pixel_at_the_threshold_is_unreliable():
     values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert ops.threshold(values, values >= 0, torch.tensor(0.5), World()) == 2
     parts = partition(values, values >= 0, torch.tensor(0.5), World())
-    assert parts.threshold == 2
     assert parts.unreliable.tolist() == [False, False, True, True, True]
 
 
@@ -56,13 +62,13 @@ def test_order_and_shape_of_the_pixels_do_not_matter():
     values = torch.rand(2, 3, 16, 5, generator=torch.Generator().manual_seed(0))
     known, share = values > 0.1, torch.tensor(0.3)
     whole, turned = partition(values, known, share, World()), partition(values.mT, known.mT, share, World())
-    assert whole.threshold == turned.threshold
     assert torch.equal(whole.reliable, turned.reliable.mT)
 
 
 def test_nothing_known_gives_empty_sets():
-    parts = partition(torch.rand(2, 3, 3), torch.zeros(2, 3, 3, dtype=torch.bool), torch.tensor(0.2), World())
-    assert parts.threshold.isnan()
+    values, known = torch.rand(2, 3, 3), torch.zeros(2, 3, 3, dtype=torch.bool)
+    assert ops.threshold(values, known, torch.tensor(0.2), World()).isnan()
+    parts = partition(values, known, torch.tensor(0.2), World())
     assert not parts.reliable.any()
     assert not parts.unreliable.any()
 
@@ -70,6 +76,14 @@ def test_nothing_known_gives_empty_sets():
 def test_a_pixel_without_an_entropy_is_in_neither_set():
     values = torch.tensor([0.0, 1.0, 2.0, torch.nan])
     parts = partition(values, torch.ones(4, dtype=torch.bool), torch.tensor(0.5), World())
-    assert parts.threshold == 1
     assert parts.reliable.tolist() == [True, False, False, False]
     assert parts.unreliable.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_labels_are_kept_below_the_threshold(dtype):
+    values = torch.tensor([0.0, 1.0, 2.0, torch.nan, 0.5])
+    label = torch.tensor([3, 1, 2, 4, 255]).to(dtype)
+    assert reliable_labels(values, label, torch.tensor(1.0)).tolist() == [3, 255, 255, 255, 255]
+    assert reliable_labels(values, label, torch.tensor(torch.nan)).tolist() == [255] * 5
+    assert reliable_labels(values, label, torch.tensor(1.0)).dtype == dtype
