@@ -135,7 +135,7 @@ def ours(case: Case, groups: int) -> Step:
         bank.keys[start : start + size] = case.queue(label)
     bank.count.copy_(bank.size)
     grid = make_grid((shape.large, shape.large), (shape.small, shape.small))
-    rule = Rule(options.delta_p, options.r_l, min(options.r_h, shape.classes))
+    rule = Rule(options.delta_p, min(options.r_l, shape.classes - 1), options.r_h)  # ranks end at the classes
     small_truth = shrink(case.truth, grid.small)
     count = shape.images
 

@@ -83,7 +83,7 @@ class U2PLOptions:
     """Negatives per anchor."""
     negative_groups: int = 0
     """Groups of anchors that share their negatives; 0: each anchor has its own, as in the paper. Fewer are faster on
-    CPUs and noisier (64: +17 % noise of the gradient), with the same expectation."""
+    CPUs and noisier, with the same expectation."""
     keys: int = 256
     """New keys per class, step and worker at most."""
     queue: int = 30000

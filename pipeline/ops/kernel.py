@@ -34,11 +34,16 @@ def kernel(*, one_pass: bool = False, contract: bool = True) -> Callable[[Callab
 
     def mark(function: Callable[P, R]) -> Callable[P, R]:
         options = (_ONE_PASS if one_pass else {}) | (_CONTRACT if contract else {})
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+        @functools.cache
+        def compiled() -> Callable[P, R]:
+            known = torch._inductor.list_options()  # they differ between releases of torch
+            chosen = {name: value for name, value in options.items() if name in known}
+            return torch.compile(function, fullgraph=True, dynamic=False, options=chosen)
 
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            return (compiled if _active else function)(*args, **kwargs)
+            return (compiled() if _active else function)(*args, **kwargs)
 
         return run
 
