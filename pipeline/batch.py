@@ -17,11 +17,33 @@ class Views:
     valid: Tensor
     """bool [B,H,W], False where padded or where the image was damaged."""
     ids: tuple[str, ...]
+    strong: tuple[Tensor, ...] = ()
+    """Strong views, each uint8 [B,3,H,W]: `image` in other colours, with the same geometry."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of every view."""
+        return self.image.shape[-2], self.image.shape[-1]
+
+    @property
+    def truth(self) -> Tensor:
+        """The mask of a labeled side.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.mask is None:
+            raise ValueError("the labeled side of a batch has masks")
+        return self.mask
 
     def to(self, device: torch.device) -> "Views":
         """The same views on `device`."""
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return Views(self.image.to(device, non_blocking=True), mask, self.valid.to(device, non_blocking=True), self.ids)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        mask = None if self.mask is None else moved(self.mask)
+        return Views(moved(self.image), mask, moved(self.valid), self.ids, tuple(map(moved, self.strong)))
 
 
 @dataclass(frozen=True)
@@ -42,3 +64,5 @@ class ViewSpec:
 
     unlabeled: bool
     """Whether it looks at unlabeled images at all."""
+    strong: int = 0
+    """How many strong views of each unlabeled image it needs."""

@@ -61,9 +61,13 @@ class DataConfig:
     """Range of the random resize before the crop, relative to the stored image."""
     flip: bool = True
     """Mirror every second view."""
+    hue: float = 0.25
+    """Largest change of the hue in strong views, as a share of the colour circle; less where colour tells classes."""
 
     def __post_init__(self) -> None:
         require_positive("data", self, "crop", "scale")
+        if not 0 <= self.hue <= 0.5:
+            raise UserError(f"data.hue: must be between 0 and 0.5, got {self.hue}")
         if self.scale[0] > self.scale[1]:
             raise UserError(f"data.scale: must be the smaller and the larger end, got {self.scale}")
 

@@ -19,6 +19,7 @@ from pipeline.datasets.format import Dataset
 from pipeline.datasets.splits import Split
 from pipeline.errors import UserError
 from pipeline.ingest import views
+from pipeline.ingest.photometric import fill_strong
 from pipeline.ingest.plan import LanePlan, owned_lanes, select_groups
 from pipeline.ingest.randomness import generator
 from pipeline.ingest.readers import Reader
@@ -93,6 +94,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._labeled = LabeledSet(dataset, split.labeled, config.seed)
         self._labeled_lanes = owned_lanes(config.optim.batch_labeled, rank, world)
+        self._strong = spec.strong
         self._unlabeled: UnlabeledStream | None = None
         if spec.unlabeled:
             lanes = config.optim.batch_unlabeled
@@ -152,16 +154,18 @@ class Loader:
         image = np.empty((len(samples), 3, height, width), np.uint8)
         mask = np.empty((len(samples), height, width), np.uint8)
         valid = np.empty((len(samples), height, width), bool)
-        list(self._pool.map(self._fill, samples, image, mask, valid))
+        strong = np.empty((0 if labeled else self._strong, *image.shape), np.uint8)
+        list(self._pool.map(self._fill, samples, image, mask, valid, strong.swapaxes(0, 1)))
         return Views(
             torch.from_numpy(image),
             torch.from_numpy(mask).long() if labeled else None,
             torch.from_numpy(valid),
             tuple(sample.id for sample in samples),
+            tuple(map(torch.from_numpy, strong)),
         )
 
-    def _fill(self, sample: Sample, image: np.ndarray, mask: np.ndarray, valid: np.ndarray) -> None:
-        """Decodes one sample into its slot; a damaged one leaves an image of which no pixel counts."""
+    def _fill(self, sample: Sample, image: np.ndarray, mask: np.ndarray, valid: np.ndarray, strong: np.ndarray) -> None:
+        """Decodes one sample into its slots; a damaged one leaves views of which no pixel counts."""
         try:
             pixels = decode_image(sample.image)
             classes = None if sample.mask is None else decode_mask(sample.mask)
@@ -169,6 +173,7 @@ class Loader:
                 raise DecodeError("image and mask have different sizes")
         except DecodeError as error:
             image[:], mask[:], valid[:] = views.MEAN_COLOUR[:, None, None], views.IGNORE, False
+            strong[:] = image
             self.stats.count(sample, error)
             return
         side = "unlabeled" if classes is None else "labeled"
@@ -178,4 +183,8 @@ class Loader:
         if classes is not None:
             views.cut_mask(classes, window, mask)
         valid[:] = views.valid_area(window, self._config.data.crop)
+        area, hue = views.shown(window, self._config.data.crop[1]), self._config.data.hue
+        for number, view in enumerate(strong):
+            rng = generator(self._config.seed, sample.epoch, sample.id, "strong", number)
+            fill_strong(image, area, hue, rng, view)
         self.stats.count(sample, None)

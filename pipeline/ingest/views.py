@@ -80,9 +80,15 @@ def cut_mask(mask: np.ndarray, window: Window, out: np.ndarray) -> None:
         out[:] = out[:, ::-1].copy()
 
 
+def shown(window: Window, width: int) -> tuple[slice, slice]:
+    """Rows and columns in which a view of `width` columns shows the image; the rest is padding."""
+    t_top, t_left, t_h, t_w = window.target
+    left = width - t_left - t_w if window.flip else t_left
+    return slice(t_top, t_top + t_h), slice(left, left + t_w)
+
+
 def valid_area(window: Window, shape: tuple[int, int]) -> np.ndarray:
     """Where the view shows the image: bool [crop_h,crop_w]."""
-    t_top, t_left, t_h, t_w = window.target
     valid = np.zeros(shape, bool)
-    valid[t_top : t_top + t_h, t_left : t_left + t_w] = True
-    return valid[:, ::-1] if window.flip else valid
+    valid[shown(window, shape[1])] = True
+    return valid

@@ -1,14 +1,37 @@
 """The systems of the comparison. Adding one: a file here and a line in `METHODS`."""
 
 from pipeline.config import Config
+from pipeline.methods.ael import AEL
 from pipeline.methods.base import Losses, Method, Predictor, Step
+from pipeline.methods.cct import CCT
+from pipeline.methods.cps import CPS
+from pipeline.methods.cutmix_seg import CutMixSeg
+from pipeline.methods.fixmatch import FixMatch
+from pipeline.methods.gct import GCT
+from pipeline.methods.mean_teacher import MeanTeacher
+from pipeline.methods.pc2seg import PC2Seg
+from pipeline.methods.pseudoseg import PseudoSeg
 from pipeline.methods.suponly import SupOnly
 from pipeline.methods.u2pl import U2PL
+from pipeline.methods.u2pl_ael import U2PLAEL
+from pipeline.methods.unimatch import UniMatch
 
 METHODS: dict[str, type[Method]] = {
     "suponly": SupOnly,
+    "mean_teacher": MeanTeacher,
+    "cutmix_seg": CutMixSeg,
+    "cct": CCT,
+    "gct": GCT,
+    "cps": CPS,
+    "pseudoseg": PseudoSeg,
+    "pc2seg": PC2Seg,
+    "ael": AEL,
     "u2pl": U2PL,
+    "u2pl_ael": U2PLAEL,
+    "fixmatch": FixMatch,
+    "unimatch": UniMatch,
 }
+"""In the order of the paper's tables; after U2PL what came later."""
 OPTIONS: dict[str, type] = {name: method.Options for name, method in METHODS.items()}
 
 

@@ -54,6 +54,13 @@ class Step:
         return uniform(f"{self.seed}/{self.index}/{name}", shape, device)
 
 
+def untouched(prediction: Prediction) -> Tensor:
+    """0 with a gradient for the representation head: DDP waits for every parameter, also where no loss needs it."""
+    if prediction.features is None:
+        return torch.zeros((), device=prediction.logits.device)
+    return 0.0 * prediction.features.float().sum()
+
+
 class Predictor(nn.Module):
     """A network as used at test time: uint8 [B,3,H,W] -> logits float [B,C,h,w]."""
 
@@ -117,13 +124,22 @@ class Method(nn.Module, ABC):
         """A network as the config says, its auxiliary head included if its loss has a weight."""
         return build_model(self.config.model, self.num_classes, features=features, aux=self.config.loss.aux_weight > 0)
 
+    def sides(self, batch: Batch) -> tuple[Views, Views]:
+        """The labeled side with its masks, and the unlabeled one with the views that the method asks for.
+
+        Raises:
+            ValueError: they are not there.
+        """
+        labeled, unlabeled, strong = batch.labeled, batch.unlabeled, self.views.strong
+        if labeled.mask is None or unlabeled is None or len(unlabeled.strong) < strong:
+            raise ValueError(f"{type(self).__name__} needs labels, and unlabeled images with {strong} strong views")
+        return labeled, unlabeled
+
     def supervised(self, prediction: Prediction, labeled: Views, world: World) -> Tensor:
         """L_s of the labeled images, 0-dim: cross entropy or OHEM, plus the weighted auxiliary head."""
-        if labeled.mask is None:
-            raise ValueError("the labeled side of a batch has masks")
-        total = self._supervised(prediction.logits, labeled.mask, world)
+        total = self._supervised(prediction.logits, labeled.truth, world)
         if prediction.aux is not None:
-            total = total + self.config.loss.aux_weight * self._supervised(prediction.aux, labeled.mask, world)
+            total = total + self.config.loss.aux_weight * self._supervised(prediction.aux, labeled.truth, world)
         return total
 
     def _supervised(self, logits: Tensor, mask: Tensor, world: World) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config, convert, require_positive, require_share
 from pipeline.errors import UserError
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import Losses, Method, Step, untouched
 from pipeline.models import Prediction, SegmentationModel
 from pipeline.ops import ema, mixing, upstream
 from pipeline.ops.bank import MemoryBank
@@ -153,14 +153,12 @@ class U2PL(Method):
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.options: U2PLOptions = _clamped(convert(U2PLOptions, config.methods.get("u2pl", {}), "u2pl"), num_classes)
+        self.options = read_options(config, num_classes)
         self.student = self.build_network(features=True)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        sizes = [self.options.queue_background] + [self.options.queue] * (num_classes - 1)
-        dim = config.model.feature_dim
-        self.bank = MemoryBank(sizes, dim, getattr(torch, self.options.bank_dtype))
+        self.bank = make_bank(self.options, config, num_classes)
         if self.options.prototype_ema:
-            self.register_buffer("prototypes", torch.zeros(num_classes, dim))
+            self.register_buffer("prototypes", torch.zeros(num_classes, config.model.feature_dim))
 
     def networks(self) -> dict[str, SegmentationModel]:
         """The teacher is the result, as in the release; during warm-up it equals the student."""
@@ -175,16 +173,14 @@ class U2PL(Method):
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s during the warm-up, then L_s + L_u + lambda_c L_c (paper eq. 1)."""
-        labeled, unlabeled = batch.labeled, batch.unlabeled
-        if unlabeled is None or labeled.mask is None:
-            raise ValueError("U2PL needs masks of the labeled and images of the unlabeled side")
+        labeled, unlabeled = self.sides(batch)
         if self.options.variant == "upstream":  # D6: padding is class 0, and pseudo-labels of padding count
-            labeled = replace(labeled, mask=labeled.mask.masked_fill(~labeled.valid, 0))
+            labeled = replace(labeled, mask=labeled.truth.masked_fill(~labeled.valid, 0))
             unlabeled = replace(unlabeled, valid=torch.ones_like(unlabeled.valid))
         if step.index < self.options.warmup_steps:
             prediction = self.student(labeled.image)
-            untouched = 0.0 * prediction.features.float().sum()  # DDP waits for every parameter's gradient
-            return Losses({"supervised": self.supervised(prediction, labeled, step.world) + untouched}, {})
+            supervised = self.supervised(prediction, labeled, step.world)
+            return Losses({"supervised": supervised + untouched(prediction)}, {})
         taught = self._teach(labeled, unlabeled, step)
         student: Prediction = self.student(torch.cat([labeled.image, taught.images]))
         with torch.autocast(labeled.image.device.type, enabled=False):
@@ -231,8 +227,7 @@ class U2PL(Method):
     # ---- the losses ---------------------------------------------------------------------------------------------
 
     def _losses(self, student: Prediction, taught: _Taught, labeled: Views, step: Step) -> Losses:
-        options, truth, count = self.options, labeled.mask, len(labeled.image)
-        assert truth is not None
+        options, truth, count = self.options, labeled.truth, len(labeled.image)
         size, small = (truth.shape[-2], truth.shape[-1]), (student.logits.shape[-2], student.logits.shape[-1])
         grid = make_grid(size, small)
         alpha = torch.full((), self._alpha(step), device=truth.device)  # a copy of a host tensor would wait
@@ -250,13 +245,13 @@ class U2PL(Method):
             surest = upstream.surest_threshold(values, label != IGNORE, alpha, among)
             anchors = small_known & (small_values <= surest)
         negatives = {"unreliable": parts.unreliable, "reliable": parts.reliable, "all": small_known}
-        pixels = self._pixels(student, taught, truth, anchors, negatives[options.negative_pixels])
-        draws = self._draws(step, truth.device)
+        pixels = make_pixels(student, taught.teacher, truth, taught.label, anchors, negatives[options.negative_pixels])
+        draws = make_draws(options, step, self.num_classes, truth.device)
         found, positive = self._candidates(pixels, draws, step)
         contrastive = contrastive_loss(
             pixels, found, positive, self.bank, draws, options.temperature, step.world, binary=options.loss == "binary"
         )
-        supervised = self.supervised(_first(student, count), labeled, step.world)
+        supervised = self.supervised(student.of(slice(count)), labeled, step.world)
         terms = {
             "supervised": supervised,
             "unsupervised": unsupervised,
@@ -281,25 +276,6 @@ class U2PL(Method):
         """D4: the release divides the contrastive gradient by the number of ranks once more."""
         return self.options.lambda_c / (world.size if self.options.variant == "upstream" else 1)
 
-    def _pixels(
-        self, student: Prediction, taught: _Taught, truth: Tensor, anchors: Tensor, negatives: Tensor
-    ) -> Pixels:
-        """All images at the resolution of the features; `anchors` and `negatives` are bool [B_u,h,w]."""
-        assert student.features is not None
-        assert taught.teacher.features is not None
-        size = (anchors.shape[1], anchors.shape[2])
-        labels = torch.cat([shrink(truth, size), shrink(taught.label, size)])
-        known = labels[: len(truth)] != IGNORE
-        return Pixels(
-            student=student.features,
-            teacher=taught.teacher.features,
-            logits=taught.teacher.logits,
-            label=labels,
-            reliable=torch.cat([known, anchors]),
-            unreliable=torch.cat([known, negatives]),
-            labeled=len(truth),
-        )
-
     def _candidates(self, pixels: Pixels, draws: Draws, step: Step) -> tuple[Candidates, Positives]:
         """Anchors, positives and new keys, by the paper's rules or the release's."""
         rule = Rule(self.options.delta_p, self.options.r_l, self.options.r_h)
@@ -320,19 +296,6 @@ class U2PL(Method):
         self.prototypes.copy_(averaged(self.prototypes, positive, decay))
         return positive._replace(mean=self.prototypes)
 
-    def _draws(self, step: Step, device: torch.device) -> Draws:
-        classes, options = self.num_classes, self.options
-        return Draws(
-            anchors=step.uniform("anchors", (classes, options.anchors), device),
-            keys=step.uniform("keys", (classes, options.keys), device),
-            negatives=step.uniform("negatives", (classes, options.groups, options.negatives), device),
-        )
-
-
-def _first(prediction: Prediction, count: int) -> Prediction:
-    """The first `count` images: the labeled ones."""
-    return Prediction(prediction.logits[:count], None, None if prediction.aux is None else prediction.aux[:count])
-
 
 def _mixed_outputs(teacher: Prediction, count: int, change: _Change) -> Prediction:
     """The teacher's outputs of clean images, mixed as the images are; the first `count` are labeled and stay."""
@@ -349,10 +312,58 @@ def _histogram(label: Tensor) -> Tensor:
     return counts.index_add_(0, label.flatten().long(), torch.ones_like(label, dtype=torch.int64).flatten())
 
 
-def _clamped(options: U2PLOptions, num_classes: int) -> U2PLOptions:
-    """Ranks end at the number of classes: with r_l >= C no pixel could ever be a negative."""
+# ---- what U2PL on another method shares -------------------------------------------------------------------------
+
+
+def read_options(config: Config, num_classes: int) -> U2PLOptions:
+    """The section `u2pl`. Ranks end at the number of classes: with r_l >= C no pixel could ever be a negative."""
+    options: U2PLOptions = convert(U2PLOptions, config.methods.get("u2pl", {}), "u2pl")
     if options.r_l < num_classes:
         return options
     lower = max(1, num_classes - 1)
     log.warning("u2pl.r_l %d leaves no negatives with %d classes: using %d", options.r_l, num_classes, lower)
     return replace(options, r_l=lower)
+
+
+def make_bank(options: U2PLOptions, config: Config, num_classes: int) -> MemoryBank:
+    """Empty memory banks for the features of the config's network."""
+    sizes = [options.queue_background] + [options.queue] * (num_classes - 1)
+    return MemoryBank(sizes, config.model.feature_dim, getattr(torch, options.bank_dtype))
+
+
+def make_draws(options: U2PLOptions, step: Step, num_classes: int, device: torch.device) -> Draws:
+    """The random numbers of a step's contrast."""
+    return Draws(
+        anchors=step.uniform("anchors", (num_classes, options.anchors), device),
+        keys=step.uniform("keys", (num_classes, options.keys), device),
+        negatives=step.uniform("negatives", (num_classes, options.groups, options.negatives), device),
+    )
+
+
+def make_pixels(
+    student: Prediction, teacher: Prediction, truth: Tensor, label: Tensor, anchors: Tensor, negatives: Tensor
+) -> Pixels:
+    """All images at the resolution of the features.
+
+    Args:
+        student: of labeled and unlabeled images; its features get the gradient.
+        teacher: of the same images.
+        truth: int64 [B_l,H,W].
+        label: int64 [B_u,H,W], pseudo-labels.
+        anchors: bool [B_u,h,w], which pixels of unlabeled images may be anchors and positives.
+        negatives: bool [B_u,h,w], which of them may be negatives.
+    """
+    assert student.features is not None
+    assert teacher.features is not None
+    size = (anchors.shape[1], anchors.shape[2])
+    labels = torch.cat([shrink(truth, size), shrink(label, size)])
+    known = labels[: len(truth)] != IGNORE
+    return Pixels(
+        student=student.features,
+        teacher=teacher.features,
+        logits=teacher.logits,
+        label=labels,
+        reliable=torch.cat([known, anchors]),
+        unreliable=torch.cat([known, negatives]),
+        labeled=len(truth),
+    )

@@ -9,7 +9,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models.backbones import build_encoder
 from pipeline.models.deeplab import DeepLabDecoder
-from pipeline.models.parts import Prediction
+from pipeline.models.parts import Channels, Prediction, Taps
 from pipeline.models.tiny import TINY_CHANNELS, TinyDecoder, TinyEncoder
 
 log = logging.getLogger(__name__)
@@ -25,10 +25,11 @@ class SegmentationModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, channels: Channels) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self.channels = channels
         # constants, not state: they are in no checkpoint
         self.register_buffer("mean", torch.tensor(MEAN_COLOUR).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(COLOUR_STD).view(3, 1, 1), persistent=False)
@@ -39,8 +40,19 @@ class SegmentationModel(nn.Module):
         Args:
             image: [B,3,H,W] uint8 RGB of any size, normalised here because bytes cross to a device sooner.
         """
-        normal = (image - self.mean) / self.std
-        return self.decoder(self.encoder(normal.contiguous(memory_format=torch.channels_last)))
+        return self.decode(self.encode(image))
+
+    def encode(self, image: Tensor) -> Taps:
+        """The encoder's feature maps of uint8 [B,3,H,W]; for methods that look at them or change them."""
+        return self.encoder(self.normalise(image).contiguous(memory_format=torch.channels_last))
+
+    def decode(self, taps: Taps) -> Prediction:
+        """Scores what the encoder saw."""
+        return self.decoder(taps)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 [B,3,H,W] as the encoder takes it: float of about zero mean and unit deviation."""
+        return (image - self.mean) / self.std
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Parameters of the encoder, which may be pretrained and then learn slower."""
@@ -65,18 +77,23 @@ def build_model(config: ModelConfig, num_classes: int, *, features: bool, aux: b
     Raises:
         UserError: the weights cannot be had or do not fit.
     """
-    encoder, decoder = (_tiny if config.backbone == "tiny" else _deeplab)(config, num_classes, features, aux)
-    return SegmentationModel(encoder, decoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    build = _tiny if config.backbone == "tiny" else _deeplab
+    model = SegmentationModel(*build(config, num_classes, features, aux))
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _tiny(config: ModelConfig, num_classes: int, features: bool, aux: bool) -> tuple[nn.Module, nn.Module]:
+_Parts = tuple[nn.Module, nn.Module, Channels]
+"""Encoder, decoder, and what the one hands to the other."""
+
+
+def _tiny(config: ModelConfig, num_classes: int, features: bool, aux: bool) -> _Parts:
     if config.weights != "none":
         raise UserError(f"model.weights {config.weights}: tiny has no pretrained weights; use none or another backbone")
     log.info("encoder tiny: from scratch")
     decoder = TinyDecoder(TINY_CHANNELS, num_classes, config.feature_dim if features else 0, aux=aux)
-    return TinyEncoder(TINY_CHANNELS), decoder
+    return TinyEncoder(TINY_CHANNELS), decoder, TINY_CHANNELS
 
 
-def _deeplab(config: ModelConfig, num_classes: int, features: bool, aux: bool) -> tuple[nn.Module, nn.Module]:
+def _deeplab(config: ModelConfig, num_classes: int, features: bool, aux: bool) -> _Parts:
     encoder, channels = build_encoder(config)
-    return encoder, DeepLabDecoder(config, channels, num_classes, features=features, aux=aux)
+    return encoder, DeepLabDecoder(config, channels, num_classes, features=features, aux=aux), channels

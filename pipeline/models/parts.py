@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,6 +35,10 @@ class Prediction(NamedTuple):
     aux: Tensor | None
     """[B,C,h',w'] float class scores of the auxiliary head; None if built without."""
 
+    def of(self, images: slice) -> "Prediction":
+        """The same for some of the images."""
+        return Prediction(*(None if tensor is None else tensor[images] for tensor in self))  # type: ignore[arg-type]
+
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     """Convolution that keeps the size (up to the stride), batch norm, ReLU.
@@ -43,3 +48,20 @@ def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1,
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def subpixel_decoder(inputs: int, classes: int, doublings: int) -> nn.Sequential:
+    """1x1 convolution to C channels, then `doublings` times sub-pixel convolution: [B,c,h,w] -> [B,C,h*2^n,w*2^n].
+
+    The sub-pixels start out equal (ICNR, arXiv 1707.02937), which avoids a checkerboard. There is no batch norm, so a
+    decoder has no statistics that its perturbed input could spoil.
+    """
+    first = nn.Conv2d(inputs, classes, 1, bias=False)
+    nn.init.kaiming_normal_(first.weight, nonlinearity="relu")
+    layers: list[nn.Module] = [first]
+    for _ in range(doublings):
+        wide = nn.Conv2d(classes, 4 * classes, 1)
+        with torch.no_grad():
+            wide.weight.copy_(nn.init.kaiming_normal_(torch.empty(classes, classes, 1, 1)).repeat_interleave(4, 0))
+        layers += [wide, nn.ReLU(), nn.PixelShuffle(2)]
+    return nn.Sequential(*layers)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pipeline.ops.boxes import Boxes, inside
+
 
 def partners(count: int, device: torch.device) -> Tensor:
     """Who lends pixels to whom inside the batch: int64 [count].
@@ -31,14 +33,7 @@ def cutmix_masks(draws: Tensor, size: tuple[int, int]) -> Tensor:
     box_h = torch.round(height * width / 2 / box_w)
     top = torch.floor(draws[:, 1] * (height - box_h + 1))
     left = torch.floor(draws[:, 2] * (width - box_w + 1))
-    y = torch.arange(height, device=draws.device).view(1, -1, 1)
-    x = torch.arange(width, device=draws.device).view(1, 1, -1)
-
-    def column(value: Tensor) -> Tensor:
-        return value.view(-1, 1, 1)
-
-    inside_y = (y >= column(top)) & (y < column(top + box_h))
-    return inside_y & (x >= column(left)) & (x < column(left + box_w))
+    return inside(Boxes(top, left, box_h, box_w), size)
 
 
 def classmix_masks(draws: Tensor, label: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Quantities that follow the step: learning rate, EMA decay, unreliable share."""
+"""Quantities that follow the step: learning rate, EMA decay, unreliable share, ramps."""
+
+import math
 
 
 def poly(step: int, steps: int, power: float, warmup: int = 0) -> float:
@@ -21,3 +23,12 @@ def ema_decay(step: int, start: int, cap: float) -> float:
 def unreliable_share(step: int, steps: int, alpha_0: float) -> float:
     """alpha_t = alpha_0 (1 - t/T): the share of unlabeled pixels that counts as unreliable (paper eq. 8)."""
     return alpha_0 * max(0.0, 1.0 - step / steps)
+
+
+def sigmoid_ramp(step: int, length: float) -> float:
+    """exp(-5 (1 - t/length)^2): rises from 0.0067 to 1 within `length` steps (Laine and Aila, ICLR 2017).
+
+    A length of 0 is no ramp: always 1.
+    """
+    rest = max(0.0, 1.0 - step / length) if length else 0.0
+    return math.exp(-5.0 * rest * rest)

@@ -17,14 +17,18 @@ from pipeline.batch import Batch
 from pipeline.cli import resolve
 from pipeline.config import Config, as_dict, build
 from pipeline.ingest.loader import Loader
-from pipeline.methods import OPTIONS, Method, build_method
+from pipeline.methods import METHODS, OPTIONS, Method, build_method
 from pipeline.training import loop
 from pipeline.training.hosts import PlainHost
 
-STEPS = 10
-WARMUP = 3
-RUNS = ("suponly", "u2pl", "contrast")
-"""`contrast` is U2PL with lambda_c on; its draws are per worker, so its losses are not those of one worker."""
+STEPS = 7
+WARMUP = 2
+RUNS = (*METHODS, "contrast")
+"""Every method; `u2pl` is without L_c, `contrast` with: its draws, and so its losses, are per worker."""
+
+ROUGH = {"suponly": 1e-4, "u2pl": 1e-4, "cct": 2e-2}
+"""How far losses may drift apart after three steps: sums in another order flip hard labels of undecided pixels, and
+what CCT's thresholds cut off."""
 
 
 def _config(root: str, out: Path, method: str, **u2pl: Any) -> Config:
@@ -40,6 +44,9 @@ def _config(root: str, out: Path, method: str, **u2pl: Any) -> Config:
             "eval": {"every": 1000},
             "run": {"log_every": 1, "checkpoint_every": 1000, "tensorboard": False},
             "u2pl": {**options, "mix_share": 1.0, **u2pl},
+            "mean_teacher": {"ramp_steps": 0},
+            "gct": {"detector_width": 8},
+            **{name: {"threshold": 0.0} for name in ("cutmix_seg", "ael", "fixmatch", "unimatch")},
         },
         OPTIONS,
     )
@@ -47,8 +54,7 @@ def _config(root: str, out: Path, method: str, **u2pl: Any) -> Config:
 
 def _configs(root: str, out: Path) -> dict[str, Config]:
     return {
-        "suponly": _config(root, out / "suponly", "suponly"),
-        "u2pl": _config(root, out / "u2pl", "u2pl", lambda_c=0.0),
+        **{name: _config(root, out / name, name, lambda_c=0.0) for name in METHODS},
         "contrast": _config(root, out / "contrast", "u2pl", lambda_c=0.1),
     }
 
@@ -115,12 +121,13 @@ def _records(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-@pytest.mark.parametrize("name", ["suponly", "u2pl"])
+@pytest.mark.parametrize("name", METHODS)
 def test_two_workers_have_the_losses_of_one(name, one_rank, two_ranks):
     alone, shared = (_records(out / name, "train") for out in (one_rank[0], two_ranks[0]))
     assert len(alone) == len(shared) == STEPS
     for one, two in zip(alone, shared, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4), f"step {one['step']}"
+        close = 1e-4 if one["step"] <= 3 else ROUGH.get(name, 1e-3)
+        assert two["loss"] == pytest.approx(one["loss"], abs=close), f"step {one['step']}"
     if name == "u2pl":
         assert alone[WARMUP - 1]["loss"].keys() == {"supervised"}
         assert alone[WARMUP]["loss"]["unsupervised"] > 0
@@ -173,6 +180,10 @@ def _check_storage(method: Method) -> None:
 # ---- resume ---------------------------------------------------------------------------------------------------
 
 
+LOST, END = 5, 8
+"""The step after which the machine is lost, and the last one."""
+
+
 class _Lost(Exception):
     """The machine goes away."""
 
@@ -206,25 +217,24 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {key: leaf for name, inner in pairs for key, leaf in _flat(inner, f"{path}.{name}").items()}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("method", sorted(OPTIONS))
+@pytest.mark.parametrize(("method", "optimizer"), [*((name, "sgd") for name in METHODS), ("u2pl", "adamw")])
 def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "build_method", _with_dropout)
     config = _config(shapes, tmp_path / "whole", method)
     config = replace(
         config,
-        optim=replace(config.optim, optimizer=optimizer, steps=12, clip_norm=1.0, warmup_steps=9),
-        run=replace(config.run, checkpoint_every=7),
+        optim=replace(config.optim, optimizer=optimizer, steps=END, clip_norm=1.0, warmup_steps=LOST + 2),
+        run=replace(config.run, checkpoint_every=LOST),
     )
     cut = replace(config, out=str(tmp_path / "cut"))
     whole = loop.train(config, PlainHost(str(config.out)))
     with pytest.raises(_Lost):
-        loop.train(cut, _Losing(str(cut.out), 7))
+        loop.train(cut, _Losing(str(cut.out), LOST))
     resumed = loop.train(cut, PlainHost(str(cut.out)))
 
     assert resumed == whole
-    assert resumed.step == 12
-    states = [_flat(checkpoint.read_state(f"{run.out}/{checkpoint.name(12)}")) for run in (config, cut)]
+    assert resumed.step == END
+    states = [_flat(checkpoint.read_state(f"{run.out}/{checkpoint.name(END)}")) for run in (config, cut)]
     assert states[0].keys() == states[1].keys()
     for key, value in states[0].items():
         same = torch.equal(value, states[1][key]) if isinstance(value, Tensor) else value == states[1][key]
@@ -235,5 +245,5 @@ def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, 
         [{k: v for k, v in line.items() if k not in timing} for line in _records(tmp_path / run, "train")]
         for run in ("whole", "cut")
     ]
-    assert [line["step"] for line in records[1]] == list(range(1, 13))
+    assert [line["step"] for line in records[1]] == list(range(1, END + 1))
     assert records[0] == records[1]

@@ -143,6 +143,7 @@ def test_what_must_be_positive_is(path):
     [
         ({"data": {"crop": [0, 5]}}, "data.crop: must be above 0"),
         ({"data": {"scale": [2, 1]}}, "smaller and the larger"),
+        ({"data": {"hue": 0.6}}, "data.hue: must be between 0 and 0.5"),
         ({"model": {"dropout": 1.5}}, "model.dropout: must be between 0 and 1"),
         ({"u2pl": {"alpha_0": 1.5}}, "u2pl.alpha_0: must be between 0 and 1"),
         ({"u2pl": {"r_l": 3, "r_h": 3}}, "u2pl.r_l 3: must be below u2pl.r_h 3"),

@@ -172,6 +172,52 @@ def test_views_change_with_epoch_and_seed(shapes):
     assert not torch.equal(views[0].image, views[1].image)
 
 
+# ---- strong views ---------------------------------------------------------------------------------------------
+
+STRONG = ViewSpec(unlabeled=True, strong=2)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("start", [0, 7])
+def test_strong_views_do_not_depend_on_workers_threads_or_interruptions(shapes, world, start):
+    config = _config(shapes)
+    whole = _take(config, start + 2, spec=STRONG)[start:]
+    for rank in range(world):
+        part = _take(config, 2, spec=STRONG, rank=rank, world=world, start=start, threads=3)
+        for one, two in zip(whole, part, strict=True):
+            share = 6 // world
+            for all_of, mine in zip(_views(one)[1].strong, _views(two)[1].strong, strict=True):
+                assert torch.equal(mine, all_of[rank * share : (rank + 1) * share])
+
+
+def test_strong_views_differ_from_the_weak_one_in_colour_alone(shapes):
+    for batch in _take(_config(shapes, scale=[0.3, 0.8]), 5, spec=STRONG):
+        labeled, unlabeled = _views(batch)
+        assert labeled.strong == ()
+        one, two = unlabeled.strong
+        for view in (one, two):
+            assert view.shape == unlabeled.image.shape
+            assert view.dtype == torch.uint8
+            assert view.is_contiguous()
+            padding = ~unlabeled.valid[:, None].expand_as(view)
+            assert padding.any()
+            assert torch.equal(view[padding], unlabeled.image[padding])
+            assert not torch.equal(view, unlabeled.image)
+        assert not torch.equal(one, two)
+
+
+def test_who_asks_for_no_strong_view_gets_the_very_same_batches(shapes):
+    config = _config(shapes)
+    plain, strong = _take(config, 4), _take(config, 4, spec=STRONG)
+    assert _same(plain, strong)
+    assert all(_views(batch)[1].strong == () for batch in plain)
+
+
+def test_strong_views_move_with_the_batch(shapes):
+    unlabeled = _views(_take(_config(shapes), 1, spec=STRONG)[0].to(torch.device("meta")))[1]
+    assert [view.device.type for view in unlabeled.strong] == ["meta"] * 2
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +236,7 @@ def test_a_damaged_image_counts_as_padding_and_is_named(shapes, caplog):
     config = _config(shapes)
     ids = [name for batch in _take(config, 5) for name in _views(batch)[1].ids]
     with caplog.at_level(logging.WARNING, "pipeline"):
-        loader = _loader(config, reader=_spoiling({ids[3]}))
+        loader = _loader(config, reader=_spoiling({ids[3]}), spec=STRONG)
         batches = list(itertools.islice(loader, 5))
         loader.close()
     clean = _take(config, 5)
@@ -200,6 +246,7 @@ def test_a_damaged_image_counts_as_padding_and_is_named(shapes, caplog):
         for place, name in enumerate(mine.ids):
             if name == ids[3]:
                 assert not mine.valid[place].any()
+                assert all(torch.equal(view[place], mine.image[place]) for view in mine.strong)
                 assert torch.equal(mine.image[place].flatten(1).unique(dim=1).flatten().sort().values,
                                    torch.tensor([104, 116, 124], dtype=torch.uint8))  # fmt: skip
             else:

@@ -8,19 +8,24 @@ import torch
 
 from pipeline.batch import Batch, Views
 from pipeline.cli import resolve
-from pipeline.methods import OPTIONS, Method, Step, build_method
+from pipeline.methods import METHODS, OPTIONS, Method, Step, build_method
+from pipeline.models import upsample
 from pipeline.ops.world import World
 
 SIZE = 24
 CLASSES = 5
 TOTAL = 20
+STRONG = max(method.views.strong for method in METHODS.values())
+"""Strong views of a batch made by hand: as many as any method asks for."""
+
+CPU = torch.device("cpu")
 
 Build = Callable[..., Method]
 
 
 @pytest.fixture
 def build() -> Build:
-    """Makes a method; options of U2PL are small enough for 24 x 24 pixels."""
+    """Makes a method; where an option has a size, it is small enough for 24 x 24 pixels."""
 
     def make(name: str, classes: int = CLASSES, aux: float = 0.0, **options: Any) -> Method:
         values = {
@@ -28,9 +33,12 @@ def build() -> Build:
             "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
             "loss": {"aux_weight": aux},
             "optim": {"steps": TOTAL},
+            "data": {"crop": (SIZE, SIZE)},
             "u2pl": {"warmup_steps": 2, "anchors": 8, "negatives": 4, "keys": 8, "queue": 20, "queue_background": 30},
+            "gct": {"detector_width": 8},
+            "u2pl_ael": {"contrast_start": 3},
         }
-        values["u2pl"] |= options
+        values[name] = {**values.get(name, {}), **options}
         torch.manual_seed(0)
         return build_method(resolve(values, OPTIONS), classes).train()
 
@@ -38,7 +46,7 @@ def build() -> Build:
 
 
 def views(count: int, *, masked: bool, seed: int = 0, classes: int = CLASSES) -> Views:
-    """Images of noise whose masks follow their brightness, in blocks."""
+    """Images of noise whose masks follow their brightness, in blocks; the strong views are brighter and darker."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, classes, (count, SIZE // 6, SIZE // 6), generator=generator)
     mask = coarse.repeat_interleave(6, 1).repeat_interleave(6, 2)
@@ -48,7 +56,9 @@ def views(count: int, *, masked: bool, seed: int = 0, classes: int = CLASSES) ->
     valid = torch.ones(count, SIZE, SIZE, dtype=torch.bool)
     valid[:, :, 0] = False
     ids = tuple(f"{'l' if masked else 'u'}{seed}{i}" for i in range(count))
-    return Views(image, mask if masked else None, valid, ids)
+    shifts = () if masked else torch.randint(-20, 20, (STRONG, count, 3, 1, 1), generator=generator)
+    strong = tuple((image + shift).clamp(0, 255).to(torch.uint8) for shift in shifts)
+    return Views(image, mask if masked else None, valid, ids, strong)
 
 
 def batch(count: int = 2, seed: int = 0, classes: int = CLASSES) -> Batch:
@@ -65,14 +75,50 @@ def step(index: int) -> Step:
 
 
 def train_step(method: Method, index: int, on: Batch | None = None, lr: float = 0.01) -> dict[str, torch.Tensor]:
-    """One step as the loop makes it; returns the loss terms."""
+    """One step as the loop makes it, by plain SGD; returns the loss terms.
+
+    What asks for Adam diverges under SGD: it gets Adam's first step, the sign of the gradient at the group's own rate.
+    """
     torch.manual_seed(index)
     terms = method(on or batch(seed=index), step(index)).terms
     method.zero_grad(set_to_none=True)
     torch.stack(list(terms.values())).sum().backward()
     with torch.no_grad():
-        for parameter in method.parameters():
-            if parameter.grad is not None:
-                parameter.sub_(lr * parameter.grad)
+        for group in method.param_groups():
+            adam = group.get("optimizer") == "adam"
+            rate = method.config.optim.lr * group["lr_mult"] if adam else lr
+            for parameter in group["params"]:
+                assert parameter.grad is not None
+                parameter.sub_(rate * (parameter.grad.sign() if adam else parameter.grad))
     method.after_step(step(index))
     return {name: value.detach() for name, value in terms.items()}
+
+
+def full(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [B,C,h,w] at the size of the images."""
+    return upsample(logits, (SIZE, SIZE))
+
+
+def pseudo_loss(
+    scores: torch.Tensor, weak: torch.Tensor, source: torch.Tensor, valid: torch.Tensor, threshold: float
+) -> tuple[float, float]:
+    """FixMatch's loss pixel by pixel: sum of the confident cross entropies / valid pixels of the mixed images.
+
+    Args:
+        scores: float [B,C,H,W], logits of the strong view.
+        weak: float [B,C,H,W], probabilities of the clean weak view.
+        source: int64 [B,H,W], the flat number of the clean pixel that each mixed pixel comes from.
+        valid: bool [B,H,W] of the clean images.
+        threshold: of the probability.
+
+    Returns:
+        The loss, and the share of the clean images' valid pixels that is confident.
+    """
+    probability, label = (value.flatten() for value in weak.max(1))
+    known, total, count = valid.flatten(), 0.0, 0
+    for b, y, x in torch.ones_like(valid).nonzero().tolist():
+        pixel = source[b, y, x]
+        count += int(known[pixel])
+        if known[pixel] and probability[pixel] >= threshold:
+            total -= float(scores[b, :, y, x].log_softmax(0)[label[pixel]])
+    return total / count, float((known & (probability >= threshold)).sum() / known.sum())

@@ -59,7 +59,8 @@ def _one_class(on: Batch) -> Batch:
 
 def _flat(on: Batch) -> Batch:
     def same(side: Views) -> Views:
-        return dataclasses.replace(side, image=torch.full_like(side.image, 120))
+        flat = torch.full_like(side.image, 120)
+        return dataclasses.replace(side, image=flat, strong=(flat,) * len(side.strong))
 
     assert on.unlabeled is not None
     return Batch(same(on.labeled), same(on.unlabeled))
@@ -140,6 +141,20 @@ def test_unlabeled_masks_are_not_looked_at(name, build):
     one = build(name)(on, step(5)).terms
     torch.manual_seed(0)
     assert build(name)(masked, step(5)).terms == one
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_a_batch_lacks(name, build):
+    method, on = build(name), batch()
+    lacking = [Batch(dataclasses.replace(on.labeled, mask=None), on.unlabeled)]
+    if method.views.unlabeled:
+        lacking.append(Batch(on.labeled, None))
+    if method.views.strong:
+        assert on.unlabeled is not None
+        lacking.append(Batch(on.labeled, dataclasses.replace(on.unlabeled, strong=())))
+    for less in lacking:
+        with pytest.raises(ValueError, match=r"needs labels|has masks"):
+            method(less, step(0))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -36,7 +36,8 @@ def test_a_step_traces_without_values(case, build):
 
     def fake(side: Views) -> Views:
         mask = None if side.mask is None else mode.from_tensor(side.mask)
-        return Views(mode.from_tensor(side.image), mask, mode.from_tensor(side.valid), side.ids)
+        strong = tuple(map(mode.from_tensor, side.strong))
+        return Views(mode.from_tensor(side.image), mask, mode.from_tensor(side.valid), side.ids, strong)
 
     on = batch()
     assert on.unlabeled is not None

@@ -189,13 +189,6 @@ def test_enough_classes_are_not_clamped(build, caplog):
     assert not caplog.text
 
 
-def test_it_says_what_a_batch_lacks(u2pl):
-    on = batch()
-    for lacking in (Batch(on.labeled, None), Batch(dataclasses.replace(on.labeled, mask=None), on.unlabeled)):
-        with pytest.raises(ValueError, match="U2PL needs masks"):
-            u2pl(lacking, step(0))
-
-
 def test_background_has_a_queue_of_its_own_size(u2pl):
     assert u2pl.bank.size.tolist() == [30] + [20] * (CLASSES - 1)
 

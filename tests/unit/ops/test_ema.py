@@ -28,3 +28,17 @@ def test_decay_0_copies_everything_but_the_storage():
         assert torch.equal(mine, student.state_dict()[name])
     student[0].weight.data.add_(1)  # type: ignore[operator]
     assert not torch.equal(teacher[0].weight, student[0].weight)  # type: ignore[arg-type]
+
+
+def test_buffers_are_averaged_where_asked_for():
+    """Statistics are, the counter of batches is copied."""
+    teacher, student = _net(0), _net(1)
+    student(torch.randn(2, 3, 4, 4))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    ema.update(teacher, student, 0.9, buffers=True)
+    for name, mine in teacher.state_dict().items():
+        other = student.state_dict()[name]
+        expected = 0.9 * before[name] + 0.1 * other if mine.is_floating_point() else other
+        torch.testing.assert_close(mine, expected)
+        assert mine.untyped_storage().data_ptr() != other.untyped_storage().data_ptr()
+    assert not torch.equal(teacher.state_dict()["1.running_mean"], before["1.running_mean"])

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.ops.schedules import ema_decay, poly, unreliable_share
+from pipeline.ops.schedules import ema_decay, poly, sigmoid_ramp, unreliable_share
 
 
 def test_poly_rises_then_falls_to_0():
@@ -22,3 +22,12 @@ def test_ema_copies_until_its_start_and_warms_up_to_the_cap():
 
 def test_unreliable_share_falls_linearly():
     assert [unreliable_share(step, 4, 0.2) for step in range(5)] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0.0])
+
+
+def test_sigmoid_ramp_rises_to_1_and_stays():
+    ramp = [sigmoid_ramp(step, 10) for step in range(20)]
+    assert ramp[0] == pytest.approx(0.0067379470)
+    assert ramp[5] == pytest.approx(0.2865047969)
+    assert all(early < late for early, late in pairwise(ramp[:11]))
+    assert set(ramp[10:]) == {1.0}
+    assert sigmoid_ramp(0, 0) == 1.0

@@ -1,0 +1,166 @@
+"""CCT (Ouali et al., CVPR 2020): decoders that see perturbed features shall agree with the main one.
+
+L = L_s + w(t) / K sum_k MSE(aux_k(P_k(f_u)), sg main(f_u)). f_u is the encoder's last feature map of an unlabeled
+image, P_k one of seven perturbations. Code: yassouali/CCT; `docs/methods.md` says where we differ.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, ViewSpec
+from pipeline.config import Config, ModelConfig, convert, require_positive, require_share
+from pipeline.errors import UserError
+from pipeline.methods.base import Losses, Method, Step
+from pipeline.models import SegmentationModel, Taps, upsample
+from pipeline.models.parts import subpixel_decoder
+from pipeline.ops import perturbations
+from pipeline.ops.grid import shrink
+from pipeline.ops.masked import probability_mse
+from pipeline.ops.schedules import sigmoid_ramp
+
+KINDS = ("dropout", "feature_noise", "feature_drop", "cutout", "context", "objects", "adversarial")
+"""The perturbations; each has an option that counts its decoders."""
+Draw = Callable[..., Tensor]
+"""name, shape -> uniform numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CCTOptions:
+    """CCT; one auxiliary decoder per perturbation, other defaults as in the release's config or the paper (said)."""
+
+    weight: float = 30.0
+    """Weight of the consistency loss after its rise (release: unsupervised_w)."""
+    ramp: float = 0.1
+    """Share of the run over which the weight rises (release: rampup_ends)."""
+    dropout: int = 1
+    """Decoders that see spatial dropout (release: 6)."""
+    feature_noise: int = 1
+    """Decoders that see multiplicative noise (release: 6)."""
+    feature_drop: int = 1
+    """Decoders that miss the most active cells (release: 6)."""
+    cutout: int = 1
+    """Decoders that miss a part of every object (release: 6)."""
+    context: int = 1
+    """Decoders that see objects alone (release: 2)."""
+    objects: int = 1
+    """Decoders that see the background alone (release: 2)."""
+    adversarial: int = 1
+    """Decoders that see the most harmful shift, VAT (release: 2)."""
+    dropout_rate: float = 0.5
+    """Share of channels that dropout zeroes."""
+    noise: float = 0.3
+    """Largest relative noise."""
+    drop_low: float = 0.7
+    """Least threshold of feature_drop, relative to the highest activity (paper; the release has 0.6)."""
+    drop_high: float = 0.9
+    """Largest threshold of feature_drop."""
+    erase: float = 0.4
+    """Height and width of a cutout, relative to the object's box."""
+    xi: float = 1.0
+    """Length of the probing step of VAT (release: 1e-6, at which float32 gives no direction at all)."""
+    epsilon: float = 2.0
+    """Length of the adversarial shift, over a whole feature map."""
+    foreground: Literal["nonzero", "random"] = "nonzero"
+    """What is an object: `nonzero`, every class but 0 (VOC), or `random`, each class with probability 1/2 per image
+    (for data without a background class)."""
+
+    def __post_init__(self) -> None:
+        require_positive("cct", self, "xi")
+        require_share("cct", self, "ramp", "dropout_rate", "drop_low", "drop_high", "erase")
+        if not any(getattr(self, kind) for kind in KINDS) or self.dropout_rate == 1.0:
+            raise UserError("cct: needs an auxiliary decoder, and a dropout_rate below 1")
+
+
+class CCT(Method):
+    """A network and K small decoders that are thrown away after training."""
+
+    Options = CCTOptions
+    views = ViewSpec(unlabeled=True)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.options: CCTOptions = convert(CCTOptions, config.methods.get("cct", {}), "cct")
+        self.student = self.build_network(features=False)
+        self.kinds = [kind for kind in KINDS for _ in range(getattr(self.options, kind))]
+        inputs, doublings = self.student.channels.high, _doublings(config.model)
+        self.auxiliary = nn.ModuleList(subpixel_decoder(inputs, num_classes, doublings) for _ in self.kinds)
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The student with its main decoder."""
+        return {"student": self.student}
+
+    def param_groups(self) -> list[dict[str, object]]:
+        """The auxiliary decoders learn as fast as the main one."""
+        heads = {"params": list(self.auxiliary.parameters()), "lr_mult": self.config.optim.head_lr_mult}
+        return [*super().param_groups(), heads]
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_s + w(t) L_u (paper eq. 1 and 2)."""
+        labeled, unlabeled = self.sides(batch)
+        count = len(labeled.image)
+        taps = self.student.encode(torch.cat([labeled.image, unlabeled.image]))
+        prediction = self.student.decode(Taps(*(tap[:count] for tap in taps)))
+        with torch.no_grad():
+            target = self.student.decode(Taps(*(tap[count:] for tap in taps))).logits.float().softmax(1)
+        valid = shrink(unlabeled.valid, (target.shape[2], target.shape[3]))
+        heard = [
+            probability_mse(logits, target, valid, step.world, "valid") / self.num_classes
+            for logits in self._auxiliary_logits(taps.high[count:], target, step)
+        ]
+        weight = self.options.weight * sigmoid_ramp(step.index, self.options.ramp * step.total)
+        terms = {
+            "supervised": self.supervised(prediction, labeled, step.world),
+            "consistency": weight * torch.stack(heard).mean(),
+        }
+        return Losses(terms, {"disagreement": torch.stack(heard).detach()})
+
+    def _auxiliary_logits(self, features: Tensor, target: Tensor, step: Step) -> list[Tensor]:
+        """What each decoder makes of its perturbed features, at the target's size."""
+        small = (features.shape[2], features.shape[3])
+        label = shrink(target.argmax(1), small)
+        foreground = self._foreground(len(features), step, features.device)
+        outputs = []
+        for number, (kind, head) in enumerate(zip(self.kinds, self.auxiliary, strict=True)):
+
+            def draw(*shape: int, shared: bool = False, name: str = f"cct/{number}") -> Tensor:
+                uniform = step.uniform_shared if shared else step.uniform_per_image
+                return uniform(name, shape, features.device)
+
+            perturbed = self._perturb(kind, features, label, foreground, head, draw)
+            outputs.append(upsample(head(perturbed), (target.shape[2], target.shape[3])))
+        return outputs
+
+    def _perturb(
+        self, kind: str, features: Tensor, label: Tensor, foreground: Tensor, head: nn.Module, draw: Draw
+    ) -> Tensor:
+        """P_k of the features [B,c,h,w] (paper section 3.3)."""
+        options, (count, channels) = self.options, features.shape[:2]
+        if kind == "dropout":
+            return perturbations.drop_channels(features, draw(count, channels), options.dropout_rate)
+        if kind == "feature_noise":
+            return perturbations.scale_noise(features, draw(*features.shape[1:], shared=True), options.noise)
+        if kind == "feature_drop":
+            return perturbations.drop_salient(features, draw(1, shared=True), options.drop_low, options.drop_high)
+        if kind == "adversarial":
+            start = draw(*features.shape[1:], shared=True).expand_as(features)  # per image, all ranks' would be drawn
+            return perturbations.adversarial(features, head, start, options.xi, options.epsilon)
+        if kind == "cutout":
+            places = draw(count, self.num_classes, 2)
+            return features * perturbations.guided_cutout(label, foreground, places, options.erase).unsqueeze(1)
+        objects = foreground.gather(1, label.flatten(1)).view_as(label).unsqueeze(1)
+        return features * (objects if kind == "context" else ~objects)
+
+    def _foreground(self, count: int, step: Step, device: torch.device) -> Tensor:
+        """Which classes are objects in each image: bool [B,C]."""
+        if self.options.foreground == "random":
+            return step.uniform_per_image("cct/foreground", (count, self.num_classes), device) < 0.5
+        return (torch.arange(self.num_classes, device=device) > 0).expand(count, -1)
+
+
+def _doublings(config: ModelConfig) -> int:
+    """From the stride of the last feature map to that of the logits: 8 to 2 (tiny), 8 or 16 to 4."""
+    return 1 if config.backbone != "tiny" and config.output_stride == 8 else 2

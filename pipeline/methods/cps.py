@@ -1,0 +1,95 @@
+"""CPS (Chen et al., CVPR 2021): two networks label each other's images.
+
+L = L_s1 + L_s2 + lambda_cps L_cps. The networks differ in the initial weights of their heads alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.config import Config, convert
+from pipeline.methods.base import Losses, Method, Step
+from pipeline.models import SegmentationModel, upsample
+from pipeline.ops import mixing
+from pipeline.ops.boxes import box_masks
+from pipeline.ops.entropy import IGNORE
+from pipeline.ops.masked import masked_cross_entropy
+
+BOXES = 3
+AREA = (0.25, 0.5)
+"""Boxes per image, and the share of the image that they take together (release: cutmix_boxmask_num, _prop_range)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPSOptions:
+    """CPS; the defaults are the release's for PASCAL VOC with CutMix."""
+
+    cutmix: bool = True
+    """Label clean unlabeled images and learn from mixed ones; false: cross supervision of all images as they are."""
+    lambda_cps: float = 1.0
+    """Weight of the cross supervision (release: VOC 1 with CutMix, 1.5 without; Cityscapes 5 and 6)."""
+
+
+class CPS(Method):
+    """Two students, no teacher."""
+
+    Options = CPSOptions
+    views = ViewSpec(unlabeled=True)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.options: CPSOptions = convert(CPSOptions, config.methods.get("cps", {}), "cps")
+        self.first = self.build_network(features=False)
+        self.second = self.build_network(features=False)  # other random numbers, so other heads
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The first network is the result, as in the release."""
+        return {"first": self.first, "second": self.second}
+
+    def trained(self) -> list[SegmentationModel]:
+        """Both."""
+        return [self.first, self.second]
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_s1 + L_s2 + lambda_cps (CE(S_1(x), y_2) + CE(S_2(x), y_1)), y_k = argmax S_k(x) (paper section 3)."""
+        labeled, unlabeled = self.sides(batch)
+        count = len(labeled.image)
+        mixed = self._mixed(unlabeled, step) if self.options.cutmix else None
+        images = torch.cat([labeled.image, unlabeled.image if mixed is None else mixed[0]])
+        predictions = [network(images) for network in self.trained()]
+        scores = [upsample(prediction.logits.float(), unlabeled.size) for prediction in predictions]
+        if mixed is None:
+            known = torch.cat([labeled.valid, unlabeled.valid])
+            labels = [_labels(score, known) for score in scores]
+        else:
+            labels, scores = mixed[1], [score[count:] for score in scores]
+        # labels hold 255 where there is no image, so kept and valid pixels are the same
+        cross = [
+            masked_cross_entropy(score, label, label != IGNORE, step.world, "valid")
+            for score, label in zip(scores, reversed(labels), strict=True)
+        ]
+        one, two = (self.supervised(prediction.of(slice(count)), labeled, step.world) for prediction in predictions)
+        terms = {"supervised": one, "supervised_2": two, "cross": self.options.lambda_cps * (cross[0] + cross[1])}
+        agree = (labels[0] == labels[1]) & (labels[0] != IGNORE)
+        return Losses(terms, {"agreement": agree.sum() / (labels[0] != IGNORE).sum().clamp_min(1)})
+
+    @torch.no_grad()
+    def _mixed(self, unlabeled: Views, step: Step) -> tuple[Tensor, list[Tensor]]:
+        """CutMix of the unlabeled images, uint8 [B,3,H,W], and of each network's labels, int64 [B,H,W].
+
+        The networks stay in training mode, as in the release: clean images move the batch statistics too.
+        """
+        size, device = unlabeled.size, unlabeled.image.device
+        count = len(unlabeled.image)
+        box = box_masks(step.uniform_per_image("cutmix", (count, BOXES, 4), device), size, AREA)
+        partner = mixing.partners(count, device)
+        clean = [upsample(network(unlabeled.image).logits.float(), size) for network in self.trained()]
+        labels = [mixing.mix(_labels(score, unlabeled.valid), box, partner) for score in clean]
+        return mixing.mix(unlabeled.image, box, partner), labels
+
+
+def _labels(scores: Tensor, valid: Tensor) -> Tensor:
+    """Hard labels of scores [B,C,H,W], 255 where there is no image: int64 [B,H,W]."""
+    return scores.argmax(1).masked_fill(~valid, IGNORE)

@@ -1,0 +1,84 @@
+"""CutMix-Seg (French et al., BMVC 2020): a mixed image is to be seen as the mixture of what its parts are seen as.
+
+L = L_s + lambda_u L_u with soft targets of an EMA teacher, and one confidence for the whole batch.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.batch import Batch, ViewSpec
+from pipeline.config import Config, convert, require_share
+from pipeline.methods.base import Losses, Method, Step
+from pipeline.models import SegmentationModel, upsample
+from pipeline.ops import ema, mixing
+from pipeline.ops.boxes import box_masks
+from pipeline.ops.masked import confident_share, probability_mse
+from pipeline.ops.schedules import ema_decay
+
+AREA = (0.5, 0.5)
+"""Share of the image that the box covers (release: mask_prop_range 0.5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutMixSegOptions:
+    """CutMix-Seg; the defaults are the release's for PASCAL VOC and Cityscapes."""
+
+    lambda_u: float = 1.0
+    """Weight of the consistency loss (release: cons_weight 1, no ramp)."""
+    threshold: float = 0.97
+    """Teacher probability from which a pixel counts as confident (release: conf_thresh)."""
+    ema_decay: float = 0.99
+    """Largest decay of the EMA teacher (release: teacher_alpha)."""
+    strong: bool = True
+    """Change the colours of the student's images (release since 2021; false: as in its first version)."""
+
+    def __post_init__(self) -> None:
+        require_share("cutmix_seg", self, "threshold", "ema_decay")
+
+
+class CutMixSeg(Method):
+    """Student and EMA teacher; the teacher sees whole images, the student their mixture."""
+
+    Options = CutMixSegOptions
+    views = ViewSpec(unlabeled=True, strong=1)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.options: CutMixSegOptions = convert(CutMixSegOptions, config.methods.get("cutmix_seg", {}), "cutmix_seg")
+        self.student = self.build_network(features=False)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The teacher is the result, as in the release."""
+        return {"teacher": self.teacher, "student": self.student}
+
+    def after_step(self, step: Step) -> None:
+        """EMA of parameters and batch statistics, as in the release (optim_weight_ema.py)."""
+        decay = ema_decay(step.index, 0, self.options.ema_decay)
+        ema.update(self.teacher, self.student, decay, buffers=True)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_u = c mean_pixels |softmax S(mix(x'_a, x'_b, M)) - mix(softmax T(x_a), softmax T(x_b), M)|^2 (section 3).
+
+        c is the share of pixels whose mixed target is confident, one number for the batch of all ranks.
+        """
+        (labeled, unlabeled), options = self.sides(batch), self.options
+        count, size, device = len(labeled.image), unlabeled.size, unlabeled.image.device
+        with torch.no_grad():
+            clean = upsample(self.teacher.eval()(unlabeled.image).logits.float(), size).softmax(1)
+        draws = step.uniform_per_image("cutmix", (len(clean), 1, 4), device)
+        box, partner = box_masks(draws, size, AREA), mixing.partners(len(clean), device)
+        view = unlabeled.strong[0] if options.strong else unlabeled.image
+        image, target, valid = (mixing.mix(part, box, partner) for part in (view, clean, unlabeled.valid))
+
+        student = self.student(torch.cat([labeled.image, image]))
+        scores = upsample(student.logits[count:].float(), size)
+        confident = confident_share(target.amax(1), valid, options.threshold, step.world)
+        distance = probability_mse(scores, target, valid, step.world, "all")
+        terms = {
+            "supervised": self.supervised(student.of(slice(count)), labeled, step.world),
+            "consistency": options.lambda_u * confident * distance,
+        }
+        return Losses(terms, {"confident": confident})

@@ -1,0 +1,89 @@
+"""FixMatch (Sohn et al., NeurIPS 2020) for segmentation, as UniMatch's authors run it: weak labels strong.
+
+L = (L_s + L_u) / 2. No teacher: the network's confident labels of the weak view supervise the strong one.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch, ViewSpec
+from pipeline.config import Config, convert, require_share
+from pipeline.methods.base import Losses, Method, Step
+from pipeline.models import SegmentationModel, upsample
+from pipeline.ops import mixing
+from pipeline.ops.boxes import small_box_masks
+from pipeline.ops.entropy import IGNORE
+from pipeline.ops.masked import confident_labels, masked_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixMatchOptions:
+    """FixMatch; the defaults are the UniMatch release's for PASCAL VOC."""
+
+    threshold: float = 0.95
+    """Least probability of a pseudo-label (release: VOC 0.95, Cityscapes 0)."""
+    cutmix: float = 0.5
+    """Probability that an image is mixed."""
+
+    def __post_init__(self) -> None:
+        require_share("fixmatch", self, "threshold", "cutmix")
+
+
+class Pseudo(NamedTuple):
+    """Images and what they are to be seen as."""
+
+    image: Tensor
+    """uint8 [B,3,H,W]."""
+    label: Tensor
+    """int64 [B,H,W]; 255 where unsure or where there is no image."""
+    valid: Tensor
+    """bool [B,H,W], where there is an image: the pixels that the loss is a mean over."""
+
+
+class FixMatch(Method):
+    """One network that labels its own weak view."""
+
+    Options = FixMatchOptions
+    views = ViewSpec(unlabeled=True, strong=1)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.options: FixMatchOptions = convert(FixMatchOptions, config.methods.get("fixmatch", {}), "fixmatch")
+        self.student = self.build_network(features=False)
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The student alone."""
+        return {"student": self.student}
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_u = mean_valid [max q >= threshold] CE(S(strong), argmax q), q = softmax S(weak) (paper eq. 4)."""
+        (labeled, unlabeled), options = self.sides(batch), self.options
+        count = len(labeled.image)
+        weak = self.student(torch.cat([labeled.image, unlabeled.image]))
+        scores = upsample(weak.logits[count:].float(), unlabeled.size)
+        label = confident_labels(scores, unlabeled.valid, options.threshold)
+        mixed = cutmixed(Pseudo(unlabeled.strong[0], label, unlabeled.valid), step, "cutmix", options.cutmix)
+        strong = upsample(self.student(mixed.image).logits.float(), unlabeled.size)
+        terms = {
+            "supervised": self.supervised(weak.of(slice(count)), labeled, step.world) / 2,
+            "strong": masked_cross_entropy(strong, mixed.label, mixed.valid, step.world, "valid") / 2,
+        }
+        return Losses(terms, {"kept": kept_share(label, unlabeled.valid)})
+
+
+def cutmixed(own: Pseudo, step: Step, name: str, probability: float) -> Pseudo:
+    """CutMix with the neighbour in the batch; each image is mixed or not by its own draw, keyed by `name`."""
+    count, device = len(own.image), own.image.device
+    draws = step.uniform_per_image(name, (count, 5), device)
+    used = (draws[:, 4] < probability).view(-1, 1, 1)
+    box = small_box_masks(draws[:, :4], (own.image.shape[-2], own.image.shape[-1])) & used
+    partner = mixing.partners(count, device)
+    return Pseudo(*(mixing.mix(part, box, partner) for part in own))
+
+
+def kept_share(label: Tensor, valid: Tensor) -> Tensor:
+    """Share of this rank's valid pixels that carry a label: 0-dim float32."""
+    return (label != IGNORE).sum() / valid.sum().clamp_min(1)

@@ -1,0 +1,87 @@
+"""Mean Teacher (Tarvainen and Valpola, NeurIPS 2017) for segmentation: the student agrees with its own average.
+
+L = L_s + lambda_u w(t) L_c. No public recipe is the recipe: TorchSemiSeg compares probabilities of all images and tests
+the student, PixelSSL compares logits of the unlabeled ones. `docs/methods.md` says what we chose.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch, ViewSpec
+from pipeline.config import Config, convert, require_share
+from pipeline.methods.base import Losses, Method, Step
+from pipeline.models import SegmentationModel, upsample
+from pipeline.ops import ema
+from pipeline.ops.masked import probability_mse, squared_error
+from pipeline.ops.schedules import ema_decay, sigmoid_ramp
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanTeacherOptions:
+    """Mean Teacher; the defaults are TorchSemiSeg's weight and PixelSSL's ramp."""
+
+    lambda_u: float = 100.0
+    """Weight of the consistency loss (TorchSemiSeg 100 on probabilities; PixelSSL 1 on logits)."""
+    ramp_steps: int = 2850
+    """Steps over which the weight rises (PixelSSL: 5 epochs, here of VOC's 570 steps); 0: none."""
+    ema_decay: float = 0.99
+    """Largest decay of the EMA teacher (TorchSemiSeg, PixelSSL)."""
+    on_logits: bool = False
+    """Compare logits instead of probabilities (PixelSSL)."""
+    input_noise: float = 0.0
+    """Deviation of Gaussian noise on the student's unlabeled images, in grey levels of 0..255 (PixelSSL: 0)."""
+
+    def __post_init__(self) -> None:
+        require_share("mean_teacher", self, "ema_decay")
+
+
+class MeanTeacher(Method):
+    """Student and EMA teacher on the same weak view."""
+
+    Options = MeanTeacherOptions
+    views = ViewSpec(unlabeled=True)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        given = config.methods.get("mean_teacher", {})
+        self.options: MeanTeacherOptions = convert(MeanTeacherOptions, given, "mean_teacher")
+        self.student = self.build_network(features=False)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The teacher is the result."""
+        return {"teacher": self.teacher, "student": self.student}
+
+    def after_step(self, step: Step) -> None:
+        """EMA of parameters and batch statistics, for the teacher only evaluates (paper section 2)."""
+        decay = ema_decay(step.index, 0, self.options.ema_decay)
+        ema.update(self.teacher, self.student, decay, buffers=True)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_s + lambda_u w(t) mean_{pixels, classes} (softmax S(x) - softmax T(x))^2 (paper section 2)."""
+        (labeled, unlabeled), options = self.sides(batch), self.options
+        count = len(labeled.image)
+        student = self.student(torch.cat([labeled.image, self._noisy(unlabeled.image, step)]))
+        with torch.no_grad():
+            target = upsample(self.teacher.eval()(unlabeled.image).logits.float(), unlabeled.size)
+        scores = upsample(student.logits[count:].float(), unlabeled.size)
+        if options.on_logits:
+            distance = squared_error(scores, target, unlabeled.valid, step.world, "valid")
+        else:
+            distance = probability_mse(scores, target.softmax(1), unlabeled.valid, step.world, "valid")
+        weight = options.lambda_u * sigmoid_ramp(step.index, options.ramp_steps)
+        terms = {
+            "supervised": self.supervised(student.of(slice(count)), labeled, step.world),
+            "consistency": weight / self.num_classes * distance,
+        }
+        return Losses(terms, {"consistency_weight": torch.full((), weight)})
+
+    def _noisy(self, image: Tensor, step: Step) -> Tensor:
+        """The images uint8 [B,3,H,W], or float32 with noise added."""
+        if not self.options.input_noise:
+            return image
+        uniform = step.uniform_per_image("noise", tuple(image.shape), image.device)
+        return image + self.options.input_noise * torch.special.ndtri(uniform.clamp_min(1e-7))

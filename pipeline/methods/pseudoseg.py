@@ -1,0 +1,172 @@
+"""PseudoSeg (Zou et al., ICLR 2021): pseudo-labels from the decoder and from refined class activation maps.
+
+L = L_s + L_att + L_cls + L_u. A classifier of whole images, trained on the labeled ones, localises classes by its
+activation maps (CAM); self-attention over the encoder's features spreads them; fused with the decoder's scores of the
+weak view they are the soft labels of the strong view. Code: googleinterns/wss.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.config import Config, convert, require_positive, require_share
+from pipeline.methods.base import Losses, Method, Step
+from pipeline.models import SegmentationModel, Taps, upsample
+from pipeline.ops.boxes import cutout
+from pipeline.ops.fusion import calibrated_fusion
+from pipeline.ops.grid import shrink
+from pipeline.ops.losses import cross_entropy
+from pipeline.ops.masked import soft_cross_entropy
+from pipeline.ops.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoSegOptions:
+    """PseudoSeg; the defaults are the release's for PASCAL VOC."""
+
+    weight: float = 1.0
+    """Weight of the consistency loss (unlabeled_weight)."""
+    temperature: float = 0.5
+    """T: below 1 the fused pseudo-labels are sharpened."""
+    attention_dim: int = 128
+    """Channels of the attention's queries and keys."""
+    present: float = 0.5
+    """Least probability of a class in an unlabeled image to get an activation map."""
+    cutout: float = 0.2
+    """Height and width of the hole in the strong view, relative to the crop (release: 100 of 513 pixels)."""
+
+    def __post_init__(self) -> None:
+        require_positive("pseudoseg", self, "temperature", "attention_dim")
+        require_share("pseudoseg", self, "present", "cutout")
+
+
+class PseudoSeg(Method):
+    """One network, a classifier of images, and an attention; the last two are not needed after training."""
+
+    Options = PseudoSegOptions
+    views = ViewSpec(unlabeled=True, strong=1)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.options: PseudoSegOptions = convert(PseudoSegOptions, config.methods.get("pseudoseg", {}), "pseudoseg")
+        self.student = self.build_network(features=False)
+        channels = self.student.channels
+        self.cam = AttentiveCAM(channels.mid, channels.high, num_classes, self.options.attention_dim)
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The plain segmentation network."""
+        return {"student": self.student}
+
+    def param_groups(self) -> list[dict[str, object]]:
+        """Classifier and attention learn as fast as the decoder."""
+        heads = {"params": list(self.cam.parameters()), "lr_mult": self.config.optim.head_lr_mult}
+        return [*super().param_groups(), heads]
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_s + L_att + L_cls on labeled images, L_u on the strong view of unlabeled ones."""
+        labeled, unlabeled = self.sides(batch)
+        count = len(labeled.image)
+        target = self._pseudo_labels(unlabeled, step.world)
+        strong, valid = self._strong(unlabeled, step)
+        taps = self.student.encode(torch.cat([labeled.image, strong]))
+        prediction = self.student.decode(taps)
+        with torch.autocast(strong.device.type, enabled=False):
+            attention, classifier = self._labeled_losses(Taps(*(tap[:count].float() for tap in taps)), labeled, step)
+            grid = (target.shape[2], target.shape[3])
+            consistency = soft_cross_entropy(prediction.logits[count:], target, shrink(valid, grid), step.world)
+        terms = {
+            "supervised": self.supervised(prediction.of(slice(count)), labeled, step.world),
+            "attention": attention,
+            "classifier": classifier,
+            "consistency": self.options.weight * consistency,
+        }
+        return Losses(terms, {"confidence": target.amax(1).mean()})
+
+    @torch.no_grad()
+    def _pseudo_labels(self, unlabeled: Views, world: World) -> Tensor:
+        """Soft labels of the weak view at the size of the logits: float32 [B,C,h,w] (paper eq. 4)."""
+        taps = self.student.encode(unlabeled.image)
+        logits = self.student.decode(taps).logits.float()
+        with torch.autocast(logits.device.type, enabled=False):
+            taps = Taps(*(tap.float() for tap in taps))
+            present = self.cam.scores(taps.high).sigmoid() >= self.options.present
+            refined = self.cam(taps, present, unlabeled.valid)
+        refined = upsample(refined, (logits.shape[2], logits.shape[3]))
+        return calibrated_fusion(logits, refined, self.options.temperature, world)
+
+    def _strong(self, unlabeled: Views, step: Step) -> tuple[Tensor, Tensor]:
+        """The strong view with a hole, and where it shows the image: uint8 [B,3,H,W] and bool [B,H,W]."""
+        image = unlabeled.strong[0]
+        draws = step.uniform_per_image("pseudoseg/cutout", (len(image), 2), image.device)
+        hole = cutout(draws, unlabeled.size, self.options.cutout)
+        blank = self.student.mean.round().to(image.dtype)  # about 0 after normalisation, as in padding
+        return torch.where(hole.unsqueeze(1), blank, image), unlabeled.valid & ~hole
+
+    def _labeled_losses(self, taps: Taps, labeled: Views, step: Step) -> tuple[Tensor, Tensor]:
+        """L_att: cross entropy of the maps of the classes that are there; L_cls: which ones are there."""
+        truth = labeled.truth
+        classes = torch.arange(1, self.num_classes, device=truth.device).view(1, -1, 1, 1)
+        present = (truth.unsqueeze(1) == classes).flatten(2).any(2)
+        refined = upsample(self.cam(taps, present, labeled.valid), (truth.shape[1], truth.shape[2]))
+        scores = self.cam.scores(taps.high)
+        return (
+            cross_entropy(refined, truth, step.world),
+            F.binary_cross_entropy_with_logits(scores, present.float()),
+        )
+
+
+class AttentiveCAM(nn.Module):
+    """Classifier of images and self-attention that refines its activation maps; class 0 is the background.
+
+    Args:
+        mid: channels of `Taps.mid`.
+        high: channels of `Taps.high`.
+        classes: C.
+        dim: channels of queries and keys.
+    """
+
+    def __init__(self, mid: int, high: int, classes: int, dim: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(high, classes - 1)
+        self.query = nn.Conv2d(mid + high, dim, 1, bias=False)
+        self.key = nn.Conv2d(mid + high, dim, 1, bias=False)
+        self.merge = nn.Sequential(nn.Conv2d(classes, classes, 1, bias=False), nn.BatchNorm2d(classes))
+
+    def scores(self, high: Tensor) -> Tensor:
+        """Which classes but the background an image shows: float [B,c,h,w] -> logits [B,C-1]."""
+        return self.classifier(high.mean((2, 3)))
+
+    def activation(self, high: Tensor, present: Tensor) -> Tensor:
+        """Activation maps of the classes that are present, 0..1, detached: [B,C-1,h,w].
+
+        The release's Grad-CAM takes C-1 gradients of the scores; behind mean pooling and a linear layer they are that
+        layer's weights (over h*w, which the division by the largest value takes out).
+
+        Args:
+            high: float [B,c,h,w].
+            present: bool [B,C-1].
+        """
+        maps = F.conv2d(high.detach(), self.classifier.weight.detach()[:, :, None, None]).relu()
+        maps = maps * present[..., None, None]
+        return maps / maps.amax((2, 3), keepdim=True).clamp_min(1e-5)
+
+    def forward(self, taps: Taps, present: Tensor, valid: Tensor) -> Tensor:
+        """Refined maps as logits [B,C,h,w]; the gradient goes to attention and merge alone (paper eq. 2).
+
+        Args:
+            taps: float32 feature maps.
+            present: bool [B,C-1].
+            valid: bool [B,H,W]; cells without an image are not attended to.
+        """
+        maps = self.activation(taps.high, present)
+        size = (maps.shape[2], maps.shape[3])
+        column = torch.cat([upsample(taps.mid, size), taps.high], 1).detach()
+        query, key, value = (x.flatten(2).transpose(1, 2) for x in (self.query(column), self.key(column), maps))
+        hidden = torch.where(shrink(valid, size).flatten(1), 0.0, -1e9)[:, None, :]  # finite: all may be hidden
+        spread = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
+        refined = spread.transpose(1, 2).unflatten(2, size) + maps
+        background = 2.0 - refined.amax(1, keepdim=True)  # with the shortcut a map reaches 2
+        return self.merge(torch.cat([background, refined], 1))

@@ -1,0 +1,92 @@
+"""UniMatch V1 (Yang et al., CVPR 2023): FixMatch with two strong views and a third stream of perturbed features.
+
+L = (L_s + lambda_s (L_s1 + L_s2)/2 + lambda_fp L_fp) / 2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch, ViewSpec
+from pipeline.config import Config, convert, require_share
+from pipeline.errors import UserError
+from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.fixmatch import Pseudo, cutmixed, kept_share
+from pipeline.models import Prediction, SegmentationModel, Taps, upsample
+from pipeline.ops.masked import confident_labels, masked_cross_entropy
+from pipeline.ops.perturbations import drop_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniMatchOptions:
+    """UniMatch V1; the defaults are the release's for PASCAL VOC."""
+
+    threshold: float = 0.95
+    """Least probability of a pseudo-label (release: VOC 0.95, Cityscapes 0)."""
+    cutmix: float = 0.5
+    """Probability that a strong view is mixed."""
+    dropout: float = 0.5
+    """Probability that a feature channel of the perturbed stream is dropped."""
+    lambda_s: float = 0.5
+    """Weight of the mean loss of the two strong views."""
+    lambda_fp: float = 0.5
+    """Weight of the loss of the perturbed features."""
+
+    def __post_init__(self) -> None:
+        require_share("unimatch", self, "threshold", "cutmix", "dropout")
+        if self.dropout == 1:
+            raise UserError("unimatch.dropout 1: must be below 1")
+
+
+class UniMatch(Method):
+    """One network, four streams: labeled, perturbed features, two strong views."""
+
+    Options = UniMatchOptions
+    views = ViewSpec(unlabeled=True, strong=2)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.options: UniMatchOptions = convert(UniMatchOptions, config.methods.get("unimatch", {}), "unimatch")
+        self.student = self.build_network(features=False)
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The student alone."""
+        return {"student": self.student}
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_s1, L_s2 and L_fp are each the L_u of FixMatch, with the labels of the one weak view (paper section 3)."""
+        (labeled, unlabeled), options = self.sides(batch), self.options
+        count, size = len(labeled.image), unlabeled.size
+
+        def loss(logits: Tensor, target: Pseudo) -> Tensor:
+            return masked_cross_entropy(upsample(logits.float(), size), target.label, target.valid, step.world, "valid")
+
+        weak, perturbed = self._weak(torch.cat([labeled.image, unlabeled.image]), count, step)
+        label = confident_labels(upsample(weak.logits[count:].float(), size), unlabeled.valid, options.threshold)
+        own = Pseudo(unlabeled.image, label, unlabeled.valid)
+        one, two = (
+            cutmixed(own._replace(image=view), step, f"cutmix/{number}", options.cutmix)
+            for number, view in enumerate(unlabeled.strong)
+        )
+        strong_1, strong_2 = self.student(torch.cat([one.image, two.image])).logits.chunk(2)
+        terms = {
+            "supervised": self.supervised(weak.of(slice(count)), labeled, step.world) / 2,
+            "strong": options.lambda_s * (loss(strong_1, one) + loss(strong_2, two)) / 4,
+            "features": options.lambda_fp * loss(perturbed, own) / 2,
+        }
+        return Losses(terms, {"kept": kept_share(label, unlabeled.valid)})
+
+    def _weak(self, image: Tensor, count: int, step: Step) -> tuple[Prediction, Tensor]:
+        """Predictions of the weak views, and logits of those from `count` on with channels dropped.
+
+        The encoder runs once. The decoder sees both versions in one batch, as in the release.
+        """
+        taps = self.student.encode(image)
+        dropped = []
+        for name, tap in zip(Taps._fields, taps, strict=True):
+            unlabeled = tap[count:]
+            draws = step.uniform_per_image(f"drop/{name}", tuple(unlabeled.shape[:2]), image.device)
+            dropped.append(drop_channels(unlabeled, draws, self.options.dropout))
+        both = self.student.decode(Taps(*(torch.cat(pair) for pair in zip(taps, dropped, strict=True))))
+        return both.of(slice(len(image))), both.logits[len(image) :]

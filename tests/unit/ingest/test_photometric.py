@@ -1,0 +1,130 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from torchvision.transforms.v2 import functional as F
+
+from pipeline.ingest import photometric
+from pipeline.ingest.photometric import fill_strong
+from pipeline.ingest.randomness import generator
+from pipeline.ingest.views import MEAN_COLOUR
+
+AREA = (slice(4, 30), slice(7, 40))
+INSIDE = (slice(None), *AREA)
+
+
+def _image() -> np.ndarray:
+    """A smooth picture in `AREA`, padding around it."""
+    small = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    picture = Image.fromarray(small).resize((33, 26), Image.Resampling.BICUBIC)
+    image = np.empty((3, 36, 44), np.uint8)
+    image[:] = MEAN_COLOUR[:, None, None]
+    image[INSIDE] = np.asarray(picture).transpose(2, 0, 1)
+    return image
+
+
+def _strong(seed: int, image: np.ndarray | None = None, hue: float = 0.25) -> np.ndarray:
+    image = _image() if image is None else image
+    out = np.empty_like(image)
+    fill_strong(image, AREA, hue, generator("photometric", seed), out)
+    return out
+
+
+def test_it_is_a_function_of_the_generator():
+    views = [_strong(seed) for seed in range(30)]
+    assert all(np.array_equal(_strong(seed), view) for seed, view in enumerate(views))
+    changed = [view.tobytes() for view in views if not np.array_equal(view, _image())]
+    assert len(changed) > 20
+    assert len(set(changed)) == len(changed)
+
+
+def test_padding_keeps_its_colour_and_the_weak_view_is_left_alone():
+    image = _image()
+    padding = np.ones(image.shape[1:], bool)
+    padding[AREA] = False
+    for seed in range(30):
+        assert (_strong(seed, image)[:, padding] == MEAN_COLOUR[:, None]).all()
+    assert np.array_equal(image, _image())
+
+
+def test_padding_does_not_reach_the_picture():
+    """Neither through the blur at its border nor through the mean grey of the contrast."""
+    black = _image()
+    black[:, :4] = black[:, 30:] = 0
+    for seed in range(30):
+        assert np.array_equal(_strong(seed, black)[INSIDE], _strong(seed)[INSIDE])
+
+
+def test_geometry_is_kept(monkeypatch):
+    """Edges stay where they are: a picture of two halves, seen without blur."""
+    monkeypatch.setattr(photometric, "BLUR", 0.0)
+    image = np.full((3, 36, 44), 60, np.uint8)
+    image[0, :, 22:] = 200
+    for seed in range(30):
+        view = _strong(seed, image)[INSIDE].astype(int)
+        assert (view[:, :, :15] == view[:, :1, :1]).all()
+        assert (view[:, :, 15:] == view[:, :1, -1:]).all()
+        assert (view[:, 0, 0] != view[:, 0, -1]).any()
+
+
+@pytest.mark.parametrize("which", ["JITTER", "GREY", "BLUR"])
+def test_each_change_alone_is_what_it_says(which, monkeypatch):
+    for name in ("JITTER", "GREY", "BLUR"):
+        monkeypatch.setattr(photometric, name, float(name == which))
+    picture = Image.fromarray(np.ascontiguousarray(_image()[INSIDE].transpose(1, 2, 0)))
+    different = 0
+    for seed in range(5):
+        rng = generator("photometric", seed)
+        rng.random(3)
+        expected: Any = picture
+        if which == "JITTER":
+            factors = [*rng.uniform(0.5, 1.5, 3), rng.uniform(-0.25, 0.25)]
+            for number in rng.permutation(4):
+                change = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[number]
+                expected = change(expected, factors[number])
+        elif which == "GREY":
+            expected = Image.merge("RGB", [picture.convert("L")] * 3)
+        else:
+            expected = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+        assert np.array_equal(_strong(seed)[INSIDE], np.asarray(expected).transpose(2, 0, 1))
+        different += expected.tobytes() != picture.tobytes()
+    assert different > 2  # the least blur changes nothing
+
+
+def test_the_hue_turns_as_far_as_asked(monkeypatch):
+    for name, value in (("JITTER", 1.0), ("GREY", 0.0), ("BLUR", 0.0), ("STRENGTH", 0.0)):
+        monkeypatch.setattr(photometric, name, value)
+    red = np.zeros((3, 36, 44), np.uint8)
+    red[0] = 200
+    for hue in (0.0, 0.02, 0.25):
+        views = [Image.fromarray(_strong(seed, red, hue)[INSIDE].transpose(1, 2, 0)) for seed in range(40)]
+        turned = [np.asarray(view.convert("HSV"))[0, 0, 0].astype(np.int8) / 256 for view in views]
+        assert 0.8 * hue <= max(turned) + 1 / 256
+        assert max(map(abs, turned)) <= hue + 1 / 256
+
+
+def test_how_often_each_change_is_drawn(monkeypatch):
+    seen = dict.fromkeys(("jitter", "grey", "blur"), 0)
+
+    def counted(name):
+        def count(picture, *rest):
+            seen[name] += 1
+            return picture
+
+        return count
+
+    monkeypatch.setattr(photometric, "_jittered", counted("jitter"))
+    monkeypatch.setattr(Image.Image, "convert", counted("grey"))
+    monkeypatch.setattr(Image.Image, "filter", counted("blur"))
+    for seed in range(300):
+        _strong(seed)
+    assert seen["jitter"] / 300 == pytest.approx(0.8, abs=0.07)
+    assert seen["grey"] / 2 / 300 == pytest.approx(0.2, abs=0.07)
+    assert seen["blur"] / 300 == pytest.approx(0.5, abs=0.09)
+
+
+@pytest.mark.parametrize("area", [(slice(3, 4), slice(5, 6)), (slice(0, 36), slice(0, 1))])
+def test_a_sliver_of_a_picture_is_no_trouble(area):
+    for seed in range(20):
+        fill_strong(_image(), area, 0.25, generator(seed), np.empty((3, 36, 44), np.uint8))

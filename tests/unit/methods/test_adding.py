@@ -1,0 +1,64 @@
+"""The example of `docs/adding-a-method.md`, as a reader would use it."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import field_docs, resolve
+from pipeline.methods import METHODS, OPTIONS, Method
+from pipeline.training import loop
+from pipeline.training.hosts import PlainHost
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
+NAME = "min_entropy"
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Method]]:
+    """The first block of code on the page, imported from a file and registered."""
+    path = tmp_path / f"{NAME}.py"
+    path.write_text(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0])
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, NAME, module)
+    spec.loader.exec_module(module)
+    kind = module.MinEntropy
+    monkeypatch.setitem(METHODS, NAME, kind)
+    monkeypatch.setitem(OPTIONS, NAME, kind.Options)
+    return kind
+
+
+def test_the_example_is_short_and_documented(example):
+    block = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
+    assert sum(bool(line.strip()) for line in block.splitlines()) <= 50
+    assert field_docs(example.Options) == {"lambda_u": "Weight of the entropy."}
+
+
+def test_the_example_trains(example, shapes, tmp_path):
+    config = resolve(
+        {
+            "method": NAME,
+            "split": "1_4",
+            "out": str(tmp_path / "run"),
+            "data": {"root": shapes, "crop": [48, 48], "scale": [0.85, 1.2]},
+            "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
+            "optim": {"lr": 0.02, "head_lr_mult": 1, "steps": 12, "batch_labeled": 4, "batch_unlabeled": 4},
+            "eval": {"every": 1000},
+            "run": {"log_every": 1, "checkpoint_every": 1000, "tensorboard": False},
+            NAME: {"lambda_u": 0.2},
+        },
+        OPTIONS,
+    )
+    assert loop.train(config, PlainHost(str(config.out))).step == 12
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert losses[-1]["supervised"] < losses[0]["supervised"]
+    assert 0 < losses[-1]["entropy"] < losses[0]["entropy"]
