@@ -3,7 +3,7 @@
 import hashlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
 def uniform(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -17,7 +17,7 @@ def _seed(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 
-@torch.library.custom_op("u2pl::uniform", mutates_args=())  # a graph can hold an operation, not a generator
+@library.custom_op("u2pl::uniform", mutates_args=())  # a graph can hold an operation, not a generator
 def _uniform(seed: int, shape: list[int], device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     return torch.rand(shape, generator=generator, device=device)
