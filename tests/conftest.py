@@ -69,3 +69,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = str(tmp_path_factory.mktemp("data") / "shapes")
     prepare_shapes(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def pseudo_labels(shapes: str) -> str:
+    """Pseudo-labels of its split 1_4."""
+    from tests.labels import write_truth
+
+    return write_truth(shapes, "1_4", f"{shapes}-labels")

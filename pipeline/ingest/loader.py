@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -99,7 +100,8 @@ class Loader:
         if spec.unlabeled:
             lanes = config.optim.batch_unlabeled
             plan = LanePlan(select_groups(dataset, split.unlabeled), lanes, config.seed)
-            self._unlabeled = UnlabeledStream(plan, owned_lanes(lanes, rank, world), start, reader)
+            labels = config.data.pseudo_labels
+            self._unlabeled = UnlabeledStream(plan, owned_lanes(lanes, rank, world), start, reader, labels)
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
@@ -135,7 +137,7 @@ class Loader:
             while not self._closed.is_set():
                 ours = self._labeled.samples(self._labeled_lanes, step, self._config.optim.batch_labeled)
                 theirs = next(unlabeled) if unlabeled else None
-                self._put(Batch(self._views(ours), self._views(theirs) if theirs else None))
+                self._put(Batch(self._views(ours, "labeled"), self._views(theirs, "unlabeled") if theirs else None))
                 step += 1
         except BaseException as error:  # handed to the consumer: a thread that dies silently would hang the run
             self._put(error)
@@ -148,23 +150,27 @@ class Loader:
             except queue.Full:
                 continue
 
-    def _views(self, samples: Sequence[Sample]) -> Views:
+    def _views(self, samples: Sequence[Sample], side: str) -> Views:
         height, width = self._config.data.crop
-        labeled = samples[0].mask is not None
+        labeled = side == "labeled"
         image = np.empty((len(samples), 3, height, width), np.uint8)
         mask = np.empty((len(samples), height, width), np.uint8)
         valid = np.empty((len(samples), height, width), bool)
         strong = np.empty((0 if labeled else self._strong, *image.shape), np.uint8)
-        list(self._pool.map(self._fill, samples, image, mask, valid, strong.swapaxes(0, 1)))
+        list(self._pool.map(partial(self._fill, side), samples, image, mask, valid, strong.swapaxes(0, 1)))
+        classes = None if samples[0].mask is None else torch.from_numpy(mask).long()
         return Views(
             torch.from_numpy(image),
-            torch.from_numpy(mask).long() if labeled else None,
+            classes if labeled else None,
             torch.from_numpy(valid),
             tuple(sample.id for sample in samples),
             tuple(map(torch.from_numpy, strong)),
+            None if labeled else classes,
         )
 
-    def _fill(self, sample: Sample, image: np.ndarray, mask: np.ndarray, valid: np.ndarray, strong: np.ndarray) -> None:
+    def _fill(
+        self, side: str, sample: Sample, image: np.ndarray, mask: np.ndarray, valid: np.ndarray, strong: np.ndarray
+    ) -> None:
         """Decodes one sample into its slots; a damaged one leaves views of which no pixel counts."""
         try:
             pixels = decode_image(sample.image)
@@ -176,7 +182,6 @@ class Loader:
             strong[:] = image
             self.stats.count(sample, error)
             return
-        side = "unlabeled" if classes is None else "labeled"
         rng = generator(self._config.seed, sample.epoch, sample.id, side)
         window = views.draw_window(pixels.shape[0], pixels.shape[1], self._config.data, rng)
         views.cut_image(pixels, window, image)

@@ -1,20 +1,30 @@
 """Reading the units of a plan: inline, or on the cluster through Ray Data in bounded segments.
 
 One interface: `read(units) -> (unit, table)` in the order of the units, the table holding `id` and `image` of the
-unit's group. The unlabeled side asks for no other column, so no method can see an unlabeled mask.
+unit's group. The unlabeled side asks a dataset for no other column, so no method can see an unlabeled mask; what a
+network saw in the images, its pseudo-labels, comes from files of their own.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import pickle
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
 from pipeline.datasets.format import read_group
-from pipeline.ingest.plan import Unit
+from pipeline.datasets.pseudo import read_labels
+from pipeline.ingest.plan import Group, Unit
 
-Reader = Callable[[Iterable[Unit]], Iterator[tuple[Unit, pa.Table]]]
+
+class Reader(Protocol):
+    """How the unlabeled stream is read."""
+
+    def __call__(self, units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
+        """Reads `id` and `image`, and `label` if a place of pseudo-labels is named."""
+        ...
+
 
 ITEM_BYTES = 24 << 20
 """Encoded bytes that one Ray task reads: an item costs about 60 ms of CPU whatever its size."""
@@ -25,14 +35,13 @@ SEGMENT_ITEMS = 4
 """Items per Ray Data execution; two segments are held in the object store at a time."""
 
 
-def read_inline(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+def read_inline(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
     """Reads in this thread, without Ray: the reference order, for tests and single processes."""
     for unit in units:
-        group = unit.group
-        yield unit, read_rows(group.root, group.shard, group.row_group, group.rows)
+        yield unit, read_rows(unit.group, labels)
 
 
-def read_ray(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+def read_ray(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
     """Reads through a chain of small Ray Data executions, the next one started when the one before is consumed.
 
     A long execution must not stay open behind a slow consumer: once its budget is full, Ray Data's scheduling thread
@@ -40,19 +49,22 @@ def read_ray(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
     """
     segments = _segments(iter(units))
     with ThreadPoolExecutor(1, thread_name_prefix="segment") as pool:
-        pending = pool.submit(_execute, next(segments))
+        pending = pool.submit(_execute, next(segments), labels)
         while True:
             segment, blocks = pending.result()
-            pending = pool.submit(_execute, next(segments))
+            pending = pool.submit(_execute, next(segments), labels)
             for items, block in zip(segment, blocks, strict=True):
                 yield from _split(items, block)
 
 
-def read_rows(root: str, shard: str, row_group: int, rows: Iterable[int]) -> pa.Table:
-    """`id` and `image` of some rows of a row group."""
-    table = read_group(root, shard, row_group, ["id", "image"])
-    wanted = list(rows)
-    return table if len(wanted) == table.num_rows else table.take(wanted)
+def read_rows(group: Group, labels: str | None = None) -> pa.Table:
+    """`id` and `image` of the rows of a group, and their `label` if a place of pseudo-labels is named."""
+    table = read_group(group.root, group.shard, group.row_group, ["id", "image"])
+    if len(group.rows) < table.num_rows:
+        table = table.take(list(group.rows))
+    return (
+        table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids)) if labels else table
+    )
 
 
 def _items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
@@ -74,7 +86,7 @@ def _segments(units: Iterator[Unit]) -> Iterator[list[list[Unit]]]:
         yield segment
 
 
-def _execute(segment: list[list[Unit]]) -> tuple[list[list[Unit]], list[pa.Table]]:
+def _execute(segment: list[list[Unit]], labels: str | None) -> tuple[list[list[Unit]], list[pa.Table]]:
     """One bounded Ray Data execution: a task and a block per item."""
     import ray.data
 
@@ -82,11 +94,8 @@ def _execute(segment: list[list[Unit]]) -> tuple[list[list[Unit]], list[pa.Table
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
-    groups = [
-        {"groups": [(u.group.root, u.group.shard, u.group.row_group, list(u.group.rows)) for u in item]}
-        for item in segment
-    ]
-    dataset = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
+    items = [{"item": pickle.dumps(([unit.group for unit in item], labels))} for item in segment]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _read_item, batch_size=None, num_cpus=READ_CPUS
     )
     blocks: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
@@ -95,7 +104,8 @@ def _execute(segment: list[list[Unit]]) -> tuple[list[list[Unit]], list[pa.Table
 
 def _read_item(batch: Any) -> pa.Table:
     """Runs in a Ray task: the groups of one item, back to back."""
-    return pa.concat_tables(read_rows(*group) for groups in batch["groups"] for group in groups)
+    items = map(pickle.loads, batch["item"])
+    return pa.concat_tables(read_rows(group, labels) for groups, labels in items for group in groups)
 
 
 def _split(item: list[Unit], block: pa.Table) -> Iterator[tuple[Unit, pa.Table]]:

@@ -22,6 +22,7 @@ class Sample:
     id: str
     image: memoryview
     mask: memoryview | None
+    """Of the truth on the labeled side, of pseudo-labels on the other; None where there are none."""
 
 
 class LabeledSet:
@@ -61,9 +62,11 @@ def _labeled_rows(group: Group) -> list[tuple[str, tuple[bytes, bytes]]]:
 class UnlabeledStream:
     """The samples of this rank's lanes, step by step, read ahead of need in the plan's order."""
 
-    def __init__(self, plan: LanePlan, lanes: Sequence[int], start: int, reader: Reader) -> None:
+    def __init__(
+        self, plan: LanePlan, lanes: Sequence[int], start: int, reader: Reader, labels: str | None = None
+    ) -> None:
         self._lanes = lanes
-        self._units = reader(plan.units(lanes, start))
+        self._units = reader(plan.units(lanes, start), labels)
         self._queues: dict[int, deque[Sample]] = {lane: deque() for lane in lanes}
 
     def __iter__(self) -> Iterator[list[Sample]]:
@@ -76,8 +79,12 @@ class UnlabeledStream:
         while not queue:  # units come in order of need: at most the other lanes' next ones are queued on the way
             unit, table = next(self._units)
             images = table["image"].combine_chunks()
+            labels = table["label"].combine_chunks() if "label" in table.column_names else None
             self._queues[unit.lane].extend(
-                Sample(unit.epoch, unit.group.ids[row], _view(images, row), None) for row in unit.order
+                Sample(
+                    unit.epoch, unit.group.ids[row], _view(images, row), None if labels is None else _view(labels, row)
+                )
+                for row in unit.order
             )
         return queue.popleft()
 

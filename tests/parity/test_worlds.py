@@ -31,14 +31,14 @@ ROUGH = {"suponly": 1e-4, "u2pl": 1e-4, "cct": 2e-2}
 what CCT's thresholds cut off."""
 
 
-def _config(root: str, out: Path, method: str, **u2pl: Any) -> Config:
+def _config(root: str, labels: str, out: Path, method: str, **u2pl: Any) -> Config:
     options = {"warmup_steps": WARMUP, "anchors": 16, "negatives": 8, "keys": 16, "queue": 40, "queue_background": 40}
     return resolve(
         {
             "method": method,
             "split": "1_4",
             "out": str(out),
-            "data": {"root": root, "crop": [48, 48], "scale": [0.6, 1.3]},
+            "data": {"root": root, "crop": [48, 48], "scale": [0.6, 1.3], **_labels(method, labels)},
             "model": {"backbone": "tiny", "weights": "none", "feature_dim": 16},
             "optim": {"lr": 0.02, "head_lr_mult": 1, "steps": STEPS, "batch_labeled": 4, "batch_unlabeled": 4},
             "eval": {"every": 1000},
@@ -52,10 +52,14 @@ def _config(root: str, out: Path, method: str, **u2pl: Any) -> Config:
     )
 
 
-def _configs(root: str, out: Path) -> dict[str, Config]:
+def _labels(method: str, labels: str) -> dict[str, str]:
+    return {"pseudo_labels": labels} if METHODS[method].views.pseudo else {}
+
+
+def _configs(root: str, labels: str, out: Path) -> dict[str, Config]:
     return {
-        **{name: _config(root, out / name, name, lambda_c=0.0) for name in METHODS},
-        "contrast": _config(root, out / "contrast", "u2pl", lambda_c=0.1),
+        **{name: _config(root, labels, out / name, name, lambda_c=0.0) for name in METHODS},
+        "contrast": _config(root, labels, out / "contrast", "u2pl", lambda_c=0.1),
     }
 
 
@@ -100,20 +104,24 @@ def _worker(rank: int, store: str, configs: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def two_ranks(
+    shapes: str, pseudo_labels: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     """Every run with two workers: where they wrote, and what each rank saw."""
     out = tmp_path_factory.mktemp("two")
     store = str(out / "store")
-    configs = {name: as_dict(config) for name, config in _configs(shapes, out).items()}
+    configs = {name: as_dict(config) for name, config in _configs(shapes, pseudo_labels, out).items()}
     mp.spawn(_worker, (store, configs), nprocs=2)  # type: ignore[attr-defined]
     return out, [torch.load(f"{store}.{rank}", weights_only=True) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def one_rank(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, _Watch]]:
+def one_rank(
+    shapes: str, pseudo_labels: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, _Watch]]:
     """Every run in this process alone."""
     out = tmp_path_factory.mktemp("one")
-    return out, {name: _Watch(config) for name, config in _configs(shapes, out).items()}
+    return out, {name: _Watch(config) for name, config in _configs(shapes, pseudo_labels, out).items()}
 
 
 def _records(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -218,9 +226,9 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [*((name, "sgd") for name in METHODS), ("u2pl", "adamw")])
-def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, pseudo_labels, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "build_method", _with_dropout)
-    config = _config(shapes, tmp_path / "whole", method)
+    config = _config(shapes, pseudo_labels, tmp_path / "whole", method)
     config = replace(
         config,
         optim=replace(config.optim, optimizer=optimizer, steps=END, clip_norm=1.0, warmup_steps=LOST + 2),
