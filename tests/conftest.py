@@ -55,6 +55,13 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """A folder of Ray's own, so that no other cluster of this machine is found; short, as it holds sockets."""
+    with tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_leftovers() -> Iterator[None]:
     yield

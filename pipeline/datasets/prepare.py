@@ -4,7 +4,6 @@ The driver holds names only. Tasks get URIs and open the storage themselves: no 
 """
 
 import json
-import logging
 import pickle
 import sys
 from collections import Counter
@@ -115,13 +114,9 @@ def run(plans: Sequence[ShardPlan], workers: int | None = None) -> list[Part]:
     Fewer parts come back if it stopped early because of many bad samples.
     """
     cluster.connect()
+    cluster.quiet_data()
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.use_datasource_v2 = False
-    context.execution_no_progress_timeout_s = -1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = [{"plan": pickle.dumps(plan)} for plan in plans]
     tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(_task, concurrency=workers)
     parts: dict[str, Part] = {}

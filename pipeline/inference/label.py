@@ -3,7 +3,8 @@
 import hashlib
 import json
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,39 +92,34 @@ def label_pool(recipe: Recipe, split: Split, out: str) -> LabelsInfo:
 
 
 def _run(recipe: Recipe, jobs: list[ShardJob]) -> None:
-    """Labels shards on the cluster, with one network per GPU (without any: per CPU)."""
+    """Labels shards on the cluster, each on one GPU or, without any, on one CPU."""
     cluster.connect()
+    cluster.quiet_data()
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    cpus, gpus = cluster.cpus_and_gpus()
-    items = [{"job": pickle.dumps(job)} for job in jobs]
-    results = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        _LabelTask,  # type: ignore[arg-type] an actor class
-        fn_constructor_args=(asdict(recipe),),
-        concurrency=min(len(jobs), int(gpus or cpus) or 1),
-        num_gpus=1 if gpus else 0,
-    )
+    gpus = 1 if cluster.cpus_and_gpus()[1] else 0
+    items = [{"job": pickle.dumps((recipe, job))} for job in jobs]
+    results = ray.data.from_items(items, override_num_blocks=len(items)).map(_task, num_cpus=1, num_gpus=gpus)
     for result in progress(results.iter_rows(), len(items), "label"):
         if result["error"]:
             raise UserError(result["error"])
 
 
-class _LabelTask:
-    """A `Labeler` in a Ray actor. A user's mistake comes back as text: Ray would wrap it in a traceback."""
+def _task(item: dict[str, Any]) -> dict[str, str]:
+    """One shard, in a Ray worker. A user's mistake comes back as text: Ray would wrap it in a traceback."""
+    recipe, job = pickle.loads(item["job"])
+    try:
+        _labeler(recipe).label(job)
+    except UserError as error:
+        return {"error": str(error)}
+    return {"error": ""}
 
-    def __init__(self, recipe: dict[str, Any]) -> None:
-        torch.set_num_threads(1)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._labeler = Labeler(Recipe(**recipe), device)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        try:
-            self._labeler.label(pickle.loads(item["job"]))
-        except UserError as error:
-            return {"error": str(error)}
-        return {"error": ""}
+@lru_cache(maxsize=1)
+def _labeler(recipe: Recipe) -> "Labeler":
+    """The network, loaded once in a worker that is used again."""
+    torch.set_num_threads(1)
+    return Labeler(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class Labeler:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import Progress
-from pipeline.config import Config, convert
+from pipeline.config import Config, as_dict, convert
 from pipeline.datasets import pseudo
 from pipeline.datasets.format import open_dataset
 from pipeline.datasets.splits import load_split
@@ -35,7 +35,8 @@ def self_train(config: Config, *, fresh: bool = False) -> Progress:
     config = placed(replace(config, method="self_training"))
     teacher, labels, student = (storage.join(str(config.out), part) for part in ("teacher", "pseudo_labels", "student"))
     print("stage 1 of 3: the teacher")
-    launch(replace(config, method="suponly", out=teacher), fresh=fresh)
+    unasked = {**config.methods, "self_training": as_dict(SelfTrainingOptions())}  # other ones make no other teacher
+    launch(replace(config, method="suponly", out=teacher, methods=unasked), fresh=fresh)
     print("\nstage 2 of 3: the teacher's labels of the pool")
     if fresh:
         pseudo.delete_labels(labels)
