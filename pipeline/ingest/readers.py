@@ -1,7 +1,8 @@
 """Reading the units of a plan: inline, or on the cluster through Ray Data in bounded segments.
 
 One interface: `read(units) -> (unit, table)` in the order of the units, the table holding `id` and `image` of the
-unit's group. The unlabeled side asks for no other column, so no method can see an unlabeled mask.
+unit's group, and `retries`, how often the storage had to be asked again for them (int32, on the first row). The
+unlabeled side asks the storage for no other column, so no method can see an unlabeled mask.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from pipeline import storage
 from pipeline.datasets.format import read_group
 from pipeline.ingest.plan import Unit
 
@@ -49,10 +52,15 @@ def read_ray(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
 
 
 def read_rows(root: str, shard: str, row_group: int, rows: Iterable[int]) -> pa.Table:
-    """`id` and `image` of some rows of a row group."""
+    """`id`, `image` and `retries` of some rows of a row group."""
+    before = storage.retries()
     table = read_group(root, shard, row_group, ["id", "image"])
     wanted = list(rows)
-    return table if len(wanted) == table.num_rows else table.take(wanted)
+    if len(wanted) != table.num_rows:
+        table = table.take(wanted)
+    counts = np.zeros(len(wanted), np.int32)
+    counts[:1] = storage.retries() - before
+    return table.append_column("retries", pa.array(counts))
 
 
 def _items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
