@@ -160,6 +160,9 @@ class RunConfig:
     """Train workers; 0: one per GPU of the cluster, or 2 on a cluster of CPUs."""
     cpus_per_worker: float = 0.0
     """CPUs reserved per worker; 0: 4 beside a GPU, else 0.5 so that Ray Data keeps some."""
+    decode: Literal["worker", "cluster"] = "worker"
+    """Where images are decoded and cut: in the worker's own CPUs, or in tasks on any CPUs of the cluster, for GPU nodes
+    that have few. The batches are the same."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -7,6 +7,7 @@ object may carry credentials, a URI never does. Credentials come from the enviro
 import contextlib
 import os
 import posixpath
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -134,6 +135,14 @@ def translated(uri: str) -> Iterator[None]:
         raise
 
 
+_this_thread = threading.local()
+
+
+def retries() -> int:
+    """How often `retried` has called again in this thread; the difference tells what a read took."""
+    return getattr(_this_thread, "retries", 0)
+
+
 def retried(call: Callable[[], T], patience: float = 30.0) -> T:
     """The result of `call`, called again with growing pauses while the storage is only briefly in trouble.
 
@@ -150,6 +159,7 @@ def retried(call: Callable[[], T], patience: float = 30.0) -> T:
             brief = isinstance(cause, ConnectionError | TimeoutError) or any(mark in str(cause) for mark in _BRIEF)
             if not brief or time.monotonic() + pause > deadline:
                 raise
+            _this_thread.retries = retries() + 1
             time.sleep(pause)
             pause = min(2 * pause, 8.0)
 

@@ -1,13 +1,22 @@
-"""Encoded bytes to pixels, with Pillow: it raises on damaged files where other decoders end the process."""
+"""Encoded bytes to pixels, with Pillow: it raises on damaged files where other decoders end the process.
 
+The header is read first: it tells the size, and with that how much of the image is needed and at which resolution.
+"""
+
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused before their pixels are decoded."""
+FORMATS = ("JPEG", "PNG")
+
+# Pillow's own limit is higher and only warns; `catch_warnings` would change the filters of all threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DecodeError(ValueError):
@@ -21,9 +30,9 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
         uint8 [H,W,3].
 
     Raises:
-        DecodeError: damaged, too large, or another format.
+        DecodeError: damaged, too large, of more than 8 bits a channel, or another format.
     """
-    return np.array(open_image(data, ("JPEG", "PNG")).convert("RGB"))  # a copy: torch wants writable memory
+    return decode_rgb(read_header(data))
 
 
 def decode_mask(data: bytes | memoryview) -> np.ndarray:
@@ -47,17 +56,76 @@ def open_image(data: bytes | memoryview, formats: tuple[str, ...]) -> Image.Imag
     Raises:
         DecodeError: damaged, too large, or not of `formats`.
     """
+    image = read_header(data, formats)
+    with _translated():
+        image.load()
+    return image
+
+
+def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Opens an image: its size and mode are known, its pixels not yet decoded.
+
+    Raises:
+        DecodeError: empty, too large, or not of `formats`.
+    """
+    if not data:
+        raise DecodeError("no bytes: the file is empty, or was removed")
+    with _translated(formats):
+        image = Image.open(io.BytesIO(data), formats=formats)
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+    return image
+
+
+def reduce(image: Image.Image, factor: int) -> int:
+    """Has a JPEG decoded at 1/factor of its size, which takes a fraction of the time.
+
+    Args:
+        image: from `read_header`, not decoded yet.
+        factor: 1, 2, 4 or 8.
+
+    Returns:
+        The factor that decoding will use: 1 for other formats. Pixel j of the smaller image covers the pixels
+        j * factor to (j + 1) * factor - 1; the last one may cover fewer.
+    """
+    width, height = image.size
+    wanted = (-(-width // factor), -(-height // factor))
+    if factor > 1:
+        image.draft(None, (max(1, width // factor), max(1, height // factor)))  # type: ignore[arg-type]
+    return factor if image.size == wanted else 1
+
+
+def decode_rgb(image: Image.Image, part: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """The pixels of an opened image.
+
+    Args:
+        image: from `read_header`.
+        part: top, left, height, width of what is wanted; None: everything.
+
+    Returns:
+        uint8 [height,width,3], writable.
+
+    Raises:
+        DecodeError: damaged, or of more than 8 bits a channel.
+    """
+    with _translated():
+        if image.mode.startswith(("I", "F")):
+            raise DecodeError(f"mode {image.mode}, expected 8 bits a channel")
+        image.load()
+        if part and part != (0, 0, image.height, image.width):
+            top, left, height, width = part
+            image = image.crop((left, top, left + width, top + height))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a copy: torch wants writable memory
+
+
+@contextlib.contextmanager
+def _translated(formats: tuple[str, ...] = FORMATS) -> Iterator[None]:
+    """Pillow raises almost anything on damaged files, even SyntaxError: all of it is a `DecodeError`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=formats)
-            if image.width * image.height > MAX_PIXELS:
-                raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-            image.load()
-            return image
-    except DecodeError:
-        raise
+        yield
     except Image.UnidentifiedImageError as error:
         raise DecodeError("not a " + " or ".join(formats)) from error
-    except Exception as error:  # Pillow raises almost anything on damaged files, even SyntaxError
+    except DecodeError:
+        raise
+    except Exception as error:
         raise DecodeError(str(error) or type(error).__name__) from error

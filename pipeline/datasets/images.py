@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets.decode import DecodeError, open_image
+from pipeline.datasets.decode import DecodeError, decode_image, open_image
 from pipeline.datasets.format import IGNORE_INDEX
 
 _INVALID = -1
@@ -27,14 +27,13 @@ def check_image(data: bytes) -> tuple[int, int]:
         Height and width in pixels, as stored (an EXIF rotation is not applied, as masks do not have it).
 
     Raises:
-        BadSampleError: unreadable, too large, or not convertible to RGB.
+        BadSampleError: unreadable, too large, or of more than 8 bits a channel.
     """
-    image = _open(data, ("JPEG", "PNG"), "image")
     try:
-        image.convert("RGB")
-    except Exception as error:
-        raise BadSampleError(f"image mode {image.mode} does not convert to RGB ({error})") from error
-    return image.height, image.width
+        height, width, _ = decode_image(data).shape
+    except DecodeError as error:
+        raise BadSampleError(f"unreadable image ({error})") from error
+    return height, width
 
 
 def canonical_mask(data: bytes, size: tuple[int, int], lookup: NDArray[np.int16]) -> bytes:
@@ -51,7 +50,10 @@ def canonical_mask(data: bytes, size: tuple[int, int], lookup: NDArray[np.int16]
     Raises:
         BadSampleError: unreadable, another size, other bit depth or channels, or a value that is no class.
     """
-    image = _open(data, ("PNG",), "mask")
+    try:
+        image = open_image(data, ("PNG",))
+    except DecodeError as error:
+        raise BadSampleError(f"unreadable mask ({error})") from error
     if image.mode not in ("P", "L"):
         raise BadSampleError(f"mask mode {image.mode}: expected one channel of 8-bit class ids (grey or palette PNG)")
     if (image.height, image.width) != size:
@@ -88,10 +90,3 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _open(data: bytes, formats: tuple[str, ...], what: str) -> Image.Image:
-    try:
-        return open_image(data, formats)
-    except DecodeError as error:
-        raise BadSampleError(f"unreadable {what} ({error})") from error

@@ -1,64 +1,32 @@
-"""The paired batch: decoding and views in threads, a few steps ahead of the training loop."""
+"""The paired batch: read and decoded a few steps ahead of the training loop."""
 
 import contextlib
-import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-
-import numpy as np
-import torch
+from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
-from pipeline.datasets.decode import DecodeError, decode_image, decode_mask
 from pipeline.datasets.format import Dataset
 from pipeline.datasets.splits import Split
-from pipeline.errors import UserError
-from pipeline.ingest import views
-from pipeline.ingest.photometric import fill_strong
+from pipeline.ingest.augment import Recipe, view_bytes
+from pipeline.ingest.buffers import Buffers
+from pipeline.ingest.decoders import ClusterDecoder, Decoded, Decoder, ThreadDecoder
 from pipeline.ingest.plan import LanePlan, owned_lanes, select_groups
-from pipeline.ingest.randomness import generator
 from pipeline.ingest.readers import Reader
 from pipeline.ingest.sources import LabeledSet, Sample, UnlabeledStream
+from pipeline.ingest.stats import IngestStats
 
-log = logging.getLogger(__name__)
-
-PREFETCH = 3
-"""Steps that are decoded ahead."""
+PREFETCH_BYTES = 256 << 20
+"""Memory of the views that are made ahead; at least one step is."""
+PREFETCH_STEPS = 8
+"""Steps that are made ahead at most."""
 CLOSE_SECONDS = 10.0
 """How long `close` waits for reading that is under way."""
-MAX_DAMAGED_SHARE = 0.01
-"""A larger share of damaged samples stops the run."""
-_TOLERATED = 10
 
-
-@dataclass
-class IngestStats:
-    """What the loader saw on this rank."""
-
-    samples: int = 0
-    damaged: int = 0
-    stalled: float = 0.0
-    """Seconds that the training loop waited for batches."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def count(self, sample: Sample, error: DecodeError | None) -> None:
-        """Counts a sample; a damaged one is named, and too many of them end the run."""
-        with self._lock:
-            self.samples += 1
-            if error is None:
-                return
-            self.damaged += 1
-            log.warning("sample %s is damaged and left out: %s", sample.id, error)
-            if self.damaged > max(_TOLERATED, MAX_DAMAGED_SHARE * self.samples):
-                raise UserError(
-                    f"{self.damaged} of {self.samples} samples are damaged, the last one {sample.id} ({error})"
-                )
+Side = tuple[Sequence[Sample], Callable[[], Decoded]]
+"""Samples, and what waits for their views."""
 
 
 class Loader:
@@ -76,11 +44,12 @@ class Loader:
         start: int,
         threads: int,
         reader: Reader,
+        pinned: bool = False,
     ) -> None:
         """Loads the labeled set; reading and decoding begin with the first `next`.
 
         Args:
-            config: batch sizes, crop and scale, seed.
+            config: batch sizes, crop and scale, seed, where to decode.
             dataset: where the samples are.
             split: which of them are labeled.
             spec: what the method needs.
@@ -89,20 +58,21 @@ class Loader:
             start: first step to deliver.
             threads: decoding threads.
             reader: how the unlabeled side is read.
+            pinned: whether batches lie in page-locked memory, for a GPU.
         """
         self.stats = IngestStats()
         self._config, self._start = config, start
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        recipe = Recipe(config.data, config.seed, spec.strong)
+        self._decoder = _decoder(config, recipe, threads, Buffers(pinned=pinned))
         self._labeled = LabeledSet(dataset, split.labeled, config.seed)
         self._labeled_lanes = owned_lanes(config.optim.batch_labeled, rank, world)
-        self._strong = spec.strong
         self._unlabeled: UnlabeledStream | None = None
         if spec.unlabeled:
             lanes = config.optim.batch_unlabeled
             plan = LanePlan(select_groups(dataset, split.unlabeled), lanes, config.seed)
             labels = config.data.pseudo_labels
             self._unlabeled = UnlabeledStream(plan, owned_lanes(lanes, rank, world), start, reader, labels)
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
+        self._ready: queue.Queue[list[Side] | BaseException] = queue.Queue(_steps_ahead(config, recipe, spec, world))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
 
@@ -116,15 +86,17 @@ class Loader:
         while True:
             began = time.perf_counter()
             item = self._ready.get()
-            self.stats.stalled += time.perf_counter() - began
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            views = [self._collect(*side) for side in item]
+            self.stats.stalled += time.perf_counter() - began
+            self.stats.retries = self._labeled.retries + (self._unlabeled.retries if self._unlabeled else 0)
+            yield Batch(views[0], views[1] if self._unlabeled else None)
 
     def close(self) -> None:
         """Stops the threads and waits for them: one that still runs while the interpreter ends aborts the process."""
         self._closed.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
         if self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 self._ready.get_nowait()  # a producer that waits for room goes on, and sees that it is over
@@ -135,14 +107,15 @@ class Loader:
             unlabeled = iter(self._unlabeled) if self._unlabeled else None
             step = self._start
             while not self._closed.is_set():
-                ours = self._labeled.samples(self._labeled_lanes, step, self._config.optim.batch_labeled)
-                theirs = next(unlabeled) if unlabeled else None
-                self._put(Batch(self._views(ours, "labeled"), self._views(theirs, "unlabeled") if theirs else None))
+                sides = [self._labeled.samples(self._labeled_lanes, step, self._config.optim.batch_labeled)]
+                if unlabeled:
+                    sides.append(next(unlabeled))
+                self._put([(samples, self._decoder.submit(samples)) for samples in sides])
                 step += 1
         except BaseException as error:  # handed to the consumer: a thread that dies silently would hang the run
             self._put(error)
 
-    def _put(self, item: Batch | BaseException) -> None:
+    def _put(self, item: list[Side] | BaseException) -> None:
         while not self._closed.is_set():
             try:
                 self._ready.put(item, timeout=0.5)
@@ -150,46 +123,22 @@ class Loader:
             except queue.Full:
                 continue
 
-    def _views(self, samples: Sequence[Sample], side: str) -> Views:
-        height, width = self._config.data.crop
-        labeled = side == "labeled"
-        image = np.empty((len(samples), 3, height, width), np.uint8)
-        mask = np.empty((len(samples), height, width), np.uint8)
-        valid = np.empty((len(samples), height, width), bool)
-        strong = np.empty((0 if labeled else self._strong, *image.shape), np.uint8)
-        list(self._pool.map(partial(self._fill, side), samples, image, mask, valid, strong.swapaxes(0, 1)))
-        classes = None if samples[0].mask is None else torch.from_numpy(mask).long()
-        return Views(
-            torch.from_numpy(image),
-            classes if labeled else None,
-            torch.from_numpy(valid),
-            tuple(sample.id for sample in samples),
-            tuple(map(torch.from_numpy, strong)),
-            None if labeled else classes,
-        )
+    def _collect(self, samples: Sequence[Sample], wait: Callable[[], Decoded]) -> Views:
+        views, outcomes = wait()
+        for sample, outcome in zip(samples, outcomes, strict=True):
+            self.stats.count(sample, outcome)
+        return views
 
-    def _fill(
-        self, side: str, sample: Sample, image: np.ndarray, mask: np.ndarray, valid: np.ndarray, strong: np.ndarray
-    ) -> None:
-        """Decodes one sample into its slots; a damaged one leaves views of which no pixel counts."""
-        try:
-            pixels = decode_image(sample.image)
-            classes = None if sample.mask is None else decode_mask(sample.mask)
-            if classes is not None and classes.shape != pixels.shape[:2]:
-                raise DecodeError("image and mask have different sizes")
-        except DecodeError as error:
-            image[:], mask[:], valid[:] = views.MEAN_COLOUR[:, None, None], views.IGNORE, False
-            strong[:] = image
-            self.stats.count(sample, error)
-            return
-        rng = generator(self._config.seed, sample.epoch, sample.id, side)
-        window = views.draw_window(pixels.shape[0], pixels.shape[1], self._config.data, rng)
-        views.cut_image(pixels, window, image)
-        if classes is not None:
-            views.cut_mask(classes, window, mask)
-        valid[:] = views.valid_area(window, self._config.data.crop)
-        area, hue = views.shown(window, self._config.data.crop[1]), self._config.data.hue
-        for number, view in enumerate(strong):
-            rng = generator(self._config.seed, sample.epoch, sample.id, "strong", number)
-            fill_strong(image, area, hue, rng, view)
-        self.stats.count(sample, None)
+
+def _decoder(config: Config, recipe: Recipe, threads: int, buffers: Buffers) -> Decoder:
+    if config.run.decode == "cluster":
+        return ClusterDecoder(recipe, buffers)
+    return ThreadDecoder(recipe, threads, buffers)
+
+
+def _steps_ahead(config: Config, recipe: Recipe, spec: ViewSpec, world: int) -> int:
+    """How many steps fit into the memory for views made ahead."""
+    step = config.optim.batch_labeled * view_bytes(recipe, labeled=True)
+    if spec.unlabeled:
+        step += config.optim.batch_unlabeled * view_bytes(recipe, labeled=False)
+    return max(1, min(PREFETCH_STEPS, PREFETCH_BYTES * world // step))

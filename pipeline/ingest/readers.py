@@ -1,8 +1,9 @@
 """Reading the units of a plan: inline, or on the cluster through Ray Data in bounded segments.
 
 One interface: `read(units) -> (unit, table)` in the order of the units, the table holding `id` and `image` of the
-unit's group. The unlabeled side asks a dataset for no other column, so no method can see an unlabeled mask; what a
-network saw in the images, its pseudo-labels, comes from files of their own.
+unit's group, and `retries`, how often the storage had to be asked again for them (int32, on the first row). The
+unlabeled side asks a dataset for no other column, so no method can see an unlabeled mask; what a network saw in the
+images, its pseudo-labels, comes from files of their own.
 """
 
 import pickle
@@ -11,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
+from pipeline import storage
 from pipeline.datasets.format import read_group
 from pipeline.datasets.pseudo import read_labels
 from pipeline.ingest.plan import Group, Unit
@@ -58,13 +61,16 @@ def read_ray(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple
 
 
 def read_rows(group: Group, labels: str | None = None) -> pa.Table:
-    """`id` and `image` of the rows of a group, and their `label` if a place of pseudo-labels is named."""
+    """`id`, `image` and `retries` of the rows of a group, and `label` if a place of pseudo-labels is named."""
+    before = storage.retries()
     table = read_group(group.root, group.shard, group.row_group, ["id", "image"])
     if len(group.rows) < table.num_rows:
         table = table.take(list(group.rows))
-    return (
-        table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids)) if labels else table
-    )
+    if labels is not None:
+        table = table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids or ()))
+    counts = np.zeros(len(group.rows), np.int32)
+    counts[:1] = storage.retries() - before
+    return table.append_column("retries", pa.array(counts))
 
 
 def _items(units: Iterator[Unit]) -> Iterator[list[Unit]]:

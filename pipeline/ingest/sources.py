@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pipeline import storage
 from pipeline.datasets.format import Dataset, read_group
 from pipeline.ingest.plan import Group, LanePlan, select_groups
 from pipeline.ingest.randomness import Permutation
@@ -20,9 +21,11 @@ class Sample:
 
     epoch: int
     id: str
-    image: memoryview
-    mask: memoryview | None
-    """Of the truth on the labeled side, of pseudo-labels on the other; None where there are none."""
+    image: memoryview | bytes
+    mask: memoryview | bytes | None
+    """The truth, on the labeled side alone."""
+    label: memoryview | bytes | None = None
+    """What an earlier network saw, where pseudo-labels are used."""
 
 
 class LabeledSet:
@@ -34,12 +37,15 @@ class LabeledSet:
 
     def __init__(self, dataset: Dataset, ids: Sequence[str], seed: int) -> None:
         """Reads the row groups that hold `ids`; keeps these rows alone."""
+        self.retries = 0
+        """How often the storage had to be asked again."""
         self._seed = seed
         self._ids = sorted(ids)
         self._bytes: dict[str, tuple[bytes, bytes]] = {}
         with ThreadPoolExecutor(4) as pool:
-            for rows in pool.map(_labeled_rows, select_groups(dataset, ids)):
+            for rows, retries in pool.map(_counted, select_groups(dataset, ids)):
                 self._bytes.update(rows)
+                self.retries += retries
 
     def samples(self, positions: Sequence[int], step: int, global_batch: int) -> list[Sample]:
         """The samples at `positions` of the global batch of `step`."""
@@ -51,6 +57,11 @@ class LabeledSet:
             image, mask = self._bytes[name]
             found.append(Sample(epoch, name, memoryview(image), memoryview(mask)))
         return found
+
+
+def _counted(group: Group) -> tuple[list[tuple[str, tuple[bytes, bytes]]], int]:
+    before = storage.retries()
+    return _labeled_rows(group), storage.retries() - before
 
 
 def _labeled_rows(group: Group) -> list[tuple[str, tuple[bytes, bytes]]]:
@@ -65,6 +76,8 @@ class UnlabeledStream:
     def __init__(
         self, plan: LanePlan, lanes: Sequence[int], start: int, reader: Reader, labels: str | None = None
     ) -> None:
+        self.retries = 0
+        """How often the storage had to be asked again."""
         self._lanes = lanes
         self._units = reader(plan.units(lanes, start), labels)
         self._queues: dict[int, deque[Sample]] = {lane: deque() for lane in lanes}
@@ -78,11 +91,16 @@ class UnlabeledStream:
         queue = self._queues[lane]
         while not queue:  # units come in order of need: at most the other lanes' next ones are queued on the way
             unit, table = next(self._units)
+            self.retries += sum(table["retries"].to_pylist())
             images = table["image"].combine_chunks()
             labels = table["label"].combine_chunks() if "label" in table.column_names else None
             self._queues[unit.lane].extend(
                 Sample(
-                    unit.epoch, unit.group.ids[row], _view(images, row), None if labels is None else _view(labels, row)
+                    unit.epoch,
+                    unit.group.ids[row],
+                    _view(images, row),
+                    None,
+                    None if labels is None else _view(labels, row),
                 )
                 for row in unit.order
             )

@@ -1,6 +1,6 @@
 """The weak view: random resize, crop and flip, as one window of the source image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,42 +42,54 @@ def _axis(size: int, crop: int, place: float, scale: float) -> tuple[int, int, i
     return int(place * (size - length + 1)), length, 0, crop
 
 
-def cut_image(image: np.ndarray, window: Window, out: np.ndarray) -> None:
+def reduction(window: Window) -> int:
+    """How many times smaller (1, 2, 4 or 8) the source may be decoded and still have the view's resolution."""
+    (_, _, height, width), (_, _, t_height, t_width) = window.source, window.target
+    return next((n for n in (8, 4, 2) if height >= n * t_height and width >= n * t_width), 1)
+
+
+def reduced(window: Window, factor: int) -> Window:
+    """The window on a source decoded at 1/factor; with `reduction`, edges move by half a pixel of the view at most."""
+    top, left, height, width = window.source
+    ends = [(2 * position + factor) // (2 * factor) for position in (top, left, top + height, left + width)]
+    return replace(window, source=(ends[0], ends[1], ends[2] - ends[0], ends[3] - ends[1]))
+
+
+def cut_image(part: np.ndarray, window: Window, out: np.ndarray) -> None:
     """Fills `out` with the window of the image: antialiased bilinear, padding in the mean colour.
 
     Args:
-        image: uint8 [H,W,3].
+        part: uint8 [h,w,3], the pixels of `window.source` alone.
         window: from `draw_window`.
         out: uint8 [3,crop_h,crop_w], overwritten.
     """
-    top, left, height, width = window.source
-    t_top, t_left, t_h, t_w = window.target
-    part = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)
-    if (height, width) != (t_h, t_w):
-        resized = F.interpolate(part.unsqueeze(0), (t_h, t_w), mode="bilinear", antialias=True, align_corners=False)
-        part = resized.squeeze(0)
-    out[:] = MEAN_COLOUR[:, None, None]
-    out[:, t_top : t_top + t_h, t_left : t_left + t_w] = part.numpy()
-    if window.flip:
-        out[:] = out[:, :, ::-1].copy()
+    pixels = torch.from_numpy(part).permute(2, 0, 1)
+    size = window.target[2:]
+    if pixels.shape[1:] != size:
+        resized = F.interpolate(pixels.unsqueeze(0), size, mode="bilinear", antialias=True, align_corners=False)
+        pixels = resized.squeeze(0)
+    rows, columns = shown(window, out.shape[2])
+    if size != out.shape[1:]:
+        out[:] = MEAN_COLOUR[:, None, None]
+    out[:, rows, columns] = pixels.numpy()[:, :, ::-1] if window.flip else pixels.numpy()
 
 
 def cut_mask(mask: np.ndarray, window: Window, out: np.ndarray) -> None:
-    """As `cut_image`, by the nearest source pixel; padding is 255.
+    """As `cut_image`, of the whole mask, by the nearest source pixel; padding is 255.
 
     Args:
         mask: uint8 [H,W].
         window: from `draw_window`.
-        out: uint8 [crop_h,crop_w], overwritten.
+        out: [crop_h,crop_w] of an integer type, overwritten.
     """
     top, left, height, width = window.source
-    t_top, t_left, t_h, t_w = window.target
+    t_h, t_w = window.target[2:]
     rows = top + (np.arange(t_h) * 2 + 1) * height // (2 * t_h)
     columns = left + (np.arange(t_w) * 2 + 1) * width // (2 * t_w)
-    out[:] = IGNORE
-    out[t_top : t_top + t_h, t_left : t_left + t_w] = mask[rows[:, None], columns]
-    if window.flip:
-        out[:] = out[:, ::-1].copy()
+    if (t_h, t_w) != out.shape:
+        out[:] = IGNORE
+    labels = mask[rows[:, None], columns]
+    out[shown(window, out.shape[1])] = labels[:, ::-1] if window.flip else labels
 
 
 def shown(window: Window, width: int) -> tuple[slice, slice]:
@@ -87,8 +99,7 @@ def shown(window: Window, width: int) -> tuple[slice, slice]:
     return slice(t_top, t_top + t_h), slice(left, left + t_w)
 
 
-def valid_area(window: Window, shape: tuple[int, int]) -> np.ndarray:
-    """Where the view shows the image: bool [crop_h,crop_w]."""
-    valid = np.zeros(shape, bool)
-    valid[shown(window, shape[1])] = True
-    return valid
+def mark_shown(window: Window, out: np.ndarray) -> None:
+    """Where the view shows the image: `out`, bool [crop_h,crop_w], is overwritten."""
+    out[:] = False
+    out[shown(window, out.shape[1])] = True

@@ -13,6 +13,7 @@ from pipeline.datasets.pseudo import open_labels
 from pipeline.datasets.shapes import prepare_shapes
 from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
+from pipeline.ingest.decoders import DECODE_CPUS
 from pipeline.ingest.readers import READ_CPUS
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
@@ -239,19 +240,20 @@ def _warn_of_local_places(config: Config) -> None:
 
 
 def worker_cpus(config: Config, workers: int) -> float:
-    """CPUs to reserve per worker, so that some are left for reading through Ray Data.
+    """CPUs to reserve per worker, so that some are left for reading through Ray Data and for decoding tasks.
 
     Raises:
         UserError: none would be left: the unlabeled stream would wait for ever.
     """
     cpus, gpus = cluster.cpus_and_gpus()
     spare = READ_CPUS if METHODS[config.method].views.unlabeled else 0.0
+    spare += DECODE_CPUS if config.run.decode == "cluster" else 0.0
     room = (cpus - spare) / workers
     wanted = config.run.cpus_per_worker or (min(4.0, room) if gpus else 0.5)
     if wanted > room or wanted <= 0:
         raise UserError(
-            f"{workers} workers with {wanted:g} CPUs each leave none for reading on a cluster of {cpus:g} CPUs: "
-            "lower run.workers or run.cpus_per_worker"
+            f"{workers} workers with {wanted:g} CPUs each leave less than {spare:g} for reading "
+            f"on a cluster of {cpus:g} CPUs: lower run.workers or run.cpus_per_worker"
         )
     return wanted
 

@@ -68,7 +68,7 @@ class Session:
         self.model: nn.Module = method
         self.loader = Loader(
             config, self.dataset, self.split, method.views, rank=self.world.rank, world=self.world.size,
-            start=self.progress.step, threads=host.threads, reader=host.reader,
+            start=self.progress.step, threads=host.threads, reader=host.reader, pinned=self.device.type == "cuda",
         )  # fmt: skip
 
     def train(self) -> Progress:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pipeline.batch import Batch
 from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.ingest.loader import Loader
+from pipeline.ingest.stats import IngestStats
 from pipeline.methods import Losses
 from pipeline.ops.world import World
 from pipeline.training.trackers import duration
@@ -38,7 +40,7 @@ class Meter:
         self._ids: dict[int, tuple[str, ...]] = {}
         self._bad = torch.full((), _NEVER, device=self._device)
         self._began = time.perf_counter()
-        self._stalled = self._loader.stats.stalled
+        self._before = astuple(self._loader.stats)
         self._paused = 0.0
 
     def add(self, index: int, losses: Losses, batch: Batch) -> None:
@@ -83,13 +85,25 @@ class Meter:
             "loss": means,
             "lr": lr,
             "images_per_second": round(images / elapsed, 2),
-            "stall": round((self._loader.stats.stalled - self._stalled) / elapsed, 3),
             "eta_seconds": round((self._config.optim.steps - step) * elapsed / self._steps, 1),
-            "damaged": self._loader.stats.damaged,
+            **self._ingest(elapsed),
             **{name: value.tolist() for name, value in self._logs.items()},
         }
         self._reset()
         return record
+
+    def _ingest(self, elapsed: float) -> dict[str, Any]:
+        """What the loaders of all ranks report: rates of the interval, and counts since the start of this attempt."""
+        now = astuple(self._loader.stats)
+        pairs = torch.tensor([now, [a - b for a, b in zip(now, self._before, strict=True)]], dtype=torch.float64)
+        total, interval = (IngestStats(*row) for row in self._world.sum(pairs.to(self._device)).tolist())
+        return {
+            "stall": round(interval.stalled / elapsed / self._world.size, 3),
+            "bytes_per_second": round(interval.encoded / elapsed),
+            "decode_ms": round(1e3 * interval.decoding / max(1, interval.samples), 3),
+            "retries": int(total.retries),
+            "skipped": int(total.skipped),
+        }
 
     def line(self, step: int, record: dict[str, Any]) -> str:
         """One interval for people."""

@@ -198,9 +198,10 @@ def test_images(trees):
     for data in (trees.image(), trees.image("PNG"), trees.image(channels=1), trees.image("JPEG", 4, "CMYK")):
         assert check_image(data) == (24, 32)
     for data, words in (
-        (b"", "not a JPEG or PNG"),
+        (b"", "unreadable image \\(no bytes"),
         (b"<html>error</html>", "not a JPEG or PNG"),
         (trees.image("GIF"), "not a JPEG or PNG"),
+        (trees.encode(trees.ids().astype(np.uint16)), "mode I;16, expected 8 bits"),
         (trees.image()[:400], "unreadable image"),
         (trees.image("PNG")[:-60], "unreadable image"),
         (bomb(12000, 12000), "unreadable image|more than 64,000,000"),

@@ -21,7 +21,7 @@ def units(shapes: str) -> list[Unit]:
 def test_inline_reads_id_and_image_of_each_unit(units):
     for (unit, table), expected in zip(readers.read_inline(units), units, strict=True):
         assert unit is expected
-        assert table.column_names == ["id", "image"]
+        assert table.column_names == ["id", "image", "retries"]
         assert tuple(table["id"].to_pylist()) == unit.group.ids
         assert sum(map(len, table["image"].to_pylist())) == unit.group.size
 

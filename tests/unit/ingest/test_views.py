@@ -3,7 +3,7 @@ import pytest
 
 from pipeline.config import DataConfig
 from pipeline.ingest.randomness import generator
-from pipeline.ingest.views import IGNORE, MEAN_COLOUR, cut_image, cut_mask, draw_window, valid_area
+from pipeline.ingest.views import IGNORE, MEAN_COLOUR, cut_image, cut_mask, draw_window, mark_shown
 
 SIZES = [(60, 80), (31, 17), (64, 64), (200, 50)]
 
@@ -12,9 +12,12 @@ def _cut(config: DataConfig, image: np.ndarray, mask: np.ndarray, seed: int):
     height, width = mask.shape
     window = draw_window(height, width, config, generator("views", seed))
     out, labels = np.empty((3, *config.crop), np.uint8), np.empty(config.crop, np.uint8)
-    cut_image(image, window, out)
+    valid = np.empty(config.crop, bool)
+    top, left, rows, columns = window.source
+    cut_image(image[top : top + rows, left : left + columns], window, out)
     cut_mask(mask, window, labels)
-    return window, out, labels, valid_area(window, config.crop)
+    mark_shown(window, valid)
+    return window, out, labels, valid
 
 
 def _ramps(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.batch import Batch, Views
 from pipeline.cli import resolve
+from pipeline.ingest.stats import IngestStats
 from pipeline.methods import OPTIONS, Losses
 from pipeline.ops.world import World
 from pipeline.training import meter as meters
@@ -25,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def _meter(world: World = World(), **optim: int) -> tuple[Meter, Any]:  # noqa: B008
     config = resolve({"optim": {"steps": 100, "batch_labeled": 2, "batch_unlabeled": 4, **optim}}, OPTIONS)
-    loader: Any = SimpleNamespace(stats=SimpleNamespace(stalled=0.0, damaged=0))
+    loader: Any = SimpleNamespace(stats=IngestStats())
     return Meter(config, world, loader, torch.device("cpu")), loader
 
 
