@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.batch import Views
 from pipeline.config import DataConfig
-from pipeline.datasets.decode import DecodeError, decode_mask, decode_rgb, read_header, reduce
+from pipeline.datasets.decode import DecodeError, decode_mask, decode_reduced, decode_rgb, read_header, reduce
 from pipeline.ingest import views as geometry
 from pipeline.ingest.photometric import fill_strong
 from pipeline.ingest.randomness import generator
@@ -98,7 +98,11 @@ def _fill_weak(sample: Sample, recipe: Recipe, image: np.ndarray, mask: np.ndarr
     rng = generator(recipe.seed, sample.epoch, sample.id, "unlabeled" if mask is None else "labeled")
     window = geometry.draw_window(height, width, recipe.data, rng)
     factor = reduce(picture, geometry.reduction(window))
-    geometry.cut_image(decode_rgb(picture, geometry.reduced(window, factor).source), window, image)
+    if factor == 1:
+        part = decode_rgb(picture, window.source)
+    else:
+        part = decode_reduced(picture, window.source, factor, window.target[2:])
+    geometry.cut_image(part, window, image)
     if mask is not None:
         classes = decode_mask(sample.mask or b"")
         if classes.shape != (height, width):
