@@ -109,13 +109,42 @@ def decode_rgb(image: Image.Image, part: tuple[int, int, int, int] | None = None
         DecodeError: damaged, or of more than 8 bits a channel.
     """
     with _translated():
-        if image.mode.startswith(("I", "F")):
-            raise DecodeError(f"mode {image.mode}, expected 8 bits a channel")
-        image.load()
+        image = _rgb(image)
         if part and part != (0, 0, image.height, image.width):
             top, left, height, width = part
             image = image.crop((left, top, left + width, top + height))
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a copy: torch wants writable memory
+        return np.array(image)  # a copy: torch wants writable memory
+
+
+def decode_reduced(
+    image: Image.Image, part: tuple[int, int, int, int], factor: int, size: tuple[int, int]
+) -> np.ndarray:
+    """A part of an image for which `reduce` gave `factor`, resized.
+
+    Args:
+        image: from `read_header`.
+        part: top, left, height, width in pixels of the stored image; between those of the smaller one, so that Pillow
+            resizes, which takes fractions.
+        factor: from `reduce`.
+        size: height and width of the result; antialiased bilinear.
+
+    Returns:
+        uint8 [*size,3], writable.
+
+    Raises:
+        DecodeError: as `decode_rgb`.
+    """
+    top, left, height, width = part
+    box = (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
+    with _translated():
+        return np.array(_rgb(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        raise DecodeError(f"mode {image.mode}, expected 8 bits a channel")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextlib.contextmanager

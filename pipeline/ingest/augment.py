@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.batch import Views
 from pipeline.config import DataConfig
-from pipeline.datasets.decode import DecodeError, decode_mask, decode_rgb, read_header, reduce
+from pipeline.datasets.decode import DecodeError, decode_mask, decode_reduced, decode_rgb, read_header, reduce
 from pipeline.ingest import views as geometry
 from pipeline.ingest.photometric import fill_strong
 from pipeline.ingest.randomness import generator
@@ -102,7 +102,11 @@ def _fill_weak(sample: Sample, recipe: Recipe, image: np.ndarray, masks: Sequenc
     rng = generator(recipe.seed, sample.epoch, sample.id, "unlabeled" if sample.mask is None else "labeled")
     window = geometry.draw_window(height, width, recipe.data, rng)
     factor = reduce(picture, geometry.reduction(window))
-    geometry.cut_image(decode_rgb(picture, geometry.reduced(window, factor).source), window, image)
+    if factor == 1:
+        part = decode_rgb(picture, window.source)
+    else:
+        part = decode_reduced(picture, window.source, factor, window.target[2:])
+    geometry.cut_image(part, window, image)
     encoded = [each for each in (sample.mask, sample.label) if each is not None]
     for each, mask in zip(encoded, masks, strict=True):
         classes = decode_mask(each)

@@ -1,6 +1,6 @@
 """The weak view: random resize, crop and flip, as one window of the source image."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,18 +48,11 @@ def reduction(window: Window) -> int:
     return next((n for n in (8, 4, 2) if height >= n * t_height and width >= n * t_width), 1)
 
 
-def reduced(window: Window, factor: int) -> Window:
-    """The window on a source decoded at 1/factor; with `reduction`, edges move by half a pixel of the view at most."""
-    top, left, height, width = window.source
-    ends = [(2 * position + factor) // (2 * factor) for position in (top, left, top + height, left + width)]
-    return replace(window, source=(ends[0], ends[1], ends[2] - ends[0], ends[3] - ends[1]))
-
-
 def cut_image(part: np.ndarray, window: Window, out: np.ndarray) -> None:
     """Fills `out` with the window of the image: antialiased bilinear, padding in the mean colour.
 
     Args:
-        part: uint8 [h,w,3], the pixels of `window.source` alone.
+        part: uint8 [h,w,3], the pixels of `window.source` alone, or these resized already.
         window: from `draw_window`.
         out: uint8 [3,crop_h,crop_w], overwritten.
     """

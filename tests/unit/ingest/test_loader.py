@@ -13,6 +13,7 @@ import torch
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.cli import resolve
 from pipeline.config import Config
+from pipeline.datasets import format as formats
 from pipeline.datasets.decode import decode_mask
 from pipeline.datasets.format import open_dataset
 from pipeline.datasets.images import encode_png
@@ -287,6 +288,61 @@ def test_too_many_damaged_samples_end_the_run(shapes):
     loader.close()
 
 
+def test_removed_images_are_skipped(shapes, caplog):
+    """A pool may lose an image after it was listed: its bytes are empty then."""
+
+    def read(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+        for unit, table in read_inline(units):
+            rows = [{**row, "image": b""} for row in table.to_pylist()[:1]] + table.to_pylist()[1:]
+            yield unit, pa.Table.from_pylist(rows, table.schema)
+
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        loader = _loader(_config(shapes), reader=read)
+        batches = list(itertools.islice(loader, 3))
+        loader.close()
+    gone = [not valid.any() for batch in batches for valid in _views(batch)[1].valid]
+    assert loader.stats.skipped == sum(gone) > 0
+    assert "no bytes" in caplog.text
+
+
+# ---- looking ahead --------------------------------------------------------------------------------------------
+
+
+def test_steps_are_made_ahead_up_to_a_number_of_bytes(shapes, monkeypatch):
+    config = _config(shapes)
+    step = (4 * 12 + 6 * 4) * 40 * 32
+    made = []
+    submit = loaders.ThreadDecoder.submit
+
+    def counted(self: loaders.ThreadDecoder, samples: Any) -> Any:
+        made.append(len(samples))
+        return submit(self, samples)
+
+    monkeypatch.setattr(loaders.ThreadDecoder, "submit", counted)
+    for size, steps in ((1, 1), (3 * step, 3), (1 << 40, loaders.PREFETCH_STEPS)):
+        monkeypatch.setattr(loaders, "PREFETCH_BYTES", size)
+        made.clear()
+        loader = _loader(config)
+        next(iter(loader))
+        while not loader._ready.full() or len(made) < 2 * (steps + 2):
+            loader._closed.wait(0.01)
+        loader._closed.wait(0.1)
+        assert len(made) == 2 * (steps + 2)  # one handed over, one that waits for room
+        loader.close()
+
+
+def test_batches_that_are_kept_stay_what_they_were(shapes):
+    """Memory is used again, but not that of a batch which somebody still has."""
+    loader = _loader(_config(shapes), threads=2)
+    kept = list(itertools.islice(loader, 25))
+    loader.close()
+    assert _same(kept, _take(_config(shapes), 25))
+    loader = _loader(_config(shapes))
+    places = {batch.labeled.image.data_ptr() for batch in itertools.islice(loader, 40)}
+    loader.close()
+    assert len(places) <= loaders.PREFETCH_STEPS + 4
+
+
 # ---- ends -----------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +403,28 @@ def test_waiting_for_batches_is_measured(shapes):
     assert loader.stats.stalled > 0
     assert loader.stats.samples >= 10
     assert loader.stats.skipped == 0
+    assert loader.stats.encoded > 100 * loader.stats.samples
+    assert loader.stats.decoding > 0
+
+
+def test_asking_the_storage_again_is_counted(shapes, monkeypatch):
+    read, failed = formats._read_group, set()
+
+    def flaky(uri: str, row_group: int, columns: list[str]) -> pa.Table:
+        if (uri, row_group, *columns) not in failed:
+            failed.add((uri, row_group, *columns))
+            raise ConnectionResetError("by peer")
+        return read(uri, row_group, columns)
+
+    monkeypatch.setattr(formats, "_read_group", flaky)
+    monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: None)
+    loader = _loader(_config(shapes))
+    list(itertools.islice(loader, 30))
+    loader.close()
+    assert len(failed) > 5
+    assert 0 < loader.stats.retries <= len(failed)
+    labeled = [key for key in failed if key[-1] == "mask"]
+    assert loader.stats.retries > len(labeled)
 
 
 def test_lanes_must_divide(shapes):

@@ -3,7 +3,7 @@ import pytest
 
 from pipeline.config import DataConfig
 from pipeline.ingest.randomness import generator
-from pipeline.ingest.views import IGNORE, MEAN_COLOUR, cut_image, cut_mask, draw_window, mark_shown
+from pipeline.ingest.views import IGNORE, MEAN_COLOUR, cut_image, cut_mask, draw_window, mark_shown, reduction
 
 SIZES = [(60, 80), (31, 17), (64, 64), (200, 50)]
 
@@ -115,3 +115,17 @@ def test_one_pixel_images():
     )
     assert valid.sum() >= 1
     assert (labels[valid] == 2).all()
+
+
+def test_a_reduced_source_has_the_views_resolution():
+    config = DataConfig(crop=(50, 50), scale=(0.05, 1.2))
+    factors = set()
+    for seed in range(600):
+        height, width = generator("size", seed).integers(50, 700, 2).tolist()
+        window = draw_window(height, width, config, generator(seed))
+        factor = reduction(window)
+        factors.add(factor)
+        ratio = min(window.source[2] / window.target[2], window.source[3] / window.target[3])
+        assert ratio >= factor or factor == 1
+        assert ratio < 2 * factor or factor == 8
+    assert factors == {1, 2, 4, 8}

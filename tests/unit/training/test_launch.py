@@ -58,6 +58,13 @@ def test_workers_that_take_every_cpu_are_refused(monkeypatch: pytest.MonkeyPatch
         launch.worker_cpus(_config(), 4)
 
 
+def test_decoding_tasks_need_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (2.0, 0.0))
+    assert launch.worker_cpus(_config("--run.decode", "cluster"), 1) == 0.5
+    with pytest.raises(UserError, match=r"leave less than 1\.25 for reading"):
+        launch.worker_cpus(_config("--run.decode", "cluster"), 2)
+
+
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: str) -> None:
     monkeypatch.chdir(tmp_path)
     placed = launch.placed(_config("--data", shapes, "--out", "runs/a"))

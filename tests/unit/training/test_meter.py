@@ -60,6 +60,35 @@ def test_means_of_an_interval(clock):
     assert "step      4/100  loss 4.5000  (a 4.0000  b 0.5000)  kept 50%" in meter.line(4, record)
 
 
+def test_what_ingest_did_is_part_of_the_record(clock):
+    meter, loader = _meter()
+    stats = loader.stats
+    for retries, skipped in ((2, 1), (3, 1)):
+        _add(meter, 0, a=1.0)
+        stats.samples += 10
+        stats.encoded += 5000
+        stats.decoding += 0.05
+        stats.retries, stats.skipped = retries, skipped
+        clock.now += 2.0
+        record = meter.summary(1, 0.1)
+        assert record["bytes_per_second"] == 2500  # rates of the interval
+        assert record["decode_ms"] == 5.0
+        assert (record["retries"], record["skipped"]) == (retries, skipped)  # counts since the start
+
+
+def test_what_the_ranks_ingest_is_summed(clock):
+    def run(world: World) -> dict[str, Any]:
+        meter, loader = _meter(world)
+        _add(meter, 0, a=1.0)
+        loader.stats = IngestStats(10, world.rank, 1000, 0.02, 1 + world.rank, 0.5 * world.rank)
+        clock.now += 2.0
+        return meter.summary(1, 0.1)
+
+    for record in on_ranks(2, run):
+        assert (record["bytes_per_second"], record["decode_ms"], record["stall"]) == (1000, 2.0, 0.125)
+        assert (record["retries"], record["skipped"]) == (3, 1)
+
+
 def test_one_sided_batches_count_their_own_images(clock):
     meter, _ = _meter()
     meter.add(0, Losses({"a": torch.tensor(1.0)}, {}), _batch(0, unlabeled=False))
