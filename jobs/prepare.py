@@ -1,56 +1,50 @@
-"""Makes a prepared dataset of raw images: jobs/prepare.py --source voc --root VOC2012 --out s3://bucket/voc."""
+"""Makes a prepared dataset of raw images: jobs/prepare.py --source voc --root VOC2012 --out s3://bucket/voc.
+
+With --check s3://bucket/voc it looks through a finished one instead, and reports what it finds.
+"""
 
 from pipeline import cli, storage
 from pipeline.datasets import shards
-from pipeline.datasets.facts import find_facts
+from pipeline.datasets.check import check
+from pipeline.datasets.flags import parse, read_raw
+from pipeline.datasets.format import open_dataset
 from pipeline.datasets.prepare import prepare
-from pipeline.datasets.readers import read_tree
 from pipeline.datasets.shapes import prepare_shapes
-from pipeline.errors import UserError
-
-SOURCES = ["shapes", "voc", "cityscapes", "folder"]
-
-
-def _parser() -> cli.Parser:
-    parser = cli.Parser(description="Make a prepared dataset: sharded, indexed, checked, with split lists.")
-    add = parser.add_argument
-    add("--source", required=True, choices=SOURCES, help="layout of the raw tree; shapes are generated")
-    add("--root", help="raw tree: path or URI")
-    add("--out", required=True, help="dataset to write: path or URI")
-    add("--classes", help="known dataset, names a,b,c, or a file with one a line (default: as the source)")
-    add("--name", help="what to call the dataset (default: the source)")
-    add("--splits", metavar="DIR", help="published split lists to take over")
-    add("--protocol", help="which of them: classic, blender, cityscapes, or a name of your own")
-    add("--masks", help="folder of the masks in a voc tree, such as SegmentationClassAug")
-    add("--train_list", help="list of a voc tree with the training images (default: trainaug or train)")
-    add("--val_list", help="list of a voc tree with the images to score (default: val)")
-    add("--seed", type=int, default=0, help="of row order, generated splits and shapes (default: 0)")
-    add("--overwrite", action="store_true", help="replace a finished dataset")
-    add("--skip_bad", action="store_true", help="leave bad samples out instead of stopping")
-    add("--workers", type=int, help="shards made at a time (default: one per CPU)")
-    return parser
+from pipeline.errors import RunError
+from pipeline.report.check import as_page, as_text
 
 
 def main(argv: list[str]) -> None:
-    """Prepares what the flags say."""
-    args = _parser().parse(argv)
-    if bool(args.splits) != bool(args.protocol):
-        raise UserError("--splits and --protocol go together: a folder of lists, and which of them")
+    """Prepares or checks what the flags say."""
+    args = parse(argv, __doc__)
+    if args.check:
+        report(args.check, args.page)
+        return
     if args.source == "shapes":
         shards.claim(storage.absolute(args.out), args.overwrite)
         info = prepare_shapes(args.out, args.seed)
     else:
-        options = {key: vars(args)[key] for key in ("masks", "train_list", "val_list") if vars(args)[key]}
+        samples, facts = read_raw(args)
         info = prepare(
-            read_tree(args.source, args.root, options),
+            samples,
             args.out,
             name=args.name or args.source,
-            facts=find_facts(args.classes or args.source),
+            facts=facts,
             seed=args.seed,
             release=(args.splits, args.protocol) if args.splits else None,
             **{key: vars(args)[key] for key in ("overwrite", "skip_bad", "workers")},
         )
     print(f"{args.out}: {info.counts['train']} train, {info.counts['val']} val, {info.skipped} skipped")
+
+
+def report(uri: str, page: str) -> None:
+    """Prints what is in a dataset, writes it as a page with pictures, and fails if something is broken."""
+    found = check(open_dataset(uri))
+    print(as_text(found))
+    storage.write_bytes(page, as_page(found).encode())
+    print(f"page {page}")
+    if found.problems:
+        raise RunError(f"{uri}: {len(found.problems)} problems, the first: {found.problems[0]}")
 
 
 if __name__ == "__main__":

@@ -241,10 +241,15 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def list_files(uri: str) -> list[str]:
     """All files below `uri`, as sorted paths relative to it; empty if nothing is there."""
+    return sorted(file_sizes(uri))
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Bytes of all files below `uri`, by their paths relative to it; empty if nothing is there."""
     filesystem, path = resolve(uri)
     with translated(uri):
         infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    return sorted(posixpath.relpath(info.path, path) for info in infos if info.type == pafs.FileType.File)
+    return {posixpath.relpath(info.path, path): info.size for info in infos if info.type == pafs.FileType.File}
 
 
 def delete(uri: str) -> None:

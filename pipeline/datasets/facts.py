@@ -1,10 +1,12 @@
 """What is known about datasets: classes, colours, way of scoring. A new dataset is one entry of `KNOWN`."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline import storage
 from pipeline.config import suggest
+from pipeline.datasets.format import IGNORE_INDEX
 from pipeline.errors import UserError
 
 MAX_CLASSES = 255
@@ -25,6 +27,8 @@ class Facts:
     """How val is scored: the whole image, or a sliding window."""
     label_ids: Mapping[int, int] = field(default_factory=dict)
     """Class id (or 255) by the raw value, for sets whose masks hold other numbers than class ids."""
+    label_colors: Mapping[int, int] = field(default_factory=dict)
+    """Class id (or 255) by 0xRRGGBB, for sets whose masks are colour pictures."""
 
 
 def voc_palette(count: int) -> tuple[Color, ...]:
@@ -65,6 +69,20 @@ _CITYSCAPES: tuple[tuple[str, int, Color], ...] = (
 )
 """Name, label id and colour, in the order of the train ids."""
 
+_ADE20K = """
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
+mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat,
+fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of drawers, counter,
+sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
+screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop,
+stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower,
+chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land, bannister,
+escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything,
+swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name,
+microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
+ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
+"""
+
 KNOWN: dict[str, Facts] = {
     "shapes": Facts(
         classes=("background", "disk", "square", "triangle", "cross", "ring"),
@@ -89,6 +107,12 @@ KNOWN: dict[str, Facts] = {
             (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0),
             (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
         ),
+        label_ids={**{index: index for index in range(11)}, 11: 255},
+    ),
+    "ade20k": Facts(
+        classes=tuple(name.strip() for name in _ADE20K.split(",")),
+        palette=voc_palette(150),
+        label_ids={0: 255, **{index + 1: index for index in range(150)}},
     ),
 }  # fmt: skip
 
@@ -115,3 +139,31 @@ def find_facts(text: str) -> Facts:
     if len(set(names)) != len(names) or not 2 <= len(names) <= MAX_CLASSES:
         raise UserError(f"--classes {text}: needs 2 to {MAX_CLASSES} names, none twice; got {len(names)}")
     return Facts(classes=tuple(names), palette=voc_palette(len(names)))
+
+
+def with_values(facts: Facts, text: str) -> Facts:
+    """`facts` of a set whose masks hold the values that the user names.
+
+    Args:
+        facts: the classes.
+        text: VALUE=ID pairs separated by commas, or the path of a file with one a line. All values are numbers
+            0..255 or all are colours #RRGGBB; an id is a class id, or 255 for pixels to ignore.
+
+    Raises:
+        UserError: not such pairs, a value named twice, or an id that is no class.
+    """
+    pairs = text.split(",") if "=" in text else storage.read_bytes(text).decode(errors="replace").splitlines()
+    found: dict[str, int] = {}
+    for pair in filter(None, map(str.strip, pairs)):
+        value, _, index = (part.strip() for part in pair.partition("="))
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}|\d{1,3}", value) or not re.fullmatch(r"\d{1,3}", index):
+            raise UserError(f"--values: {pair!r} is not VALUE=ID, such as 7=0 or #ff8000=255")
+        if int(index) not in {*range(len(facts.classes)), IGNORE_INDEX}:
+            raise UserError(f"--values: {pair!r}: ids are 0 to {len(facts.classes) - 1}, or 255 for pixels to ignore")
+        if found.setdefault(value.lower(), int(index)) != int(index):
+            raise UserError(f"--values: {value} is given two ids; name it once")
+    colors = {int(value[1:], 16): index for value, index in found.items() if value.startswith("#")}
+    numbers = {int(value): index for value, index in found.items() if not value.startswith("#")}
+    if bool(colors) == bool(numbers) or max(numbers, default=0) > 255:
+        raise UserError("--values: needs numbers 0 to 255 or colours #RRGGBB, and not both")
+    return replace(facts, label_ids=numbers, label_colors=colors)

@@ -72,8 +72,7 @@ def load_split(dataset: Dataset, split: str, protocol: str | None = None) -> Spl
 
 def _unknown(root: str, protocol: str, split: str) -> str:
     """Which part of the name is wrong, and what there is instead."""
-    files = [PurePosixPath(file).parts for file in storage.list_files(storage.join(root, "splits"))]
-    found = sorted({parts[:2] for parts in files if len(parts) == 3 and parts[2] == "labeled.txt"})
+    found = list_splits(root)
     if not found:
         return f"{root}: has no split lists; images without masks serve as an unlabeled pool only"
     splits = [name for parent, name in found if parent == protocol]
@@ -81,6 +80,12 @@ def _unknown(root: str, protocol: str, split: str) -> str:
         protocols = sorted({parent for parent, _ in found})
         return f"{root}: no protocol {protocol!r}; there are {', '.join(protocols)}"
     return f"{root}: protocol {protocol!r} has no split {split!r}; there are {', '.join(splits)}"
+
+
+def list_splits(root: str) -> list[tuple[str, str]]:
+    """Protocol and name of each split of the dataset at `root`, sorted."""
+    files = [PurePosixPath(file).parts for file in storage.list_files(storage.join(root, "splits"))]
+    return sorted((parts[0], parts[1]) for parts in files if len(parts) == 3 and parts[2] == "labeled.txt")
 
 
 def sample_roles(index: pa.Table) -> dict[str, str]:

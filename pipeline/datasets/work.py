@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -50,7 +51,7 @@ def carry_out(plan: ShardPlan) -> Part:
     }
     for sample in plan.samples:
         try:
-            rows.append(read_row(sample, lookups[sample.label_ids]))
+            rows.append(read_row(sample, lookups[sample.label_ids], plan.facts.label_colors))
         except BadSampleError as error:
             bad[sample.id] = str(error)
     if bad and not plan.skip_bad:
@@ -58,8 +59,8 @@ def carry_out(plan: ShardPlan) -> Part:
     return shards.write_shard(plan.root, plan.slot, rows, plan.digest, bad)
 
 
-def read_row(sample: RawSample, lookup: NDArray[np.int16]) -> Row:
-    """Reads and checks one sample.
+def read_row(sample: RawSample, lookup: NDArray[np.int16], colors: Mapping[int, int] | None = None) -> Row:
+    """Reads and checks one sample; `lookup` and `colors` are those of `images.canonical_mask`.
 
     Raises:
         BadSampleError: the message begins with the URI of the bad file.
@@ -72,7 +73,8 @@ def read_row(sample: RawSample, lookup: NDArray[np.int16]) -> Row:
         mask = None
         if sample.mask_uri is not None:
             uri = sample.mask_uri
-            mask = canonical_mask(storage.retried(partial(storage.read_bytes, uri)), (height, width), lookup)
+            data = storage.retried(partial(storage.read_bytes, uri))
+            mask = canonical_mask(data, (height, width), lookup, colors)
     except BadSampleError as error:
         raise BadSampleError(f"{uri}: {error}") from error
     return Row(sample.id, image, mask, height, width)

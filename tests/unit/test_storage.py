@@ -37,6 +37,7 @@ def test_write_read_list_delete(root):
     assert storage.exists(place)
     assert not storage.exists(storage.join(root, "a"))  # a folder is no file
     assert storage.list_files(root) == ["a/b.bin", "c"]
+    assert storage.file_sizes(root) == {"a/b.bin": 3, "c": 0}
     storage.delete(storage.join(root, "a"))
     storage.delete(storage.join(root, "nothing"))
     assert storage.list_files(root) == ["c"]

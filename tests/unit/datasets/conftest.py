@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from pipeline.datasets.facts import Facts, voc_palette
 
@@ -62,6 +63,25 @@ class Trees:
         for list_name, ids in zip(("train", "val"), names, strict=True):
             cls.put(root / "ImageSets" / "Segmentation" / f"{list_name}.txt", "\n".join(ids))  # no last newline
         return root
+
+    @classmethod
+    def sbd(cls, root: Path, train: str, val: str) -> Path:
+        """A tree of SBD; `train` and `val` are names separated by blanks, each with an image and a mask of ones."""
+        for name in [*train.split(), *val.split()]:
+            cls.put(root / "img" / f"{name}.jpg", cls.image())
+            cls.put(root / "cls" / f"{name}.mat", cls.mat(np.ones(SIZE, np.uint8)))
+        for list_name, ids in (("train", train), ("val", val)):
+            cls.put(root / f"{list_name}.txt", ids.replace(" ", "\n"))
+        return root
+
+    @staticmethod
+    def mat(pixels: np.ndarray) -> bytes:
+        """A mask file as SBD has them."""
+        boundaries = np.empty((20, 1), object)
+        boundaries[:, 0] = [np.zeros((1, 1), np.uint8)] * 20
+        buffer = io.BytesIO()
+        savemat(buffer, {"GTcls": {"Boundaries": boundaries, "Segmentation": pixels, "CategoriesPresent": [[1]]}})
+        return buffer.getvalue()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -253,6 +254,39 @@ def test_label_ids_are_mapped(trees):
     assert np.array_equal(mask, np.vectorize(facts.label_ids.__getitem__)(raw))
     with pytest.raises(BadSampleError, match="holds 34"):
         canonical_mask(trees.encode(raw + np.uint8(1)), (24, 32), lookup)
+
+
+def test_masks_of_sbd(trees):
+    ids = trees.ids() % 255
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(canonical_mask(trees.mat(ids), (24, 32), LOOKUP)))), ids)
+    for data, words in (
+        (trees.mat(ids + np.uint8(1)), "holds 3 at"),
+        (trees.mat(ids[:, :31]), "mask is 31x24"),
+        (trees.mat(ids.astype(np.int16)), "mask of int16"),
+        (trees.mat(ids)[:200], "unreadable mask"),
+    ):
+        with pytest.raises(BadSampleError, match=words):
+            canonical_mask(data, (24, 32), LOOKUP)
+
+
+def test_masks_of_sbd_without_scipy(trees, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UserError, match="pip install scipy"):
+        canonical_mask(trees.mat(trees.ids() % 255), (24, 32), LOOKUP)
+
+
+def test_colour_masks(trees):
+    ids = trees.ids()
+    colors = {0x000000: 0, 0x800000: 1, 0x0000FF: 2, 0xFFFFFF: 255}
+    by_id = np.array([[key >> 16, key >> 8 & 255, key & 255] for key in colors], np.uint8)
+    painted = by_id[np.minimum(ids, 3)]
+    for data in (trees.encode(painted), trees.encode(np.dstack([painted, ids]), mode="RGBA")):
+        stored = Image.open(io.BytesIO(canonical_mask(data, (24, 32), LOOKUP, colors)))
+        assert stored.mode == "L"
+        assert np.array_equal(np.asarray(stored), ids)
+    painted[0, :2] = (1, 2, 3)
+    with pytest.raises(BadSampleError, match="holds #010203 at 2 pixels, which --values does not name"):
+        canonical_mask(trees.encode(painted), (24, 32), LOOKUP, colors)
 
 
 def test_the_bad_file_is_named(trees, tmp_path):

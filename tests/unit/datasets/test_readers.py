@@ -4,9 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.datasets.facts import KNOWN, find_facts, voc_palette
+from pipeline.datasets.facts import KNOWN, find_facts, voc_palette, with_values
 from pipeline.datasets.prepare import check_samples
-from pipeline.datasets.readers import RawSample, read_cityscapes, read_folder, read_tree, read_voc
+from pipeline.datasets.readers import (
+    RawSample,
+    read_ade20k,
+    read_camvid,
+    read_cityscapes,
+    read_folder,
+    read_tree,
+    read_voc,
+)
 from pipeline.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "../shared"
@@ -36,6 +44,46 @@ def test_voc_augmented_masks_win_if_their_list_is_there(trees, tmp_path):
     assert all("SegmentationClassAug/" in str(each.mask_uri) for each in samples)
     classic = read_voc(str(root), masks="SegmentationClass", train_list="trainaug")
     assert [each.id for each in classic if each.mask_uri is None] == ["e0"]
+
+
+def test_voc_with_sbd_is_the_augmented_set(trees, tmp_path):
+    root = trees.voc(tmp_path / "voc", train=2, val=2, extra=3)
+    sbd = trees.sbd(tmp_path / "sbd", train="a0 e0 v1", val="e1 only")
+    (tmp_path / "sbd/cls/in_no_list.mat").write_bytes(b"x")
+    samples = {each.id: each for each in read_voc(str(root), sbd=str(sbd))}
+    check_samples(list(samples.values()))
+    masked = {key: str(each.mask_uri) for key, each in samples.items() if each.subset == "train" and each.mask_uri}
+    assert sorted(masked) == ["a0", "a1", "e0", "e1", "only"], "both train sides and SBD's val, without VOC's val"
+    assert {key for key, uri in masked.items() if uri.endswith(".mat")} == {"e0", "e1", "only"}, "VOC's masks win"
+    assert samples["e0"].image_uri == f"{root}/JPEGImages/e0.jpg"
+    assert samples["only"].image_uri == f"{sbd}/img/only.jpg"
+    assert (samples["e2"].subset, samples["e2"].mask_uri) == ("train", None)
+    assert {each.mask_uri for each in samples.values() if each.subset == "val"} == {
+        f"{root}/SegmentationClass/{name}.png" for name in ("v0", "v1")
+    }
+
+
+def test_augmented_masks_of_others_do_not_mix_with_sbd(trees, tmp_path):
+    root = trees.voc(tmp_path / "voc", train=1, val=1)
+    trees.put(root / "SegmentationClassAug/a0.png", trees.mask())
+    trees.put(root / "ImageSets/Segmentation/trainaug.txt", "a0\n")
+    released = tmp_path / "benchmark_RELEASE/dataset"
+    trees.sbd(released, train="e0", val="e1")
+    samples = read_voc(str(root), sbd=str(tmp_path))
+    folders = [str(each.mask_uri).split("/")[-2] for each in samples]
+    assert folders == ["SegmentationClass", "cls", "cls", "SegmentationClass"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [("cls/e0.mat", "train.txt: names e0, but cls"), ("img/e1.jpg", "names e1, but img"), ("val.txt", "not found")],
+)
+def test_broken_sbd_trees_are_named(trees, tmp_path, spoil, words):
+    root = trees.voc(tmp_path / "voc")
+    sbd = trees.sbd(tmp_path / "sbd", train="e0 e2", val="e1 e3")
+    (sbd / spoil).unlink()
+    with pytest.raises(UserError, match=words):
+        read_voc(str(root), sbd=str(sbd))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +163,31 @@ def test_folder_mistakes_are_named(trees, tmp_path, file, words):
         read_folder(str(tmp_path))
 
 
+def test_camvid_as_segnet_ships_it(trees, tmp_path):
+    for name in ("train/a.png", "train/b.png", "trainannot/a.png", "val/c.png", "valannot/c.png", "test/d.png"):
+        trees.put(tmp_path / name, trees.image("PNG"))
+    samples = {each.id: (each.subset, each.mask_uri is not None) for each in read_camvid(str(tmp_path))}
+    assert samples == {"a": ("train", True), "b": ("train", False), "c": ("val", True)}
+    assert all(each.label_ids for each in read_camvid(str(tmp_path)))
+    (tmp_path / "valannot/c.png").unlink()
+    with pytest.raises(UserError, match="c: a validation image without a mask in valannot"):
+        read_camvid(str(tmp_path))
+
+
+def test_ade20k(trees, tmp_path):
+    for subset, name in (("training", "ADE_train_1"), ("validation", "ADE_val_1")):
+        trees.put(tmp_path / f"images/{subset}/{name}.jpg", trees.image())
+        trees.put(tmp_path / f"annotations/{subset}/{name}.png", trees.mask())
+    samples = read_tree("ade20k", str(tmp_path), {})
+    assert [(each.id, each.subset, each.label_ids) for each in samples] == [
+        ("ADE_train_1", "train", True),
+        ("ADE_val_1", "val", True),
+    ]
+    trees.put(tmp_path / "annotations/training/lost.png", trees.mask())
+    with pytest.raises(UserError, match=r"lost.png: a mask without an image of the same name in images/training"):
+        read_ade20k(str(tmp_path))
+
+
 def test_check_samples():
     one = RawSample("a", "train", "x/a.jpg", "m/a.png")
     with pytest.raises(UserError, match=r"duplicate id a: x/a.jpg and y/a.jpg"):
@@ -129,10 +202,17 @@ def test_facts_are_consistent():
     for facts in KNOWN.values():
         assert len(facts.classes) == len(facts.palette) == len(set(facts.classes)) == len(set(facts.palette))
         assert set(facts.label_ids.values()) <= {*range(len(facts.classes)), 255}
-    assert [len(KNOWN[name].classes) for name in ("voc", "cityscapes", "camvid", "shapes")] == [21, 19, 11, 6]
+    assert [len(KNOWN[name].classes) for name in ("voc", "cityscapes", "camvid", "ade20k")] == [21, 19, 11, 150]
     assert voc_palette(21)[15] == (192, 128, 128)
     assert (KNOWN["cityscapes"].label_ids[7], KNOWN["cityscapes"].label_ids[33]) == (0, 18)
     assert (KNOWN["cityscapes"].label_ids[0], KNOWN["cityscapes"].label_ids[29]) == (255, 255)
+    ade20k = KNOWN["ade20k"]
+    assert (ade20k.label_ids[0], ade20k.classes[ade20k.label_ids[21]], ade20k.classes[ade20k.label_ids[150]]) == (
+        255,
+        "car",
+        "flag",
+    )
+    assert (KNOWN["camvid"].label_ids[10], KNOWN["camvid"].label_ids[11]) == (10, 255)
 
 
 def test_find_facts(trees, tmp_path):
@@ -142,6 +222,31 @@ def test_find_facts(trees, tmp_path):
         find_facts("camvit")
     with pytest.raises(UserError, match="none twice"):
         find_facts("a,b,a")
+
+
+def test_values(trees, tmp_path):
+    facts = find_facts("sky,road")
+    assert with_values(facts, "0=255, 7=0,8=1").label_ids == {0: 255, 7: 0, 8: 1}
+    trees.put(tmp_path / "values.txt", "#FF8000 = 1\n\n#000000 = 255\n")
+    assert with_values(facts, str(tmp_path / "values.txt")).label_colors == {0xFF8000: 1, 0: 255}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("7=2", "'7=2': ids are 0 to 1, or 255"),
+        ("sky=0", "'sky=0' is not VALUE=ID"),
+        ("#12=0", "'#12=0' is not VALUE=ID"),
+        ("7=0,7=1", "7 is given two ids"),
+        ("7=0,#ff0000=1", "and not both"),
+        ("256=0", "numbers 0 to 255"),
+        ("nowhere.txt", "nowhere.txt: not found"),
+    ],
+)
+def test_mistakes_in_values_are_named(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        with_values(find_facts("sky,road"), text)
 
 
 def test_real_camvid_tree():

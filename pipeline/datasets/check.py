@@ -1,0 +1,293 @@
+"""Looks through a prepared dataset: what is in it, what is odd, and what is wrong.
+
+Row groups are read a few at a time; of a sample only a hash and the classes of its mask are kept.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from pipeline import storage
+from pipeline.datasets.decode import DecodeError, decode_image, decode_mask
+from pipeline.datasets.format import SUBSETS, Dataset, read_group
+from pipeline.datasets.splits import list_splits, read_split, sample_roles
+from pipeline.errors import UserError
+
+THREADS = 4
+PICTURES = 8
+"""Samples to show, evenly over those with a mask; odd ones come on top."""
+ODD_PICTURES = 2
+NAMED = 5
+"""So many samples of a kind are named, the others counted."""
+SIDE = 320
+"""Pixels of a picture's longer side, at most."""
+
+Positions = NDArray[np.int64]
+"""Rows of the index."""
+
+
+@dataclass(frozen=True, eq=False)
+class SubsetFacts:
+    """What is in train or in val."""
+
+    name: str
+    images: int
+    masked: int
+    """Of them with a mask."""
+    image_bytes: int
+    mask_bytes: int
+    sizes: list[tuple[str, int]]
+    """The commonest sizes, as WIDTHxHEIGHT, and how many images have each."""
+    pixels: NDArray[np.int64]
+    """[C+1]: by class id; the last are the ignored ones."""
+    images_with: NDArray[np.int64]
+    """[C]: images that hold the class."""
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """What is in one split."""
+
+    protocol: str
+    name: str
+    labeled: int
+    unlabeled: int
+    both: int
+    """Images on both sides."""
+    copies: int
+    """Labeled images of which the unlabeled side holds an exact copy under another id."""
+    in_larger: int | None
+    """Labeled images that the protocol's next larger split labels as well; None: this is the largest."""
+    absent: tuple[str, ...]
+    """Classes that no labeled image shows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A sample to look at."""
+
+    id: str
+    note: str
+    """Why it is shown."""
+    image: NDArray[np.uint8]
+    """[h,w,3], shrunk."""
+    mask: NDArray[np.uint8]
+    """[h,w] class ids and 255."""
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What `check` found."""
+
+    dataset: Dataset
+    subsets: list[SubsetFacts]
+    splits: list[SplitFacts]
+    problems: list[str]
+    """What is wrong: prepare the dataset again."""
+    oddities: list[str]
+    """What may be wrong in the raw data."""
+    pictures: list[Picture]
+
+
+class _Scan(NamedTuple):
+    """What the bytes of a row group, or of all, say."""
+
+    hashes: NDArray[np.uint64]
+    """[N] of the image files; 0 where not read."""
+    counts: NDArray[np.int64]
+    """[N,C+1] pixels by class id of each mask, the last are the ignored ones; all 0 without a mask."""
+    problems: list[str]
+
+
+def check(dataset: Dataset) -> Report:
+    """Reads all of `dataset` once.
+
+    Raises:
+        UserError: the storage refuses.
+    """
+    index = dataset.index
+    lost, problems, oddities = _check_shards(dataset)
+    classes, total = len(dataset.info.classes), len(index)
+    hashes, shows = np.zeros(total, np.uint64), np.zeros((total, classes), bool)
+    subset_of = pc.equal(index["subset"], "val").to_numpy().astype(np.int64)
+    pixels = np.zeros((len(SUBSETS), classes + 1), np.int64)
+    groups = [rows for rows in row_groups(dataset) if index["shard"][rows[0]].as_py() not in lost]
+    for rows, scan in _scans(dataset, groups):
+        hashes[rows], shows[rows] = scan.hashes, scan.counts[:, :classes] > 0
+        np.add.at(pixels, subset_of[rows], scan.counts)
+        problems += scan.problems
+    masked = (index["mask_bytes"].to_numpy() > 0) & (hashes != 0)
+    odd = {
+        "only ignored pixels": np.flatnonzero(masked & (shows.sum(1) == 0)),
+        "a single class": np.flatnonzero(masked & (shows.sum(1) == 1)),
+    }
+    oddities += [f"{len(rows)} masks hold {kind}: {_names(dataset, rows)}" for kind, rows in odd.items() if len(rows)]
+    copies = _copies(hashes, index["image_bytes"].to_numpy())
+    leaks = [rows for rows in copies if len(set(subset_of[rows])) > 1]
+    if leaks:
+        problems.append(f"{len(leaks)} images are both in train and in val, first {_names(dataset, leaks[0])}")
+    if copies:
+        extra = sum(map(len, copies)) - len(copies)
+        oddities.append(f"{extra} images are exact copies of others, first {_names(dataset, copies[0])}")
+    splits, broken = _check_splits(dataset, shows, copies)
+    subsets = [_subset(dataset, name, pixels[at], shows[subset_of == at]) for at, name in enumerate(SUBSETS)]
+    pictures = _pictures(dataset, np.flatnonzero(masked), odd)
+    return Report(dataset, subsets, splits, problems + broken, oddities, pictures)
+
+
+def _check_shards(dataset: Dataset) -> tuple[set[str], list[str], list[str]]:
+    """Compares the files with dataset.json: which shards are missing, what is wrong, and what is odd."""
+    there = {f"shards/{name}": size for name, size in storage.file_sizes(storage.join(dataset.root, "shards")).items()}
+    known = dataset.info.shards
+    lost = {shard for shard in known if shard not in there}
+    problems = [f"{shard} is missing" for shard in sorted(lost)]
+    problems += [
+        f"{shard} has {there[shard]} bytes instead of {size}"
+        for shard, size in known.items()
+        if there.get(shard, size) != size
+    ]
+    return lost, problems, [f"{shard} belongs to no dataset" for shard in there if shard not in known]
+
+
+def row_groups(dataset: Dataset) -> list[Positions]:
+    """The rows of the index that each row group holds, in stored order."""
+    shard = pc.index_in(dataset.index["shard"], value_set=dataset.index["shard"].unique()).to_numpy()
+    group, row = (dataset.index[name].to_numpy() for name in ("row_group", "row"))
+    order = np.lexsort((row, group, shard))
+    starts = (np.diff(shard[order]) != 0) | (np.diff(group[order]) != 0)
+    return np.split(order, np.flatnonzero(starts) + 1)
+
+
+def _scans(dataset: Dataset, groups: Sequence[Positions]) -> Iterator[tuple[Positions, _Scan]]:
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        scans = pool.map(lambda rows: _scan(dataset, rows), groups)
+        yield from zip(groups, tqdm(scans, total=len(groups), desc="check", unit="group", disable=None), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _scan(dataset: Dataset, rows: Positions) -> _Scan:
+    classes = len(dataset.info.classes)
+    scan = _Scan(np.zeros(len(rows), np.uint64), np.zeros((len(rows), classes + 1), np.int64), [])
+    try:
+        table = _read(dataset, rows, ["id", "image", "mask", "height", "width"])
+    except UserError as error:  # what was read of the others is worth reporting
+        return scan._replace(problems=[str(error).removeprefix(f"{dataset.root}/")])
+    for at, row in enumerate(table):
+        scan.hashes[at] = np.frombuffer(hashlib.blake2b(row["image"], digest_size=8).digest(), np.uint64)[0] | 1
+        if row["mask"] is None:
+            continue
+        try:
+            mask = decode_mask(row["mask"])
+        except DecodeError as error:
+            scan.problems.append(f"{row['id']}: unreadable mask ({error})")
+            continue
+        if mask.shape != (row["height"], row["width"]):
+            scan.problems.append(f"{row['id']}: mask is {mask.shape[1]}x{mask.shape[0]}, its image another size")
+        found = np.bincount(mask.ravel(), minlength=256)
+        scan.counts[at, :classes], scan.counts[at, classes] = found[:classes], found[dataset.info.ignore_index]
+        if found.sum() != scan.counts[at].sum():
+            scan.problems.append(f"{row['id']}: mask holds a value that is no class id")
+    return scan
+
+
+def _read(dataset: Dataset, rows: Positions, columns: list[str]) -> list[dict]:
+    """The samples at `rows` of the index, which are all in one row group."""
+    places = dataset.index.take(rows).to_pylist()
+    table = read_group(dataset.root, places[0]["shard"], places[0]["row_group"], columns)
+    inside = [place["row"] for place in places]
+    if max(inside) >= len(table) or table["id"].take(inside).to_pylist() != [place["id"] for place in places]:
+        raise UserError(f"{places[0]['shard']}: row group {places[0]['row_group']} holds other ids than the index says")
+    return table.take(inside).to_pylist()
+
+
+def _copies(hashes: NDArray[np.uint64], sizes: NDArray[np.int64]) -> list[Positions]:
+    """Rows of equal images, for each image that is there more than once; by hash and size, as hashes are short."""
+    order = np.lexsort((sizes, hashes))
+    order = order[hashes[order] != 0]
+    starts = (np.diff(hashes[order]) != 0) | (np.diff(sizes[order]) != 0)
+    return [np.sort(rows) for rows in np.split(order, np.flatnonzero(starts) + 1) if len(rows) > 1]
+
+
+def _names(dataset: Dataset, rows: Positions) -> str:
+    named = ", ".join(dataset.index["id"].take(rows[:NAMED]).to_pylist())
+    return f"{named} and {len(rows) - NAMED} more" if len(rows) > NAMED else named
+
+
+def _check_splits(
+    dataset: Dataset, shows: NDArray[np.bool_], copies: Sequence[Positions]
+) -> tuple[list[SplitFacts], list[str]]:
+    """The facts of each readable split, and what is wrong with the others."""
+    ids = dataset.index["id"].to_pylist()
+    roles, at = sample_roles(dataset.index), {key: row for row, key in enumerate(ids)}
+    twins = {ids[row]: {ids[other] for other in rows if other != row} for rows in copies for row in rows}
+    splits, broken = {}, []
+    for protocol, name in list_splits(dataset.root):
+        try:
+            splits[protocol, name] = read_split(storage.join(dataset.root, "splits", protocol, name), name, roles)
+        except UserError as error:
+            broken.append(str(error).removeprefix(f"{dataset.root}/"))
+    order = sorted(splits, key=lambda key: (key[0], len(splits[key].labeled)))
+    facts = []
+    for key, following in zip(order, [*order[1:], None], strict=True):
+        labeled, unlabeled = set(splits[key].labeled), set(splits[key].unlabeled)
+        larger = splits[following].labeled if following and following[0] == key[0] else None
+        seen = shows[[at[each] for each in labeled]].sum(0)
+        facts.append(
+            SplitFacts(
+                *key,
+                labeled=len(labeled),
+                unlabeled=len(unlabeled),
+                both=len(labeled & unlabeled),
+                copies=sum(bool(twins.get(each, set()) & (unlabeled - labeled)) for each in labeled),
+                in_larger=None if larger is None else len(labeled.intersection(larger)),
+                absent=tuple(name for name, there in zip(dataset.info.classes, seen, strict=True) if there == 0),
+            )
+        )
+    return facts, broken
+
+
+def _subset(dataset: Dataset, name: str, pixels: NDArray[np.int64], shows: NDArray[np.bool_]) -> SubsetFacts:
+    table = dataset.subset(name)
+    sizes = Counter(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+    return SubsetFacts(
+        name,
+        images=len(table),
+        masked=int(np.count_nonzero(table["mask_bytes"].to_numpy())),
+        image_bytes=int(table["image_bytes"].to_numpy().sum()),
+        mask_bytes=int(table["mask_bytes"].to_numpy().sum()),
+        sizes=[(f"{width}x{height}", count) for (width, height), count in sizes.most_common(NAMED)],
+        pixels=pixels,
+        images_with=shows.sum(0),
+    )
+
+
+def _pictures(dataset: Dataset, masked: Positions, odd: dict[str, Positions]) -> list[Picture]:
+    """Reads what is to be shown again: the scan keeps no pixels."""
+    spread = masked[np.unique(np.linspace(0, len(masked) - 1, min(PICTURES, len(masked))).astype(int))]
+    chosen = [(row, "") for row in spread]
+    chosen += [(row, kind) for kind, rows in odd.items() for row in rows[:ODD_PICTURES]]
+    return [picture for row, note in chosen for picture in _picture(dataset, row, note)]
+
+
+def _picture(dataset: Dataset, row: np.int64, note: str) -> Collection[Picture]:
+    """One picture, or none if the image is damaged."""
+    (sample,) = _read(dataset, np.array([row]), ["id", "image", "mask"])
+    try:
+        image, mask = Image.fromarray(decode_image(sample["image"])), Image.fromarray(decode_mask(sample["mask"]))
+    except DecodeError:
+        return []
+    share = min(1.0, SIDE / max(image.size))
+    size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+    small = image.resize(size, Image.Resampling.BOX), mask.resize(size, Image.Resampling.NEAREST)
+    return [Picture(sample["id"], note, np.asarray(small[0]), np.asarray(small[1]))]

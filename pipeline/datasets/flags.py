@@ -1,0 +1,74 @@
+"""The command line of jobs/prepare.py, and what its flags say about a raw tree."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline import cli
+from pipeline.datasets.download import download_sbd, download_voc
+from pipeline.datasets.facts import Facts, find_facts, with_values
+from pipeline.datasets.readers import LAYOUTS, RawSample, read_tree
+from pipeline.errors import UserError
+
+VOC_FLAGS = ("masks", "train_list", "val_list", "sbd")
+"""Those that belong to trees of VOC; `read_voc` has arguments of these names."""
+
+
+def parse(argv: Sequence[str], description: str | None) -> argparse.Namespace:
+    """Reads the flags.
+
+    Raises:
+        UserError: a flag is unknown or lacks the one it goes with.
+    """
+    args = _parser(description).parse(argv)
+    if not args.check and not args.out:
+        raise UserError("--source needs --out, the dataset to write")
+    if bool(args.splits) != bool(args.protocol):
+        raise UserError("--splits and --protocol go together: a folder of lists, and which of them")
+    if args.download and args.source != "voc":
+        raise UserError("--download fetches VOC 2012, and SBD if --sbd names a folder; get other sets by hand")
+    return args
+
+
+def _parser(description: str | None) -> cli.Parser:
+    parser = cli.Parser(description=description)
+    job = parser.add_mutually_exclusive_group(required=True)
+    job.add_argument("--source", choices=["shapes", *LAYOUTS], help="layout of the raw tree; shapes are generated")
+    job.add_argument("--check", metavar="URI", help="report on a prepared dataset instead: text here and a page")
+    add = parser.add_argument
+    add("--page", default="check.html", help="HTML page that --check writes (default: check.html)")
+    add("--root", help="raw tree: path or URI")
+    add("--out", help="dataset to write: path or URI")
+    add("--classes", help="known dataset, names a,b,c, or a file with one a line (default: as the source)")
+    add("--values", help="what masks hold: 0=255,7=0,... or #ff8000=1,... (value=class id), or a file, one a line")
+    add("--name", help="what to call the dataset (default: the source)")
+    add("--splits", metavar="DIR", help="published split lists to take over")
+    add("--protocol", help="which of them: classic, blender, cityscapes, or a name of your own")
+    add("--masks", help="folder of the masks in a voc tree, such as SegmentationClassAug")
+    add("--train_list", help="list of a voc tree with the training images (default: trainaug or train)")
+    add("--val_list", help="list of a voc tree with the images to score (default: val)")
+    add("--sbd", metavar="DIR", help="tree of SBD whose masks join those of a voc tree: the augmented set")
+    add("--download", action="store_true", help="fetch VOC 2012 to --root, and SBD to --sbd, first")
+    add("--seed", type=int, default=0, help="of row order, generated splits and shapes (default: 0)")
+    add("--overwrite", action="store_true", help="replace a finished dataset")
+    add("--skip_bad", action="store_true", help="leave bad samples out instead of stopping")
+    add("--workers", type=int, help="shards made at a time (default: one per CPU)")
+    return parser
+
+
+def read_raw(args: argparse.Namespace) -> tuple[list[RawSample], Facts]:
+    """The samples and classes of the raw tree that the flags name, downloaded before if they say so.
+
+    Raises:
+        UserError: what `read_tree`, `find_facts`, `with_values` and the downloads raise.
+    """
+    facts = find_facts(args.classes or args.source)
+    if args.values:
+        facts = with_values(facts, args.values)
+    options = {key: vars(args)[key] for key in VOC_FLAGS if vars(args)[key]}
+    root = args.root
+    if args.download and root:
+        root = download_voc(root)
+        options |= {"sbd": download_sbd(args.sbd)} if args.sbd else {}
+    samples = read_tree(args.source, root, options)
+    return [replace(each, label_ids=True) for each in samples] if args.values else samples, facts
