@@ -47,6 +47,8 @@ def open_image(data: bytes | memoryview, formats: tuple[str, ...]) -> Image.Imag
     Raises:
         DecodeError: damaged, too large, or not of `formats`.
     """
+    if not len(data):
+        raise DecodeError("no bytes: it was left out by prepare, or its file has vanished")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

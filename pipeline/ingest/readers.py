@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.datasets.format import read_group
-from pipeline.ingest.plan import Unit
+from pipeline.datasets.pools import LINKS_SCHEMA, fetch
+from pipeline.errors import UserError
+from pipeline.ingest.plan import Group, Unit
 
 Reader = Callable[[Iterable[Unit]], Iterator[tuple[Unit, pa.Table]]]
 
@@ -28,8 +30,7 @@ SEGMENT_ITEMS = 4
 def read_inline(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
     """Reads in this thread, without Ray: the reference order, for tests and single processes."""
     for unit in units:
-        group = unit.group
-        yield unit, read_rows(group.root, group.shard, group.row_group, group.rows)
+        yield unit, read_rows(*_place(unit.group))
 
 
 def read_ray(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
@@ -48,11 +49,30 @@ def read_ray(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
                 yield from _split(items, block)
 
 
-def read_rows(root: str, shard: str, row_group: int, rows: Iterable[int]) -> pa.Table:
-    """`id` and `image` of some rows of a row group."""
-    table = read_group(root, shard, row_group, ["id", "image"])
+def read_rows(root: str, shard: str, row_group: int, rows: Iterable[int], links: str | None = None) -> pa.Table:
+    """`id` and `image` of some rows of a row group.
+
+    Args:
+        root: the dataset or pool.
+        shard: path below `root`.
+        row_group: which group of the shard.
+        rows: positions inside the group, ascending.
+        links: where the images lie, if the group holds links to them.
+
+    Raises:
+        UserError: missing or damaged, fewer rows than planned, or the storage refuses.
+    """
+    table = read_group(root, shard, row_group, ["id", "image"] if links is None else LINKS_SCHEMA.names)
     wanted = list(rows)
-    return table if len(wanted) == table.num_rows else table.take(wanted)
+    if wanted[-1] >= table.num_rows:
+        raise UserError(f"{root}/{shard}: row group {row_group} has {table.num_rows} rows, {wanted[-1] + 1} expected")
+    table = table if len(wanted) == table.num_rows else table.take(wanted)
+    return table if links is None else fetch(table, links)
+
+
+def _place(group: Group) -> tuple[str, str, int, list[int], str | None]:
+    """What `read_rows` takes."""
+    return group.root, group.shard, group.row_group, list(group.rows), group.links
 
 
 def _items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
@@ -82,10 +102,7 @@ def _execute(segment: list[list[Unit]]) -> tuple[list[list[Unit]], list[pa.Table
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
-    groups = [
-        {"groups": [(u.group.root, u.group.shard, u.group.row_group, list(u.group.rows)) for u in item]}
-        for item in segment
-    ]
+    groups = [{"groups": [_place(unit.group) for unit in item]} for item in segment]
     dataset = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
         _read_item, batch_size=None, num_cpus=READ_CPUS
     )
@@ -104,7 +121,7 @@ def _split(item: list[Unit], block: pa.Table) -> Iterator[tuple[Unit, pa.Table]]
     for unit in item:
         table = block.slice(start, len(unit.group.rows))
         start += len(unit.group.rows)
-        if tuple(table["id"].to_pylist()) != unit.group.ids:
+        if unit.group.ids is not None and tuple(table["id"].to_pylist()) != unit.group.ids:
             raise RuntimeError(f"{unit.group.shard}, row group {unit.group.row_group}: other rows than the index says")
         yield unit, table
     if start != block.num_rows:

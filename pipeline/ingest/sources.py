@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.datasets.format import Dataset, read_group
-from pipeline.ingest.plan import Group, LanePlan, select_groups
+from pipeline.ingest.plan import Group, Plan, select_groups
 from pipeline.ingest.randomness import Permutation
 from pipeline.ingest.readers import Reader
 
@@ -61,7 +61,7 @@ def _labeled_rows(group: Group) -> list[tuple[str, tuple[bytes, bytes]]]:
 class UnlabeledStream:
     """The samples of this rank's lanes, step by step, read ahead of need in the plan's order."""
 
-    def __init__(self, plan: LanePlan, lanes: Sequence[int], start: int, reader: Reader) -> None:
+    def __init__(self, plan: Plan, lanes: Sequence[int], start: int, reader: Reader) -> None:
         self._lanes = lanes
         self._units = reader(plan.units(lanes, start))
         self._queues: dict[int, deque[Sample]] = {lane: deque() for lane in lanes}
@@ -75,10 +75,8 @@ class UnlabeledStream:
         queue = self._queues[lane]
         while not queue:  # units come in order of need: at most the other lanes' next ones are queued on the way
             unit, table = next(self._units)
-            images = table["image"].combine_chunks()
-            self._queues[unit.lane].extend(
-                Sample(unit.epoch, unit.group.ids[row], _view(images, row), None) for row in unit.order
-            )
+            ids, images = unit.group.ids or table["id"].to_pylist(), table["image"].combine_chunks()
+            self._queues[unit.lane].extend(Sample(unit.epoch, ids[row], _view(images, row), None) for row in unit.order)
         return queue.popleft()
 
 
