@@ -19,8 +19,9 @@ from pipeline.datasets.format import Dataset
 from pipeline.datasets.splits import Split
 from pipeline.errors import UserError
 from pipeline.ingest import views
+from pipeline.ingest.mixture import Mixture, Source, open_sources
 from pipeline.ingest.photometric import fill_strong
-from pipeline.ingest.plan import LanePlan, owned_lanes, select_groups
+from pipeline.ingest.plan import owned_lanes
 from pipeline.ingest.randomness import generator
 from pipeline.ingest.readers import Reader
 from pipeline.ingest.sources import LabeledSet, Sample, UnlabeledStream
@@ -75,6 +76,7 @@ class Loader:
         start: int,
         threads: int,
         reader: Reader,
+        sources: Sequence[Source] | None = None,
     ) -> None:
         """Loads the labeled set; reading and decoding begin with the first `next`.
 
@@ -88,6 +90,7 @@ class Loader:
             start: first step to deliver.
             threads: decoding threads.
             reader: how the unlabeled side is read.
+            sources: of the unlabeled images; None: opened as the config says.
         """
         self.stats = IngestStats()
         self._config, self._start = config, start
@@ -98,7 +101,7 @@ class Loader:
         self._unlabeled: UnlabeledStream | None = None
         if spec.unlabeled:
             lanes = config.optim.batch_unlabeled
-            plan = LanePlan(select_groups(dataset, split.unlabeled), lanes, config.seed)
+            plan = Mixture(sources or open_sources(config, dataset, split), lanes, config.seed)
             self._unlabeled = UnlabeledStream(plan, owned_lanes(lanes, rank, world), start, reader)
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
         self._closed = threading.Event()

@@ -19,7 +19,8 @@ from pipeline.errors import UserError
 from pipeline.inference.evaluate import evaluate
 from pipeline.inference.restore import autocast
 from pipeline.ingest.loader import Loader
-from pipeline.methods import Losses, Predictor, Step, build_method
+from pipeline.ingest.mixture import open_sources
+from pipeline.methods import METHODS, Losses, Predictor, Step, build_method
 from pipeline.models.norm import sync_batchnorm
 from pipeline.ops import kernel
 from pipeline.ops.world import World
@@ -54,6 +55,8 @@ class Session:
         # the driver has read all this, so trouble is brief: it is waited for, as it may be the reason of a restart
         self.dataset = storage.retried(lambda: open_dataset(str(config.data.root)))
         self.split = storage.retried(lambda: load_split(self.dataset, config.split, config.data.protocol))
+        unlabeled = METHODS[config.method].views.unlabeled
+        self.sources = storage.retried(lambda: open_sources(config, self.dataset, self.split)) if unlabeled else []
         torch.manual_seed(config.seed)  # the same initial weights on every rank and for every number of ranks
         method = build_method(config, len(self.dataset.info.classes)).to(self.device).train()
         if self.world.size > 1:
@@ -67,7 +70,7 @@ class Session:
         self.model: nn.Module = method
         self.loader = Loader(
             config, self.dataset, self.split, method.views, rank=self.world.rank, world=self.world.size,
-            start=self.progress.step, threads=host.threads, reader=host.reader,
+            start=self.progress.step, threads=host.threads, reader=host.reader, sources=self.sources,
         )  # fmt: skip
 
     def train(self) -> Progress:
@@ -115,7 +118,9 @@ class Session:
     def data(self) -> dict[str, Any]:
         """What the run reads, so that a resume with other data is refused."""
         info = self.dataset.info
-        return {"index": info.index_hash, "split": self.split.digest, "classes": list(info.classes)}
+        known = {"index": info.index_hash, "split": self.split.digest, "classes": list(info.classes)}
+        pools = [[source.digest, source.generations] for source in self.sources if source.generations]
+        return {**known, "pools": pools} if pools else known
 
     def _compiles(self, classes: int) -> bool:
         """Whether to compile the losses: at small sizes on a CPU it takes longer than it saves."""
