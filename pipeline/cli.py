@@ -160,7 +160,7 @@ def _add_fields(parser: Any, kind: Any, prefix: str) -> None:
         hint = hints[item.name]
         if dataclasses.is_dataclass(hint) or item.default is dataclasses.MISSING:
             continue
-        bare = {"nargs": "?", "const": "true"} if hint is bool else {}
+        bare = {"nargs": "?", "const": "true"} if hint is bool else {"nargs": "*"} if configs.is_list(hint) else {}
         path = prefix + item.name
         text = f"{docs.get(item.name, '')} (default: {item.default})".replace("%", "%%")
         parser.add_argument(f"--{path}", *_SHORT.get(path, []), dest=path, metavar=_type_name(hint), help=text, **bare)

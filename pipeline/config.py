@@ -53,6 +53,12 @@ class DataConfig:
 
     root: str | None = None
     """Prepared dataset: a local path or s3://bucket/prefix; `generated`: the demo set, made on first use."""
+    unlabeled_pools: tuple[str, ...] = ()
+    """More unlabeled images: pools or prepared datasets, by path or URI."""
+    pool_weights: tuple[float, ...] = ()
+    """Shares of the unlabeled batch: own images (0: none), then each pool. None given: by number of images."""
+    pool_generations: tuple[int, ...] = ()
+    """How many generations of each pool count. None given: those that are there when the run begins."""
     protocol: str | None = None
     """Which split lists of the dataset (splits/PROTOCOL/SPLIT). None: the dataset's own default."""
     pseudo_labels: str | None = None
@@ -70,6 +76,19 @@ class DataConfig:
         require_positive("data", self, "crop", "scale")
         if not 0 <= self.hue <= 0.5:
             raise UserError(f"data.hue: must be between 0 and 0.5, got {self.hue}")
+        require_positive("data", self, "pool_generations")
+        pools = len(self.unlabeled_pools)
+        if len(set(self.unlabeled_pools)) < pools:
+            raise UserError("data.unlabeled_pools: one is named twice; give it more weight instead")
+        if self.pool_weights and (len(self.pool_weights) != 1 + pools or not all(self.pool_weights[1:])):
+            raise UserError(
+                f"data.pool_weights: must be {1 + pools} numbers (own images, then each of {pools} pools, above 0), "
+                f"got {len(self.pool_weights)}: {self.pool_weights}"
+            )
+        if self.pool_generations and len(self.pool_generations) != pools:
+            raise UserError(
+                f"data.pool_generations: must be one for each of {pools} pools, got {self.pool_generations}"
+            )
         if self.scale[0] > self.scale[1]:
             raise UserError(f"data.scale: must be the smaller and the larger end, got {self.scale}")
 
@@ -326,6 +345,11 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         return convert(next(arg for arg in args if arg is not type(None)), value, path)
     if origin is Literal:
         return _choice(args, value, path)
+    if is_list(hint):
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            raise UserError(f"{path}: expected values like a,b or [a, b], got {value!r}")
+        return tuple(convert(args[0], part, path) for part in parts)
     if origin is tuple:
         parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
         if not isinstance(parts, list | tuple) or len(parts) != len(args):
@@ -334,6 +358,11 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if origin is Mapping:
         return _mapping(value, path)
     return _scalar(hint, value, path)
+
+
+def is_list(hint: Any) -> bool:
+    """Whether `hint` is a tuple of any length."""
+    return get_origin(hint) is tuple and get_args(hint)[-1] is ...
 
 
 def _mapping(value: Any, path: str) -> Mapping[str, Any]:

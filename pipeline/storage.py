@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
@@ -220,6 +220,17 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
+def read_range(uri: str, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` on of the file at `uri`; fewer if it ends before.
+
+    Raises:
+        UserError: it does not exist or may not be read.
+    """
+    filesystem, path = resolve(uri)
+    with translated(uri), filesystem.open_input_file(path) as file:
+        return file.read_at(size, offset)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes `data` so that a reader sees all of it or nothing, and creates folders on the way."""
     filesystem, path = resolve(uri)
@@ -250,6 +261,51 @@ def file_sizes(uri: str) -> dict[str, int]:
     with translated(uri):
         infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     return {posixpath.relpath(info.path, path): info.size for info in infos if info.type == pafs.FileType.File}
+
+
+def iter_files(uri: str) -> Iterator[tuple[str, int]]:
+    """All files below `uri` as relative path and size, in any order; never holds more than a page or a folder of them.
+
+    Raises:
+        UserError: nothing is there, or it may not be listed.
+    """
+    path = resolve(uri)[1]
+    with translated(uri):
+        if is_local(uri):
+            yield from _walk(path, "")
+        elif uri.startswith("s3://"):
+            exists(uri)  # says what is wrong with a key, a bucket or an endpoint
+            yield from _pages(*path.partition("/")[::2])
+        else:
+            filesystem = _other(uri.partition("://")[0]).handler.fs
+            for folder, _, files in filesystem.walk(path, detail=True):
+                below = posixpath.relpath(folder, path)
+                yield from ((posixpath.normpath(posixpath.join(below, name)), files[name]["size"]) for name in files)
+
+
+def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
+    with os.scandir(posixpath.join(root, below)) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(root, posixpath.join(below, entry.name))
+            elif entry.is_file():
+                yield posixpath.join(below, entry.name), entry.stat().st_size
+
+
+def _pages(bucket: str, prefix: str) -> Iterator[tuple[str, int]]:
+    """Pages of up to 1000 keys; pyarrow would hold them all."""
+    import s3fs
+
+    below, token = f"{prefix}/" if prefix else "", {}
+    filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
+    while True:
+        page: Any = filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=below, **token)
+        for entry in page.get("Contents", ()):
+            if not entry["Key"].endswith("/"):  # what some tools leave for an empty folder
+                yield entry["Key"][len(below) :], entry["Size"]
+        if not page.get("IsTruncated"):
+            return
+        token = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def delete(uri: str) -> None:

@@ -69,7 +69,7 @@ def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS) ->
         DecodeError: empty, too large, or not of `formats`.
     """
     if not data:
-        raise DecodeError("no bytes: the file is empty, or was removed")
+        raise DecodeError("no bytes: it was left out by prepare, or its file has vanished")
     with _translated(formats):
         image = Image.open(io.BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:

@@ -13,7 +13,8 @@ from pipeline.datasets.splits import Split
 from pipeline.ingest.augment import Recipe, view_bytes
 from pipeline.ingest.buffers import Buffers
 from pipeline.ingest.decoders import ClusterDecoder, Decoded, Decoder, ThreadDecoder
-from pipeline.ingest.plan import LanePlan, owned_lanes, select_groups
+from pipeline.ingest.mixture import Mixture, Source, open_sources
+from pipeline.ingest.plan import owned_lanes
 from pipeline.ingest.readers import Reader
 from pipeline.ingest.sources import LabeledSet, Sample, UnlabeledStream
 from pipeline.ingest.stats import IngestStats
@@ -44,6 +45,7 @@ class Loader:
         start: int,
         threads: int,
         reader: Reader,
+        sources: Sequence[Source] | None = None,
         pinned: bool = False,
     ) -> None:
         """Loads the labeled set; reading and decoding begin with the first `next`.
@@ -58,6 +60,7 @@ class Loader:
             start: first step to deliver.
             threads: decoding threads.
             reader: how the unlabeled side is read.
+            sources: of the unlabeled images; None: opened as the config says.
             pinned: whether batches lie in page-locked memory, for a GPU.
         """
         self.stats = IngestStats()
@@ -69,7 +72,7 @@ class Loader:
         self._unlabeled: UnlabeledStream | None = None
         if spec.unlabeled:
             lanes = config.optim.batch_unlabeled
-            plan = LanePlan(select_groups(dataset, split.unlabeled), lanes, config.seed)
+            plan = Mixture(sources or open_sources(config, dataset, split), lanes, config.seed)
             labels = config.data.pseudo_labels
             self._unlabeled = UnlabeledStream(plan, owned_lanes(lanes, rank, world), start, reader, labels)
         self._ready: queue.Queue[list[Side] | BaseException] = queue.Queue(_steps_ahead(config, recipe, spec, world))

@@ -27,10 +27,12 @@ class Group:
     row_group: int
     rows: Sequence[int]
     """Positions inside the row group, ascending."""
-    ids: tuple[str, ...]
-    """Sample ids of these rows."""
+    ids: tuple[str, ...] | None
+    """Sample ids of these rows; None: they are known when the rows are read."""
     size: int
-    """Encoded bytes of these rows."""
+    """Encoded bytes of these rows, at least about."""
+    links: str | None = None
+    """Where the images lie, if the row group holds links to them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,14 @@ class Unit:
     group: Group
     order: tuple[int, ...]
     """Positions in `group.rows`, in the order they are served; rows before the start step are left out."""
+
+
+class Plan(Protocol):
+    """Which sample stands at lane j of step t."""
+
+    def units(self, lanes: Sequence[int], start: int) -> Iterator[Unit]:
+        """Endless visits of `lanes` from step `start` on, in the order in which their rows are needed."""
+        ...
 
 
 class GroupTable(Protocol):
@@ -88,7 +98,7 @@ def select_groups(dataset: Dataset, ids: Sequence[str]) -> GroupList:
 
 
 class LanePlan:
-    """Which sample stands at lane j of step t."""
+    """The plan of one table of groups."""
 
     def __init__(self, groups: GroupTable, lanes: int, seed: int) -> None:
         """Args: groups: what to serve, not empty; lanes: global batch size; seed: of the order."""
@@ -99,7 +109,7 @@ class LanePlan:
         self.seed = seed
 
     def units(self, lanes: Sequence[int], start: int) -> Iterator[Unit]:
-        """Endless visits of `lanes` from step `start` on, in the order in which their rows are needed."""
+        """See `Plan`."""
         begins = self._seek(lanes, start)
         visits = (self._lane(lane, start, *begins[lane]) for lane in lanes)
         return heapq.merge(*visits, key=lambda unit: (unit.first_step, unit.lane))

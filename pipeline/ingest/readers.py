@@ -17,7 +17,9 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.datasets.format import read_group
+from pipeline.datasets.pools import LINKS_SCHEMA, fetch
 from pipeline.datasets.pseudo import read_labels
+from pipeline.errors import UserError
 from pipeline.ingest.plan import Group, Unit
 
 
@@ -61,16 +63,29 @@ def read_ray(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple
 
 
 def read_rows(group: Group, labels: str | None = None) -> pa.Table:
-    """`id`, `image` and `retries` of the rows of a group, and `label` if a place of pseudo-labels is named."""
+    """`id`, `image` and `retries` of the rows of a group, and `label` if a place of pseudo-labels is named.
+
+    Raises:
+        UserError: missing or damaged, fewer rows than planned, an image without a label, or the storage refuses.
+    """
     before = storage.retries()
-    table = read_group(group.root, group.shard, group.row_group, ["id", "image"])
-    if len(group.rows) < table.num_rows:
-        table = table.take(list(group.rows))
+    table = _read(group)
     if labels is not None:
         table = table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids or ()))
     counts = np.zeros(len(group.rows), np.int32)
     counts[:1] = storage.retries() - before
     return table.append_column("retries", pa.array(counts))
+
+
+def _read(group: Group) -> pa.Table:
+    columns = ["id", "image"] if group.links is None else LINKS_SCHEMA.names
+    table = read_group(group.root, group.shard, group.row_group, columns)
+    rows = group.rows
+    if rows[-1] >= table.num_rows:
+        place = f"{group.root}/{group.shard}: row group {group.row_group}"
+        raise UserError(f"{place} has {table.num_rows} rows, {rows[-1] + 1} expected")
+    table = table if len(rows) == table.num_rows else table.take(list(rows))
+    return table if group.links is None else fetch(table, group.links)
 
 
 def _items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
@@ -120,7 +135,7 @@ def _split(item: list[Unit], block: pa.Table) -> Iterator[tuple[Unit, pa.Table]]
     for unit in item:
         table = block.slice(start, len(unit.group.rows))
         start += len(unit.group.rows)
-        if tuple(table["id"].to_pylist()) != unit.group.ids:
+        if unit.group.ids is not None and tuple(table["id"].to_pylist()) != unit.group.ids:
             raise RuntimeError(f"{unit.group.shard}, row group {unit.group.row_group}: other rows than the index says")
         yield unit, table
     if start != block.num_rows:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.datasets.format import Dataset, read_group
-from pipeline.ingest.plan import Group, LanePlan, select_groups
+from pipeline.ingest.plan import Group, Plan, select_groups
 from pipeline.ingest.randomness import Permutation
 from pipeline.ingest.readers import Reader
 
@@ -73,9 +73,7 @@ def _labeled_rows(group: Group) -> list[tuple[str, tuple[bytes, bytes]]]:
 class UnlabeledStream:
     """The samples of this rank's lanes, step by step, read ahead of need in the plan's order."""
 
-    def __init__(
-        self, plan: LanePlan, lanes: Sequence[int], start: int, reader: Reader, labels: str | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, lanes: Sequence[int], start: int, reader: Reader, labels: str | None = None) -> None:
         self.retries = 0
         """How often the storage had to be asked again."""
         self._lanes = lanes
@@ -92,16 +90,10 @@ class UnlabeledStream:
         while not queue:  # units come in order of need: at most the other lanes' next ones are queued on the way
             unit, table = next(self._units)
             self.retries += sum(table["retries"].to_pylist())
-            images = table["image"].combine_chunks()
+            ids, images = unit.group.ids or table["id"].to_pylist(), table["image"].combine_chunks()
             labels = table["label"].combine_chunks() if "label" in table.column_names else None
             self._queues[unit.lane].extend(
-                Sample(
-                    unit.epoch,
-                    unit.group.ids[row],
-                    _view(images, row),
-                    None,
-                    None if labels is None else _view(labels, row),
-                )
+                Sample(unit.epoch, ids[row], _view(images, row), None, None if labels is None else _view(labels, row))
                 for row in unit.order
             )
         return queue.popleft()

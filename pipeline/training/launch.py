@@ -1,6 +1,7 @@
 """From a config to a finished run on Ray Train: checks first, then workers, then the result."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.datasets.shapes import prepare_shapes
 from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
 from pipeline.ingest.decoders import DECODE_CPUS
+from pipeline.ingest.mixture import Source, open_sources, share_lanes
 from pipeline.ingest.readers import READ_CPUS
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
@@ -50,21 +52,23 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
     config = placed(config)
     assert config.data.root is not None
     assert config.out is not None
+    out = config.out
     dataset = open_dataset(config.data.root)
     split = load_split(dataset, config.split, config.data.protocol)
-    check_batch(config, split)
+    config, sources = _with_pools(config, dataset, split, fresh)
+    check_batch(config, split, sources)
     check_val(dataset)
     check_weights(config)
     check_labels(config, dataset)
     _claim(config, fresh)
-    done = storage.join(config.out, SUMMARY_FILE)
+    done = storage.join(out, SUMMARY_FILE)
     if storage.exists(done):
         print(f"{config.out} is finished; --fresh trains it anew")
         progress = Progress.from_dict(json.loads(storage.read_bytes(done)))
     else:
         cluster.connect()
         workers = worker_count(config)
-        _announce(config, dataset, split, workers)
+        _announce(config, dataset, split, sources, workers)
         _warn_of_local_places(config)
         progress = Progress.from_dict(_fit(config, workers))
         storage.write_bytes(done, json.dumps(asdict(progress), indent=1).encode())
@@ -89,7 +93,10 @@ def placed(config: Config) -> Config:
         out = str(cluster.default_root() / Path(out.removeprefix("file://")).expanduser())
     labels = config.data.pseudo_labels
     data = replace(
-        config.data, root=storage.absolute(root), pseudo_labels=None if labels is None else storage.absolute(labels)
+        config.data,
+        root=storage.absolute(root),
+        unlabeled_pools=tuple(map(storage.absolute, config.data.unlabeled_pools)),
+        pseudo_labels=None if labels is None else storage.absolute(labels),
     )
     weights = config.model.weights
     model = config.model if weights in BUILT_IN_WEIGHTS else replace(config.model, weights=storage.absolute(weights))
@@ -101,8 +108,27 @@ def default_name(config: Config, root: str) -> str:
     return f"{root.rstrip('/').rsplit('/', 1)[-1]}-{config.method}-{config.split}-s{config.seed}"
 
 
-def check_batch(config: Config, split: Split) -> None:
-    """Whether the split can fill the batches.
+def _with_pools(config: Config, dataset: Dataset, split: Split, fresh: bool) -> tuple[Config, list[Source]]:
+    """The config with the generations of its pools that count, and the unlabeled sources.
+
+    A run keeps the generations it began with: those of its config, while it names the same pools.
+    """
+    assert config.out is not None
+    if not METHODS[config.method].views.unlabeled:
+        return config, []
+    data, uri = config.data, storage.join(config.out, CONFIG_FILE)
+    if data.unlabeled_pools and not data.pool_generations and not fresh and storage.exists(uri):
+        before = cli.resolve(read_file(uri), OPTIONS).data
+        if before.unlabeled_pools == data.unlabeled_pools:
+            data = replace(data, pool_generations=before.pool_generations)
+    config = replace(config, data=data)
+    sources = open_sources(config, dataset, split)
+    pinned = tuple(source.generations for source in sources if source.generations)
+    return replace(config, data=replace(data, pool_generations=pinned)), sources
+
+
+def check_batch(config: Config, split: Split, sources: Sequence[Source]) -> None:
+    """Whether the split and the pools can fill the batches.
 
     Raises:
         UserError: fewer images than a batch takes.
@@ -113,11 +139,8 @@ def check_batch(config: Config, split: Split) -> None:
             f"split {split.name} has {len(split.labeled)} labeled images, fewer than optim.batch_labeled "
             f"{optim.batch_labeled}: take a larger split or a smaller batch"
         )
-    if METHODS[config.method].views.unlabeled and len(split.unlabeled) < optim.batch_unlabeled:
-        raise UserError(
-            f"split {split.name} has {len(split.unlabeled)} unlabeled images, fewer than optim.batch_unlabeled "
-            f"{optim.batch_unlabeled}: take a smaller batch or --method suponly"
-        )
+    if sources:
+        share_lanes(sources, optim.batch_unlabeled)
 
 
 def check_val(dataset: Dataset) -> None:
@@ -152,6 +175,8 @@ def check_labels(config: Config, dataset: Dataset) -> None:
         raise UserError(f"method {config.method} needs data.pseudo_labels; jobs/self_training.py makes and uses them")
     if labels is not None and not needed:
         raise UserError(f"data.pseudo_labels: method {config.method} uses none; leave it out")
+    if labels is not None and config.data.unlabeled_pools:
+        raise UserError("data.unlabeled_pools: pseudo-labels are of the dataset's own images; leave the pools out")
     if labels is not None:
         open_labels(labels, dataset)
 
@@ -218,7 +243,7 @@ def worker_count(config: Config) -> int:
     return config.run.workers
 
 
-def _announce(config: Config, dataset: Dataset, split: Split, workers: int) -> None:
+def _announce(config: Config, dataset: Dataset, split: Split, sources: Sequence[Source], workers: int) -> None:
     optim = config.optim
     unlabeled = f" + {optim.batch_unlabeled} unlabeled" if METHODS[config.method].views.unlabeled else ""
     print(
@@ -229,11 +254,15 @@ def _announce(config: Config, dataset: Dataset, split: Split, workers: int) -> N
         f"results in {config.out}",
         flush=True,
     )
+    if config.data.unlabeled_pools:
+        for source, lanes in zip(sources, share_lanes(sources, optim.batch_unlabeled) if sources else (), strict=True):
+            pinned = f", generations 1 to {source.generations}" if source.generations else ""
+            print(f"unlabeled: {lanes} of {optim.batch_unlabeled} from {source.name} ({source.images} images{pinned})")
 
 
 def _warn_of_local_places(config: Config) -> None:
     """Says which places other nodes may not see."""
-    places = [config.data.root, config.out, config.model.weights]
+    places = [config.data.root, config.out, config.model.weights, *config.data.unlabeled_pools]
     local = [place for place in places if place and place not in BUILT_IN_WEIGHTS and storage.is_local(place)]
     if cluster.nodes() > 1 and local:
         print(f"warning: {', '.join(local)}: must be on a disk that all {cluster.nodes()} nodes share; else use s3://")

@@ -20,7 +20,8 @@ from pipeline.errors import UserError
 from pipeline.inference.evaluate import evaluate
 from pipeline.inference.restore import autocast
 from pipeline.ingest.loader import Loader
-from pipeline.methods import Losses, Predictor, Step, build_method
+from pipeline.ingest.mixture import open_sources
+from pipeline.methods import METHODS, Losses, Predictor, Step, build_method
 from pipeline.models.norm import sync_batchnorm
 from pipeline.ops import kernel
 from pipeline.ops.world import World
@@ -55,6 +56,8 @@ class Session:
         # the driver has read all this, so trouble is brief: it is waited for, as it may be the reason of a restart
         self.dataset = storage.retried(lambda: open_dataset(str(config.data.root)))
         self.split = storage.retried(lambda: load_split(self.dataset, config.split, config.data.protocol))
+        unlabeled = METHODS[config.method].views.unlabeled
+        self.sources = storage.retried(lambda: open_sources(config, self.dataset, self.split)) if unlabeled else []
         torch.manual_seed(config.seed)  # the same initial weights on every rank and for every number of ranks
         method = build_method(config, len(self.dataset.info.classes)).to(self.device).train()
         if self.world.size > 1:
@@ -68,7 +71,8 @@ class Session:
         self.model: nn.Module = method
         self.loader = Loader(
             config, self.dataset, self.split, method.views, rank=self.world.rank, world=self.world.size,
-            start=self.progress.step, threads=host.threads, reader=host.reader, pinned=self.device.type == "cuda",
+            start=self.progress.step, threads=host.threads, reader=host.reader, sources=self.sources,
+            pinned=self.device.type == "cuda",
         )  # fmt: skip
 
     def train(self) -> Progress:
@@ -116,8 +120,13 @@ class Session:
     def data(self) -> dict[str, Any]:
         """What the run reads, so that a resume with other data is refused."""
         info, labels = self.dataset.info, self.config.data.pseudo_labels
-        made = {"pseudo_labels": open_labels(labels, self.dataset).digest} if labels else {}
-        return {"index": info.index_hash, "split": self.split.digest, "classes": list(info.classes), **made}
+        known = {"index": info.index_hash, "split": self.split.digest, "classes": list(info.classes)}
+        pools = [[source.digest, source.generations] for source in self.sources if source.generations]
+        if pools:
+            known["pools"] = pools
+        if labels is not None:
+            known["pseudo_labels"] = open_labels(labels, self.dataset).digest
+        return known
 
     def _compiles(self, classes: int) -> bool:
         """Whether to compile the losses: at small sizes on a CPU it takes longer than it saves."""

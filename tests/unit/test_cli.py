@@ -57,6 +57,19 @@ def test_flags_of_methods_and_switches():
     assert config.data.root == "x"
 
 
+def test_flags_that_take_several_values(tmp_path):
+    config = _parse(
+        "--data.unlabeled_pools", "s3://a", "s3://b,c", "--data.pool_weights", "2", "1", "0.5", "--seed", "3"
+    )
+    assert config.data.unlabeled_pools == ("s3://a", "s3://b,c")
+    assert config.data.pool_weights == (2.0, 1.0, 0.5)
+    assert config.seed == 3
+    file = _file(tmp_path, "data: {unlabeled_pools: [s3://a, /b], pool_weights: [1, 2, 3]}")
+    assert _parse("--config", file).data.unlabeled_pools == ("s3://a", "/b")
+    assert _parse("--config", file, "--data.unlabeled_pools", "--data.pool_weights").data.unlabeled_pools == ()
+    assert _parse("--config", _file(tmp_path, "data: {unlabeled_pools: s3://a}")).data.unlabeled_pools == ("s3://a",)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -100,6 +100,10 @@ def test_a_binary_file_is_refused(tmp_path):
         (tuple[int, int], "5,6", (5, 6)),
         (tuple[int, int], "5x6", (5, 6)),
         (tuple[float, float], [0.5, "2"], (0.5, 2.0)),
+        (tuple[str, ...], ["s3://x/a,b", "c"], ("s3://x/a,b", "c")),
+        (tuple[str, ...], "s3://x", ("s3://x",)),
+        (tuple[float, ...], "1,0.5,2", (1.0, 0.5, 2.0)),
+        (tuple[int, ...], [], ()),
     ],
 )
 def test_values_become_what_the_field_says(hint, value, expected):
@@ -117,6 +121,7 @@ def test_values_become_what_the_field_says(hint, value, expected):
         (str, None), (str, ["a"]), (str, {"a": 1}), (str | None, ["a"]),
         (Literal[8, 16], 12), (Literal["a", "b"], None),
         (tuple[int, int], "5"), (tuple[int, int], [1, 2, 3]), (tuple[int, int], 5), (tuple[int, int], "a,b"),
+        (tuple[int, ...], ["a"]), (tuple[float, ...], [-1]), (tuple[str, ...], {"a": 1}), (tuple[str, ...], None),
     ],
 )  # fmt: skip
 def test_wrong_types_are_refused_by_name(hint, value):
@@ -144,6 +149,11 @@ def test_what_must_be_positive_is(path):
         ({"data": {"crop": [0, 5]}}, "data.crop: must be above 0"),
         ({"data": {"scale": [2, 1]}}, "smaller and the larger"),
         ({"data": {"hue": 0.6}}, "data.hue: must be between 0 and 0.5"),
+        ({"data": {"unlabeled_pools": ["a", "a"]}}, "named twice"),
+        ({"data": {"unlabeled_pools": ["a"], "pool_weights": [1]}}, "data.pool_weights: must be 2 numbers"),
+        ({"data": {"unlabeled_pools": ["a"], "pool_weights": [1, 0]}}, "above 0"),
+        ({"data": {"unlabeled_pools": ["a"], "pool_generations": [1, 1]}}, "one for each of 1 pools"),
+        ({"data": {"unlabeled_pools": ["a"], "pool_generations": [0]}}, "data.pool_generations: must be above 0"),
         ({"model": {"dropout": 1.5}}, "model.dropout: must be between 0 and 1"),
         ({"u2pl": {"alpha_0": 1.5}}, "u2pl.alpha_0: must be between 0 and 1"),
         ({"u2pl": {"r_l": 3, "r_h": 3}}, "u2pl.r_l 3: must be below u2pl.r_h 3"),

@@ -7,7 +7,10 @@ import pytest
 
 from pipeline import cli
 from pipeline.config import Config
+from pipeline.datasets.format import open_dataset
+from pipeline.datasets.splits import load_split
 from pipeline.errors import UserError
+from pipeline.ingest import mixture
 from pipeline.methods import OPTIONS
 from pipeline.training import launch
 
@@ -109,9 +112,44 @@ def test_a_run_directory_keeps_its_settings(tmp_path: Path) -> None:
         launch._claim(other, fresh=False)
 
 
-def test_a_dataset_without_val_is_refused(shapes: str) -> None:
-    from pipeline.datasets.format import open_dataset
+def test_a_run_keeps_the_generations_it_began_with(
+    tmp_path: Path, shapes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool of a second generation goes on with the first one if the run did."""
+    dataset = open_dataset(shapes)
+    split = load_split(dataset, "1_2")
+    there = 1
 
+    def opened(uri: str, weight: float | None, generations: int | None) -> mixture.Source:
+        table = mixture.select_groups(dataset, split.unlabeled)
+        return mixture.Source(uri, table, 200, weight or 200, generations or there, f"{generations or there}")
+
+    monkeypatch.setattr(mixture, "open_source", opened)
+
+    def pinned(*flags: str, fresh: bool = False) -> tuple[int, ...]:
+        config = _config("--data", shapes, "--out", str(tmp_path), "--data.unlabeled_pools", "/a", *flags)
+        config, sources = launch._with_pools(config, dataset, split, fresh)
+        launch._claim(config, fresh)
+        assert [source.generations for source in sources] == [0, *config.data.pool_generations]
+        return config.data.pool_generations
+
+    assert pinned() == (1,)
+    there = 2
+    assert pinned() == (1,)
+    with pytest.raises(UserError, match=r"data\.pool_generations \[1\] instead of \[2\]"):
+        pinned("--data.pool_generations", "2")
+    with pytest.raises(UserError, match=r"data\.pool_generations|data\.unlabeled_pools"):
+        pinned("/b")
+    assert pinned(fresh=True) == (2,)
+
+
+def test_methods_without_unlabeled_images_open_no_pool(shapes: str, tmp_path: Path) -> None:
+    dataset = open_dataset(shapes)
+    config = _config("--data", shapes, "--out", str(tmp_path), "--method", "suponly", "--data.unlabeled_pools", "/no")
+    assert launch._with_pools(config, dataset, load_split(dataset, "1_2"), False) == (config, [])
+
+
+def test_a_dataset_without_val_is_refused(shapes: str) -> None:
     dataset = open_dataset(shapes)
     launch.check_val(dataset)
     empty = dataclasses.replace(dataset, info=dataclasses.replace(dataset.info, counts={"train": 400, "val": 0}))
