@@ -5,13 +5,13 @@ Row groups are read a few at a time; of a sample only a hash and the classes of 
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pipeline import storage
 from pipeline.datasets.decode import DecodeError, decode_image, decode_mask
 from pipeline.datasets.format import SUBSETS, Dataset, read_group
-from pipeline.datasets.splits import list_splits, read_split, sample_roles
+from pipeline.datasets.splits import Split, list_splits, read_split, sample_roles
 from pipeline.errors import UserError
 
 THREADS = 4
@@ -118,7 +118,7 @@ def check(dataset: Dataset) -> Report:
     lost, problems, oddities = _check_shards(dataset)
     classes, total = len(dataset.info.classes), len(index)
     hashes, shows = np.zeros(total, np.uint64), np.zeros((total, classes), bool)
-    subset_of = pc.equal(index["subset"], "val").to_numpy().astype(np.int64)
+    subset_of = np.array([SUBSETS.index(name) for name in index["subset"].to_pylist()])
     pixels = np.zeros((len(SUBSETS), classes + 1), np.int64)
     groups = [rows for rows in row_groups(dataset) if index["shard"][rows[0]].as_py() not in lost]
     for rows, scan in _scans(dataset, groups):
@@ -160,7 +160,7 @@ def _check_shards(dataset: Dataset) -> tuple[set[str], list[str], list[str]]:
 
 def row_groups(dataset: Dataset) -> list[Positions]:
     """The rows of the index that each row group holds, in stored order."""
-    shard = pc.index_in(dataset.index["shard"], value_set=dataset.index["shard"].unique()).to_numpy()
+    shard = dataset.index["shard"].combine_chunks().dictionary_encode().indices.to_numpy()
     group, row = (dataset.index[name].to_numpy() for name in ("row_group", "row"))
     order = np.lexsort((row, group, shard))
     starts = (np.diff(shard[order]) != 0) | (np.diff(group[order]) != 0)
@@ -228,33 +228,42 @@ def _check_splits(
     dataset: Dataset, shows: NDArray[np.bool_], copies: Sequence[Positions]
 ) -> tuple[list[SplitFacts], list[str]]:
     """The facts of each readable split, and what is wrong with the others."""
-    ids = dataset.index["id"].to_pylist()
-    roles, at = sample_roles(dataset.index), {key: row for row, key in enumerate(ids)}
-    twins = {ids[row]: {ids[other] for other in rows if other != row} for rows in copies for row in rows}
-    splits, broken = {}, []
+    roles = sample_roles(dataset.index)
+    splits: dict[tuple[str, str], Split] = {}
+    broken = []
     for protocol, name in list_splits(dataset.root):
         try:
             splits[protocol, name] = read_split(storage.join(dataset.root, "splits", protocol, name), name, roles)
         except UserError as error:
             broken.append(str(error).removeprefix(f"{dataset.root}/"))
+    ids = dataset.index["id"].to_pylist()
+    twins = {ids[row]: {ids[other] for other in rows if other != row} for rows in copies for row in rows}
+    row_of = {key: row for row, key in enumerate(ids)}
     order = sorted(splits, key=lambda key: (key[0], len(splits[key].labeled)))
+    larger = {key: splits[following] for key, following in pairwise(order) if key[0] == following[0]}
     facts = []
-    for key, following in zip(order, [*order[1:], None], strict=True):
-        labeled, unlabeled = set(splits[key].labeled), set(splits[key].unlabeled)
-        larger = splits[following].labeled if following and following[0] == key[0] else None
-        seen = shows[[at[each] for each in labeled]].sum(0)
-        facts.append(
-            SplitFacts(
-                *key,
-                labeled=len(labeled),
-                unlabeled=len(unlabeled),
-                both=len(labeled & unlabeled),
-                copies=sum(bool(twins.get(each, set()) & (unlabeled - labeled)) for each in labeled),
-                in_larger=None if larger is None else len(labeled.intersection(larger)),
-                absent=tuple(name for name, there in zip(dataset.info.classes, seen, strict=True) if there == 0),
-            )
-        )
+    for key in order:
+        seen = shows[[row_of[each] for each in splits[key].labeled]].sum(0)
+        absent = tuple(name for name, there in zip(dataset.info.classes, seen, strict=True) if not there)
+        facts.append(_split(key[0], splits[key], larger.get(key), twins, absent))
     return facts, broken
+
+
+def _split(
+    protocol: str, split: Split, larger: Split | None, twins: Mapping[str, set[str]], absent: tuple[str, ...]
+) -> SplitFacts:
+    labeled, unlabeled = set(split.labeled), set(split.unlabeled)
+    away = unlabeled - labeled
+    return SplitFacts(
+        protocol,
+        split.name,
+        labeled=len(labeled),
+        unlabeled=len(unlabeled),
+        both=len(labeled & unlabeled),
+        copies=sum(bool(twins[each] & away) for each in labeled & twins.keys()),
+        in_larger=None if larger is None else len(labeled.intersection(larger.labeled)),
+        absent=absent,
+    )
 
 
 def _subset(dataset: Dataset, name: str, pixels: NDArray[np.int64], shows: NDArray[np.bool_]) -> SubsetFacts:

@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.datasets.check import Picture, Report
 from pipeline.datasets.format import DatasetInfo
-from pipeline.report.html import Table, html_figure, html_list, html_page, html_table, swatch, text_table
+from pipeline.report.html import Table, html_figure, html_list, html_name, html_page, html_table, text_table
 from pipeline.report.panels import IGNORED, colour_mask
 
 MIX = 0.5
@@ -104,6 +104,6 @@ def _figure(picture: Picture, info: DatasetInfo) -> str:
     present = [at for at in np.unique(picture.mask) if at < len(info.classes)]
     names = [info.classes[at] for at in present]
     note = f" ({picture.note})" if picture.note else ""
-    legend = " ".join(f"{swatch(info.palette[at])}{escape(info.classes[at])}" for at in present)
+    legend = " ".join(html_name(info.classes[at], info.palette[at]) for at in present)
     alt = f"{picture.id} under its mask: {', '.join(names) or 'nothing but ignored pixels'}"
     return html_figure(mixed, alt, f"{escape(picture.id + note)}<br>{legend}")

@@ -20,7 +20,8 @@ th { border-bottom: 1px solid; } th:first-child, td:first-child { text-align: le
 th:last-child, td:last-child { padding-right: 0; }
 li { overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: .8em; height: .8em; border: 1px solid GrayText; margin-right: .4em; }
-.bar { display: inline-block; height: .6em; background: #3d7ebf; margin-right: .5em; }
+.bar { float: left; height: .6em; margin: .45em .5em 0 0; background: #3d7ebf; }
+.name { white-space: nowrap; margin-right: .6em; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; height: auto; }
 figcaption { font-size: .9rem; overflow-wrap: anywhere; }
@@ -57,21 +58,23 @@ def html_table(table: Table) -> str:
     """The table as HTML, in a box that scrolls sideways where it is too wide."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
     body = "".join(f"<tr>{''.join(_cells(table, at, row))}</tr>\n" for at, row in enumerate(table.rows))
-    return f'<h2>{escape(table.title)}</h2>\n<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>\n'
+    box = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
+    return f"<h2>{escape(table.title)}</h2>\n{box}<table><tr>{head}</tr>\n{body}</table></div>\n"
 
 
 def _cells(table: Table, at: int, row: Sequence[str]) -> list[str]:
     cells = [escape(cell) for cell in row]
     if at < len(table.colors):
-        cells[0] = swatch(table.colors[at]) + cells[0]
+        cells[0] = html_name(row[0], table.colors[at])
     if at < len(table.bars):
         cells[1] = f'<span class="bar" style="width:{6 * table.bars[at]:.2f}rem"></span>{cells[1]}'
     return [f"<td>{cell}</td>" for cell in cells]
 
 
-def swatch(color: tuple[int, int, int]) -> str:
-    """A small square of `color`; decoration, so screen readers skip it."""
-    return f'<span class="swatch" aria-hidden="true" style="background:rgb{tuple(map(int, color))}"></span>'
+def html_name(name: str, color: tuple[int, int, int]) -> str:
+    """A name behind a small square of its colour, which screen readers skip."""
+    style = f"background:rgb{tuple(map(int, color))}"
+    return f'<span class="name"><span class="swatch" aria-hidden="true" style="{style}"></span>{escape(name)}</span>'
 
 
 def html_list(title: str, lines: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 from PIL import Image
+from scipy.io import savemat
 
 from pipeline import storage
 from pipeline.datasets.facts import Facts, voc_palette
@@ -223,9 +224,83 @@ def test_camvid_from_its_voc_tree(tmp_path):
         (("--source", "voc", "--out", "x", "--root", "nowhere"), "nowhere"),
         (("--source", "voc", "--out", "x", "--root", "y", "--splits", "z"), "go together"),
         (("--source", "shapes", "--out", "x", "--over"), "--over"),
+        (("--source", "folder", "--root", "y", "--out", "x", "--classes", "a,b", "--sbd", "z"), "--sbd belongs to"),
+        (("--source", "voc", "--root", "y", "--out", "x", "--values", "1=99"), "ids are 0 to 20"),
+        (("--check", "x"), "no dataset there"),
+        (("--check", "x", "--source", "voc"), "not allowed with"),
+        ((), "one of the arguments --source --check is required"),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_line(tmp_path, flags, words):
     done = subprocess.run(job(*flags), env=job_environment(), cwd=tmp_path, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert words in done.stderr
+
+
+def run(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(job(*flags), env=job_environment(), cwd=tmp_path, check=False, capture_output=True, text=True)
+
+
+def test_voc_with_sbd_masks(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 2, (20, 30)).astype(np.uint8)
+    for name in ("a", "b", "c"):
+        storage.write_bytes(f"{tmp_path}/voc/JPEGImages/{name}.png", png(np.repeat(ids[..., None] * 9, 3, 2)))
+    for name in ("a", "c"):
+        storage.write_bytes(f"{tmp_path}/voc/SegmentationClass/{name}.png", png(ids))
+    for name, listed in (("train", b"a"), ("val", b"c")):
+        storage.write_bytes(f"{tmp_path}/voc/ImageSets/Segmentation/{name}.txt", listed)
+    mat = io.BytesIO()
+    savemat(mat, {"GTcls": {"Segmentation": 1 - ids}})
+    for name in ("a", "b", "c"):
+        storage.write_bytes(f"{tmp_path}/sbd/img/{name}.jpg", b"x")
+        storage.write_bytes(f"{tmp_path}/sbd/cls/{name}.mat", mat.getvalue())
+    storage.write_bytes(f"{tmp_path}/sbd/train.txt", b"a\nc")
+    storage.write_bytes(f"{tmp_path}/sbd/val.txt", b"b")
+    done = run(tmp_path, "--source", "voc", "--root", "voc", "--sbd", "sbd", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert dataset.info.counts == {"train": 2, "val": 1}
+    masks = {}
+    for row in dataset.index.to_pylist():
+        stored = read_group(dataset.root, row["shard"], row["row_group"], ["mask"])["mask"][row["row"]].as_py()
+        masks[row["id"]] = np.asarray(Image.open(io.BytesIO(stored)))
+    assert np.array_equal(masks["a"], ids), "VOC's mask wins"
+    assert np.array_equal(masks["b"], 1 - ids)
+    assert np.array_equal(masks["c"], ids)
+
+
+def test_colour_masks_with_a_value_map(tmp_path):
+    rng = np.random.default_rng(0)
+    for number, subset in enumerate(("train", "train", "val")):
+        ids = rng.integers(0, 3, (20, 30))
+        colors = np.array([[0, 0, 0], [255, 128, 0], [255, 255, 255]], np.uint8)[ids]
+        storage.write_bytes(f"{tmp_path}/raw/images/{subset}/{number}.png", png(colors))
+        storage.write_bytes(f"{tmp_path}/raw/masks/{subset}/{number}.png", png(colors))
+    flags = ("--source", "folder", "--root", "raw", "--classes", "ground,thing", "--out", "out")
+    done = run(tmp_path, *flags)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "mask mode RGB" in done.stderr
+    done = run(tmp_path, *flags, "--values", "#000000=0,#ff8000=1,#ffffff=255")
+    assert done.returncode == 0, done.stderr
+    dataset = open_dataset(str(tmp_path / "out"))
+    for row in dataset.index.to_pylist():
+        table = read_group(dataset.root, row["shard"], row["row_group"], ["image", "mask"])
+        image, mask = (
+            np.asarray(Image.open(io.BytesIO(table[name][row["row"]].as_py()))) for name in table.schema.names
+        )
+        assert np.array_equal(mask, np.select([image[..., 2] == 255, image[..., 0] == 255], [255, 1], 0))
+
+
+def test_check(tree, tmp_path, s3):
+    root = f"{s3.bucket_uri}/checked"
+    prepare(read_folder(tree), root, name="tiny", facts=FACTS)
+    done = run(tmp_path, "--check", root)
+    assert done.returncode == 0, done.stderr
+    assert "Problems: none" in done.stdout
+    assert "page check.html" in done.stdout
+    assert (tmp_path / "check.html").read_text().count("data:image/png") == 8
+    storage.delete(f"{root}/shards/train-00003.parquet")
+    done = run(tmp_path, "--check", root, "--page", "again.html")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "1 problems, the first: shards/train-00003.parquet is missing" in done.stderr
+    assert "shards/train-00003.parquet is missing" in (tmp_path / "again.html").read_text()
