@@ -1,13 +1,15 @@
-"""Makes a prepared dataset of raw images: jobs/prepare.py --source voc --root VOC2012 --out s3://bucket/voc.
+"""Makes a prepared dataset or a pool: jobs/prepare.py --source voc --root VOC2012 --out s3://bucket/voc.
 
-With --check s3://bucket/voc it looks through a finished one instead, and reports what it finds.
+With --check s3://bucket/voc it looks through a finished dataset instead, and reports what it finds.
 """
 
 from pipeline import cli, storage
 from pipeline.datasets import shards
 from pipeline.datasets.check import check
-from pipeline.datasets.flags import parse, read_raw
+from pipeline.datasets.flags import POOL_FLAGS, parse, read_raw
 from pipeline.datasets.format import open_dataset
+from pipeline.datasets.pool_sources import POOL_SOURCES
+from pipeline.datasets.pool_writer import make_pool
 from pipeline.datasets.prepare import prepare
 from pipeline.datasets.shapes import prepare_shapes
 from pipeline.errors import RunError
@@ -19,6 +21,11 @@ def main(argv: list[str]) -> None:
     args = parse(argv, __doc__)
     if args.check:
         report(args.check, args.page)
+        return
+    if args.source in POOL_SOURCES:
+        flags = {key: vars(args)[key] for key in POOL_FLAGS}
+        pool = make_pool(args.source, args.root, args.out, name=args.name or args.source, **flags)
+        print(f"{args.out}: {pool.told}")
         return
     if args.source == "shapes":
         shards.claim(storage.absolute(args.out), args.overwrite)

@@ -69,7 +69,7 @@ def save(folder: Path, config: Config, data: dict[str, Any], progress: Progress,
     Args:
         folder: exists.
         config: resolved config of the run.
-        data: what the run reads: digests (`index`, `split`) and `classes` by name.
+        data: what the run reads: digests (`index`, `split`, those of `pools` if there are any) and `classes` by name.
         progress: where the run stands.
         parts: state dicts by name (`method`, `optimizer`).
     """

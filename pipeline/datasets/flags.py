@@ -7,9 +7,13 @@ from dataclasses import replace
 from pipeline import cli
 from pipeline.datasets.download import download_sbd, download_voc
 from pipeline.datasets.facts import Facts, find_facts, with_values
+from pipeline.datasets.pool_sources import POOL_SOURCES
 from pipeline.datasets.readers import LAYOUTS, RawSample, read_tree
 from pipeline.errors import UserError
 
+SOURCES = ("shapes", *LAYOUTS, *POOL_SOURCES)
+POOL_FLAGS = ("copy", "append", "overwrite", "skip_bad", "workers")
+"""Those that `make_pool` takes."""
 VOC_FLAGS = ("masks", "train_list", "val_list", "sbd")
 """Those that belong to trees of VOC; `read_voc` has arguments of these names."""
 
@@ -27,13 +31,17 @@ def parse(argv: Sequence[str], description: str | None) -> argparse.Namespace:
         raise UserError("--splits and --protocol go together: a folder of lists, and which of them")
     if args.download and args.source != "voc":
         raise UserError("--download fetches VOC 2012, and SBD if --sbd names a folder; get other sets by hand")
+    if args.source in POOL_SOURCES and not args.root:
+        raise UserError(f"--source {args.source} needs --root, the folder of the images")
+    if args.source not in POOL_SOURCES and (args.copy or args.append):
+        raise UserError(f"--copy and --append are for pools: --source {', '.join(POOL_SOURCES)}")
     return args
 
 
 def _parser(description: str | None) -> cli.Parser:
     parser = cli.Parser(description=description)
     job = parser.add_mutually_exclusive_group(required=True)
-    job.add_argument("--source", choices=["shapes", *LAYOUTS], help="layout of the raw tree; shapes are generated")
+    job.add_argument("--source", choices=SOURCES, help="layout of the raw tree; images, tar and parquet make pools")
     job.add_argument("--check", metavar="URI", help="report on a prepared dataset instead: text here and a page")
     add = parser.add_argument
     add("--page", default="check.html", help="HTML page that --check writes (default: check.html)")
@@ -50,8 +58,10 @@ def _parser(description: str | None) -> cli.Parser:
     add("--sbd", metavar="DIR", help="tree of SBD whose masks join those of a voc tree: the augmented set")
     add("--download", action="store_true", help="fetch VOC 2012 to --root, and SBD to --sbd, first")
     add("--seed", type=int, default=0, help="of row order, generated splits and shapes (default: 0)")
-    add("--overwrite", action="store_true", help="replace a finished dataset")
+    add("--overwrite", action="store_true", help="replace what is finished")
     add("--skip_bad", action="store_true", help="leave bad samples out instead of stopping")
+    add("--copy", action="store_true", help="keep the images in a pool; else it holds links to them")
+    add("--append", action="store_true", help="add images to a pool that it does not have yet")
     add("--workers", type=int, help="shards made at a time (default: one per CPU)")
     return parser
 

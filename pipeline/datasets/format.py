@@ -52,6 +52,14 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
+WRITE_OPTIONS: dict[str, Any] = {
+    "compression": "NONE",
+    "use_dictionary": False,
+    "write_statistics": False,
+    "write_page_checksum": True,
+}
+"""How files with image bytes are written."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:

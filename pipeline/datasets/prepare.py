@@ -3,18 +3,12 @@
 The driver holds names only. Tasks get URIs and open the storage themselves: no credential travels through Ray.
 """
 
-import json
-import pickle
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
 
-from tqdm import tqdm
-
-from pipeline import cluster, storage
-from pipeline.datasets import shards, splits
+from pipeline import storage
+from pipeline.datasets import shards, splits, tasks
 from pipeline.datasets.facts import Facts
 from pipeline.datasets.format import SUBSETS, DatasetInfo
 from pipeline.datasets.readers import RawSample
@@ -113,38 +107,9 @@ def run(plans: Sequence[ShardPlan], workers: int | None = None) -> list[Part]:
 
     Fewer parts come back if it stopped early because of many bad samples.
     """
-    cluster.connect()
-    cluster.quiet_data()
-    import ray.data
-
-    items = [{"plan": pickle.dumps(plan)} for plan in plans]
-    tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(_task, concurrency=workers)
     parts: dict[str, Part] = {}
-    for result in progress(tasks.iter_rows(), len(plans), "prepare"):
-        if result["error"]:
-            raise UserError(result["error"])
-        part = Part(**json.loads(result["part"]))
+    for part in tasks.run(carry_out, plans, len(plans), "prepare: shard", workers):
         parts[part.shard] = part
         if sum(len(done.bad) for done in parts.values()) > MAX_BAD and not plans[0].skip_bad:
             break
     return [parts[plan.slot.shard] for plan in plans if plan.slot.shard in parts]
-
-
-def _task(item: dict[str, Any]) -> dict[str, Any]:
-    """One shard, in a Ray worker. A user's mistake comes back as text: Ray would wrap it in a traceback."""
-    try:
-        return {"part": json.dumps(asdict(carry_out(pickle.loads(item["plan"])))), "error": ""}
-    except UserError as error:
-        return {"part": "", "error": str(error)}
-
-
-def progress(results: Iterable[Any], total: int, doing: str) -> Iterator[Any]:
-    """Shows how many shards are done: a bar on a terminal, elsewhere a line for every tenth."""
-    if sys.stderr.isatty():
-        yield from tqdm(results, total=total, unit="shard", desc=doing)
-        return
-    step = max(1, total // 10)
-    for number, result in enumerate(results, start=1):
-        yield result
-        if number % step == 0 or number == total:
-            print(f"{doing}: {number} of {total} shards", flush=True)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.datasets import splits
 from pipeline.datasets.facts import Facts
-from pipeline.datasets.format import INDEX_FILE, INDEX_SCHEMA, INFO_FILE, SHARD_SCHEMA, DatasetInfo
+from pipeline.datasets.format import INDEX_FILE, INDEX_SCHEMA, INFO_FILE, SHARD_SCHEMA, WRITE_OPTIONS, DatasetInfo
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -131,13 +131,7 @@ def write_shard(
 def encode_shard(rows: Sequence[Row], group_rows: int) -> bytes:
     """A Parquet file of `rows`: uncompressed, no dictionary or statistics, with page checksums."""
     sink = pa.BufferOutputStream()
-    options = {
-        "compression": "NONE",
-        "use_dictionary": False,
-        "write_statistics": False,
-        "write_page_checksum": True,
-    }
-    with pq.ParquetWriter(sink, SHARD_SCHEMA, **options) as writer:
+    with pq.ParquetWriter(sink, SHARD_SCHEMA, **WRITE_OPTIONS) as writer:
         for start in range(0, len(rows), group_rows):
             group = [vars(row) for row in rows[start : start + group_rows]]
             writer.write_table(pa.Table.from_pylist(group, SHARD_SCHEMA), row_group_size=group_rows)

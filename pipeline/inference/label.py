@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-import pickle
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from pipeline import checkpoint, cluster, storage
-from pipeline.datasets import pseudo
+from pipeline.datasets import pseudo, tasks
 from pipeline.datasets.decode import DecodeError, decode_image
 from pipeline.datasets.format import IGNORE_INDEX, SCHEMA_VERSION, Dataset, open_dataset
 from pipeline.datasets.images import encode_png
-from pipeline.datasets.prepare import progress
 from pipeline.datasets.pseudo import LABEL_SCHEMA, LabelsInfo
 from pipeline.datasets.splits import Split
 from pipeline.errors import UserError
@@ -83,7 +81,11 @@ def label_pool(recipe: Recipe, split: Split, out: str) -> LabelsInfo:
     jobs: dict[str, ShardJob] = {}
     for group in select_groups(dataset, split.unlabeled):
         jobs.setdefault(group.shard, ShardJob(out, digest, [])).groups.append(group)
-    _run(recipe, list(jobs.values()))
+    cluster.connect()
+    gpus = 1 if cluster.cpus_and_gpus()[1] else 0
+    todo = [(recipe, job) for job in jobs.values()]
+    for _ in tasks.run(_label, todo, len(todo), "label: shard", gpus=gpus):
+        pass
     info = LabelsInfo(
         digest=digest, index_hash=dataset.info.index_hash, images=len(split.unlabeled), shards=tuple(jobs)
     )
@@ -91,28 +93,10 @@ def label_pool(recipe: Recipe, split: Split, out: str) -> LabelsInfo:
     return info
 
 
-def _run(recipe: Recipe, jobs: list[ShardJob]) -> None:
-    """Labels shards on the cluster, each on one GPU or, without any, on one CPU."""
-    cluster.connect()
-    cluster.quiet_data()
-    import ray.data
-
-    gpus = 1 if cluster.cpus_and_gpus()[1] else 0
-    items = [{"job": pickle.dumps((recipe, job))} for job in jobs]
-    results = ray.data.from_items(items, override_num_blocks=len(items)).map(_task, num_cpus=1, num_gpus=gpus)
-    for result in progress(results.iter_rows(), len(items), "label"):
-        if result["error"]:
-            raise UserError(result["error"])
-
-
-def _task(item: dict[str, Any]) -> dict[str, str]:
-    """One shard, in a Ray worker. A user's mistake comes back as text: Ray would wrap it in a traceback."""
-    recipe, job = pickle.loads(item["job"])
-    try:
-        _labeler(recipe).label(job)
-    except UserError as error:
-        return {"error": str(error)}
-    return {"error": ""}
+def _label(task: tuple[Recipe, ShardJob]) -> None:
+    """In a Ray worker."""
+    recipe, job = task
+    _labeler(recipe).label(job)
 
 
 @lru_cache(maxsize=1)

@@ -42,7 +42,7 @@ class PoolTable:
         rows = min(self.rows, generation.rows - place * self.rows)
         part, row_group = divmod(place, info.groups_per_shard)
         return Group(
-            self._pool.root, part_name(index, part), row_group, range(rows), None,
+            self._pool.root, part_name(index, part), row_group, range(rows), (),
             rows * generation.bytes // generation.rows, info.root if info.kind == "links" else None,
         )  # fmt: skip
 

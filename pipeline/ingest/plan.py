@@ -27,8 +27,8 @@ class Group:
     row_group: int
     rows: Sequence[int]
     """Positions inside the row group, ascending."""
-    ids: tuple[str, ...] | None
-    """Sample ids of these rows; None: they are known when the rows are read."""
+    ids: tuple[str, ...]
+    """Sample ids of these rows; empty: they are known when the rows are read."""
     size: int
     """Encoded bytes of these rows, at least about."""
     links: str | None = None

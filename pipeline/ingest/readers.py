@@ -71,7 +71,7 @@ def read_rows(group: Group, labels: str | None = None) -> pa.Table:
     before = storage.retries()
     table = _read(group)
     if labels is not None:
-        table = table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids or ()))
+        table = table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids))
     counts = np.zeros(len(group.rows), np.int32)
     counts[:1] = storage.retries() - before
     return table.append_column("retries", pa.array(counts))
@@ -135,7 +135,7 @@ def _split(item: list[Unit], block: pa.Table) -> Iterator[tuple[Unit, pa.Table]]
     for unit in item:
         table = block.slice(start, len(unit.group.rows))
         start += len(unit.group.rows)
-        if unit.group.ids is not None and tuple(table["id"].to_pylist()) != unit.group.ids:
+        if unit.group.ids and tuple(table["id"].to_pylist()) != unit.group.ids:
             raise RuntimeError(f"{unit.group.shard}, row group {unit.group.row_group}: other rows than the index says")
         yield unit, table
     if start != block.num_rows:

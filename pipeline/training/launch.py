@@ -199,8 +199,8 @@ def _claim(config: Config, fresh: bool) -> None:
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any], path: str = "") -> str:
-    """The first key in which two configs differ, or an empty string."""
-    for key in sorted(before.keys() | after.keys()):
+    """The first key, in the config's order, in which two configs differ, or an empty string."""
+    for key in {**after, **before}:
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             inner = _difference(old, new, f"{path}{key}.")

@@ -230,3 +230,30 @@ def test_wrong_endpoint(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     with pytest.raises(UserError, match="the endpoint does not answer: check AWS_ENDPOINT_URL"):
         storage.read_bytes(f"{bucket}/a")
+
+
+def _put(root: str, count: int) -> dict[str, int]:
+    names = {f"{number % 3}/{number:04d}.jpg": number % 7 for number in range(count)}
+    for name, size in names.items():
+        storage.write_bytes(storage.join(root, name), bytes(size))
+    return names
+
+
+def test_files_are_listed_one_by_one(tmp_path):
+    names = _put(str(tmp_path), 30)
+    assert dict(storage.iter_files(str(tmp_path))) == names
+    with pytest.raises(UserError, match="nowhere: not found"):
+        next(storage.iter_files(str(tmp_path / "nowhere")))
+
+
+def test_files_on_s3_are_listed_page_by_page(s3):
+    names = _put(f"{s3.bucket_uri}/listed", 1100)  # a page holds 1000
+    _put(f"{s3.bucket_uri}/listed-not", 1)
+    listing = storage.iter_files(f"{s3.bucket_uri}/listed")
+    first = next(listing)
+    assert dict([first, *listing]) == names
+    assert list(storage.iter_files(f"{s3.bucket_uri}/nothing")) == []
+    with pytest.raises(UserError, match="the bucket nowhere does not exist"):
+        next(storage.iter_files("s3://nowhere/x"))
+    ranges = [storage.read_range(f"{s3.bucket_uri}/listed/0/0006.jpg", offset, 4) for offset in (0, 3, 5)]
+    assert list(map(len, ranges)) == [4, 3, 1]

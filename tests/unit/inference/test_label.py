@@ -104,7 +104,7 @@ def test_a_shard_is_labeled_once(shapes, teacher, tmp_path: Path, monkeypatch: p
     job = ShardJob(str(tmp_path), "d", groups)
     labeler.label(job)
     for group in groups:
-        labels = pseudo.read_labels(str(tmp_path), group.shard, group.row_group, group.ids or ()).to_pylist()
+        labels = pseudo.read_labels(str(tmp_path), group.shard, group.row_group, group.ids).to_pylist()
         images = read_rows(group)["image"].to_pylist()
         for image, label in zip(images, labels, strict=True):
             assert np.array_equal(decode_mask(label), labeler.classes(image))
