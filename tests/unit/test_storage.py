@@ -1,4 +1,5 @@
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -171,8 +172,12 @@ def test_brief_trouble_is_waited_for(monkeypatch):
             raise answer
         return answer
 
+    before = storage.retries()
     assert storage.retried(call) == "done"
     assert pauses == [0.25, 0.5]
+    assert storage.retries() - before == 2
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(storage.retries).result() == 0  # each thread counts its own
 
 
 def test_patience_ends_and_mistakes_are_not_waited_for(monkeypatch):

@@ -1,11 +1,13 @@
 """The inline reader and the cutting of the plan; Ray Data itself is tested with a real cluster."""
 
 import dataclasses
+import itertools
 from itertools import islice
 
 import pyarrow as pa
 import pytest
 
+from pipeline.datasets import format as formats
 from pipeline.datasets.format import open_dataset
 from pipeline.ingest import readers
 from pipeline.ingest.plan import LanePlan, Unit, select_groups
@@ -55,6 +57,23 @@ def test_a_block_is_cut_back_into_its_units(units):
     assert [unit for unit, _ in cut] == item
     for unit, table in cut:
         assert tuple(table["id"].to_pylist()) == unit.group.ids
+
+
+def test_a_block_says_how_often_the_storage_was_asked_again(units, monkeypatch):
+    """What a task counted comes back with its rows: the first one of each group."""
+    read, answers = formats._read_group, itertools.cycle([True, True, False])
+
+    def flaky(*arguments) -> pa.Table:
+        if next(answers):
+            raise TimeoutError("no answer")
+        return read(*arguments)
+
+    monkeypatch.setattr(formats, "_read_group", flaky)
+    monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: None)
+    item = units[:4]
+    groups = [(u.group.root, u.group.shard, u.group.row_group, list(u.group.rows)) for u in item]
+    for _, table in readers._split(item, readers._read_item({"groups": [groups]})):
+        assert table["retries"].to_pylist() == [2] + [0] * (table.num_rows - 1)
 
 
 def test_a_block_that_is_not_what_was_planned_is_refused(units):
