@@ -19,6 +19,8 @@ class Views:
     ids: tuple[str, ...]
     strong: tuple[Tensor, ...] = ()
     """Strong views, each uint8 [B,3,H,W]: `image` in other colours, with the same geometry."""
+    pseudo: Tensor | None = None
+    """int64 [B,H,W], what an earlier network saw in unlabeled images (255: no label); None unless asked for."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -42,8 +44,8 @@ class Views:
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        mask = None if self.mask is None else moved(self.mask)
-        return Views(moved(self.image), mask, moved(self.valid), self.ids, tuple(map(moved, self.strong)))
+        mask, pseudo = (None if each is None else moved(each) for each in (self.mask, self.pseudo))
+        return Views(moved(self.image), mask, moved(self.valid), self.ids, tuple(map(moved, self.strong)), pseudo)
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,5 @@ class ViewSpec:
     """Whether it looks at unlabeled images at all."""
     strong: int = 0
     """How many strong views of each unlabeled image it needs."""
+    pseudo: bool = False
+    """Whether it needs pseudo-labels that were made beforehand."""

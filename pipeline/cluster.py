@@ -36,6 +36,18 @@ def connect() -> None:
             ) from error
 
 
+def quiet_data() -> None:
+    """Ray Data without its own log and progress: the jobs say themselves how far they are."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.use_datasource_v2 = False
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
 def cpus_and_gpus() -> tuple[float, float]:
     """What the connected cluster has in all."""
     import ray

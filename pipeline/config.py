@@ -55,6 +55,8 @@ class DataConfig:
     """Prepared dataset: a local path or s3://bucket/prefix; `generated`: the demo set, made on first use."""
     protocol: str | None = None
     """Which split lists of the dataset (splits/PROTOCOL/SPLIT). None: the dataset's own default."""
+    pseudo_labels: str | None = None
+    """Pseudo-labels of the unlabeled images, made beforehand (jobs/self_training.py); for --method self_training."""
     crop: tuple[int, int] = (513, 513)
     """Height and width of a training view in pixels."""
     scale: tuple[float, float] = (0.5, 2.0)

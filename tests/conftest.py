@@ -55,6 +55,13 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """A folder of Ray's own, so that no other cluster of this machine is found; short, as it holds sockets."""
+    with tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_leftovers() -> Iterator[None]:
     yield
@@ -69,3 +76,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = str(tmp_path_factory.mktemp("data") / "shapes")
     prepare_shapes(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def pseudo_labels(shapes: str) -> str:
+    """Pseudo-labels of its split 1_4."""
+    from tests.labels import write_truth
+
+    return write_truth(shapes, "1_4", f"{shapes}-labels")

@@ -1,10 +1,17 @@
-"""The jobs as modules: they are scripts, not a package."""
+"""The jobs: as modules (they are scripts, not a package) and as a user starts them."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
-JOBS = Path(__file__).parents[1] / "jobs"
+from tests.processes import descendants, kill
+from tests.s3 import S3Server
+
+ROOT = Path(__file__).parents[1]
+JOBS = ROOT / "jobs"
 
 
 def load(name: str) -> ModuleType:
@@ -15,3 +22,33 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class Job:
+    """A job as a user starts it, with everything below it ended at the end of the block."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=out)
+        self.pid = self._process.pid
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        kill(*descendants(self.pid), self.pid)
+        self._process.wait()
+
+    def wait(self, seconds: float = 240) -> int:
+        return self._process.wait(seconds)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+def environment(ray_folder: str, s3: S3Server) -> dict[str, str]:
+    """What a job finds in its environment: this Python's programs, the storage, a Ray of its own."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **s3.environment(), "RAY_TMPDIR": ray_folder, "PATH": path}

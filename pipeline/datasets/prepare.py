@@ -4,7 +4,6 @@ The driver holds names only. Tasks get URIs and open the storage themselves: no 
 """
 
 import json
-import logging
 import pickle
 import sys
 from collections import Counter
@@ -115,17 +114,13 @@ def run(plans: Sequence[ShardPlan], workers: int | None = None) -> list[Part]:
     Fewer parts come back if it stopped early because of many bad samples.
     """
     cluster.connect()
+    cluster.quiet_data()
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.use_datasource_v2 = False
-    context.execution_no_progress_timeout_s = -1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = [{"plan": pickle.dumps(plan)} for plan in plans]
     tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(_task, concurrency=workers)
     parts: dict[str, Part] = {}
-    for result in _progress(tasks.iter_rows(), len(plans)):
+    for result in progress(tasks.iter_rows(), len(plans), "prepare"):
         if result["error"]:
             raise UserError(result["error"])
         part = Part(**json.loads(result["part"]))
@@ -143,13 +138,13 @@ def _task(item: dict[str, Any]) -> dict[str, Any]:
         return {"part": "", "error": str(error)}
 
 
-def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
+def progress(results: Iterable[Any], total: int, doing: str) -> Iterator[Any]:
     """Shows how many shards are done: a bar on a terminal, elsewhere a line for every tenth."""
     if sys.stderr.isatty():
-        yield from tqdm(results, total=total, unit="shard", desc="prepare")
+        yield from tqdm(results, total=total, unit="shard", desc=doing)
         return
     step = max(1, total // 10)
     for number, result in enumerate(results, start=1):
         yield result
         if number % step == 0 or number == total:
-            print(f"prepare: {number} of {total} shards", flush=True)
+            print(f"{doing}: {number} of {total} shards", flush=True)

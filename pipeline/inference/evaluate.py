@@ -72,21 +72,20 @@ def evaluate(
     groups = val_groups(dataset)
     if not groups:
         raise UserError(f"{dataset.root}: no validation images; prepare the dataset with a val list")
-    logits = _scorer(predictor, dataset, config)
+    logits = scorer(predictor, dataset, config)
     matrix = ConfusionMatrix(len(dataset.info.classes), dataset.info.ignore_index, device)
     # no_grad, not inference_mode: what a network caches meanwhile must stay usable in training
     with eval_mode(predictor), torch.no_grad():
         for samples in ahead(partial(read_samples, dataset), groups[rank::world]):
             for image, mask in batches(samples):
-                matrix.update(logits(image.to(device)).argmax(1), mask.to(device))
+                matrix.update(logits(image.to(device), scale=config.scale).argmax(1), mask.to(device))
     return matrix
 
 
-def _scorer(predictor: nn.Module, dataset: Dataset, config: EvalConfig) -> Callable[[Tensor], Tensor]:
+def scorer(predictor: nn.Module, dataset: Dataset, config: EvalConfig) -> Callable[..., Tensor]:
+    """`whole` or `sliding` of the predictor, as the config or the dataset says; takes images and `scale`."""
     mode = dataset.info.evaluation if config.mode == "dataset" else config.mode
-    if mode == "sliding":
-        return partial(sliding, predictor, window=config.window, scale=config.scale)
-    return partial(whole, predictor, scale=config.scale)
+    return partial(sliding, predictor, window=config.window) if mode == "sliding" else partial(whole, predictor)
 
 
 def val_groups(dataset: Dataset) -> list[Group]:

@@ -1,5 +1,7 @@
 """Class scores at native size: of the whole image at once, or window by window."""
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -53,6 +55,28 @@ def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], scale: flo
     assert total is not None  # there is always a window
     logits = (total / count)[..., :height, :width]
     return logits if scale == 1.0 else upsample(logits, (image.shape[2], image.shape[3]))
+
+
+def averaged(logits: Callable[..., Tensor], image: Tensor, scales: Sequence[float], *, mirror: bool) -> Tensor:
+    """Class probabilities, averaged over several looks at an image.
+
+    Args:
+        logits: `whole` or `sliding` of a network; called with the image and `scale`.
+        image: uint8 [B,3,H,W].
+        scales: one look each, > 0.
+        mirror: look at the mirror image too.
+
+    Returns:
+        float32 [B,C,H,W], summing to 1 over C.
+    """
+
+    def looks() -> Iterator[Tensor]:
+        for scale in scales:
+            yield logits(image, scale=scale).softmax(1)
+            if mirror:
+                yield logits(image.flip(3), scale=scale).softmax(1).flip(3)
+
+    return reduce(torch.add, looks()) / (len(scales) * (1 + mirror))
 
 
 def _cells(height: int, width: int, window: tuple[int, int]) -> list[tuple[Any, ...]]:

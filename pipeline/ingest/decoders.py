@@ -77,7 +77,7 @@ class ClusterDecoder:
     def _fetch(self, samples: Sequence[Sample]) -> Decoded:
         import ray
 
-        sent = [replace(each, image=bytes(each.image), mask=each.mask and bytes(each.mask)) for each in samples]
+        sent = [_copied(sample) for sample in samples]
         arrays, outcomes = ray.get(self._task.remote(sent, self._recipe))
         views = empty_views(samples, self._recipe, self._buffers.take)
         for tensor, array in zip(_tensors(views), arrays, strict=True):
@@ -92,6 +92,12 @@ def _decode(samples: Sequence[Sample], recipe: Recipe) -> tuple[list[np.ndarray]
     return [tensor.numpy() for tensor in _tensors(views)], outcomes
 
 
+def _copied(sample: Sample) -> Sample:
+    """The sample with its bytes: views of memory do not travel."""
+    parts = {name: getattr(sample, name) for name in ("image", "mask", "label")}
+    return replace(sample, **{name: None if part is None else bytes(part) for name, part in parts.items()})
+
+
 def _tensors(views: Views) -> list[Tensor]:
-    masks = [] if views.mask is None else [views.mask]
+    masks = [each for each in (views.mask, views.pseudo) if each is not None]
     return [views.image, *masks, views.valid, *views.strong]

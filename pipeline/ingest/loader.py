@@ -70,7 +70,8 @@ class Loader:
         if spec.unlabeled:
             lanes = config.optim.batch_unlabeled
             plan = LanePlan(select_groups(dataset, split.unlabeled), lanes, config.seed)
-            self._unlabeled = UnlabeledStream(plan, owned_lanes(lanes, rank, world), start, reader)
+            labels = config.data.pseudo_labels
+            self._unlabeled = UnlabeledStream(plan, owned_lanes(lanes, rank, world), start, reader, labels)
         self._ready: queue.Queue[list[Side] | BaseException] = queue.Queue(_steps_ahead(config, recipe, spec, world))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
@@ -137,7 +138,7 @@ def _decoder(config: Config, recipe: Recipe, threads: int, buffers: Buffers) -> 
 
 def _steps_ahead(config: Config, recipe: Recipe, spec: ViewSpec, world: int) -> int:
     """How many steps fit into the memory for views made ahead."""
-    step = config.optim.batch_labeled * view_bytes(recipe, labeled=True)
+    step = config.optim.batch_labeled * view_bytes(recipe, classes=True)
     if spec.unlabeled:
-        step += config.optim.batch_unlabeled * view_bytes(recipe, labeled=False)
+        step += config.optim.batch_unlabeled * view_bytes(recipe, classes=spec.pseudo, strong=spec.strong)
     return max(1, min(PREFETCH_STEPS, PREFETCH_BYTES * world // step))

@@ -3,11 +3,14 @@
 Position j of the global batch is lane j. A lane walks through its own sequence of row groups, a permutation of all
 groups per epoch dealt out over the lanes, and serves the rows of each in a permuted order. Workers own contiguous
 lanes, so who reads changes with their number and what is read does not; any step can be reached by arithmetic.
+A plan never looks at all groups: it knows how many there are, how many rows nearly all of them hold, and which do not.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -22,7 +25,7 @@ class Group:
     root: str
     shard: str
     row_group: int
-    rows: tuple[int, ...]
+    rows: Sequence[int]
     """Positions inside the row group, ascending."""
     ids: tuple[str, ...]
     """Sample ids of these rows."""
@@ -43,7 +46,33 @@ class Unit:
     """Positions in `group.rows`, in the order they are served; rows before the start step are left out."""
 
 
-def select_groups(dataset: Dataset, ids: Sequence[str]) -> list[Group]:
+class GroupTable(Protocol):
+    """The row groups that a plan orders, by number; each is made when it is asked for."""
+
+    rows: int
+    """Rows of every group that is not in `short`."""
+    short: np.ndarray
+    """int64 [n]: numbers of the groups with fewer rows."""
+    counts: np.ndarray
+    """int64 [n]: the rows of those, at least 1."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Group: ...
+
+
+class GroupList(list[Group]):
+    """A table of groups that are all at hand."""
+
+    def __init__(self, groups: Iterable[Group]) -> None:
+        super().__init__(groups)
+        counts = np.array([len(group.rows) for group in self], np.int64)
+        self.rows = int(counts.max(initial=0))
+        self.short = np.flatnonzero(counts < self.rows)
+        self.counts = counts[self.short]
+
+
+def select_groups(dataset: Dataset, ids: Sequence[str]) -> GroupList:
     """The row groups that hold `ids`, with those rows alone, in the order of the index."""
     wanted = set(ids)
     found: dict[tuple[str, int], list[tuple[int, str, int]]] = {}
@@ -55,27 +84,27 @@ def select_groups(dataset: Dataset, ids: Sequence[str]) -> list[Group]:
     for (shard, number), members in found.items():
         rows, names, sizes = zip(*sorted(members), strict=True)
         groups.append(Group(dataset.root, shard, number, rows, names, sum(sizes)))
-    return groups
+    return GroupList(groups)
 
 
 class LanePlan:
     """Which sample stands at lane j of step t."""
 
-    def __init__(self, groups: Sequence[Group], lanes: int, seed: int) -> None:
+    def __init__(self, groups: GroupTable, lanes: int, seed: int) -> None:
         """Args: groups: what to serve, not empty; lanes: global batch size; seed: of the order."""
-        if not groups:
+        if not len(groups):
             raise ValueError("a plan without row groups")
-        self.groups = list(groups)
+        self.groups = groups
         self.lanes = lanes
         self.seed = seed
-        self._counts = np.array([len(group.rows) for group in groups])
 
     def units(self, lanes: Sequence[int], start: int) -> Iterator[Unit]:
         """Endless visits of `lanes` from step `start` on, in the order in which their rows are needed."""
-        return heapq.merge(*(self._lane(lane, start) for lane in lanes), key=lambda unit: (unit.first_step, unit.lane))
+        begins = self._seek(lanes, start)
+        visits = (self._lane(lane, start, *begins[lane]) for lane in lanes)
+        return heapq.merge(*visits, key=lambda unit: (unit.first_step, unit.lane))
 
-    def _lane(self, lane: int, start: int) -> Iterator[Unit]:
-        position, step = self._seek(lane, start)
+    def _lane(self, lane: int, start: int, position: int, step: int) -> Iterator[Unit]:
         while True:
             epoch, number = divmod(position, len(self.groups))
             group = self.groups[int(self._permutation(epoch)(np.array([number]))[0])]
@@ -86,21 +115,45 @@ class LanePlan:
             step += len(order)
             position += self.lanes
 
-    def _seek(self, lane: int, start: int) -> tuple[int, int]:
-        """The unit that holds row `start` of a lane, and the lane's step at that unit's first row."""
-        step, total = 0, len(self.groups)
-        position = lane
-        while True:
-            epoch = position // total
-            positions = np.arange(position, (epoch + 1) * total, self.lanes)
-            ends = step + self._counts[self._permutation(epoch)(positions % total)].cumsum()
-            passed = int(np.searchsorted(ends, start, side="right"))
-            if passed < len(positions):
-                return int(positions[passed]), int(ends[passed - 1]) if passed else step
-            position, step = int(positions[-1]) + self.lanes, int(ends[-1])
+    def _seek(self, lanes: Sequence[int], start: int) -> dict[int, tuple[int, int]]:
+        """The unit in which each lane serves its row `start`, and the lane's step at that unit's first row.
+
+        Counted as if all groups were full, less what the short ones lack: nothing here grows with the table.
+        """
+        table, found, ahead = self.groups, {}, {lane: (lane, 0) for lane in lanes}
+        lacks, epoch = table.rows - table.counts, 0
+        while ahead:
+            first, end = epoch * len(table), (epoch + 1) * len(table)
+            places = first + self._permutation(epoch).inverse(table.short)
+            for lane, (position, step) in list(ahead.items()):
+                ours = places % self.lanes == lane
+                visits = _Visits(table.rows, places[ours] // self.lanes - position // self.lanes, lacks[ours])
+                units = len(range(position, end, self.lanes))
+                if step + visits.rows(units) > start:
+                    unit = bisect_right(range(units), start - step, key=visits.rows) - 1
+                    found[lane] = (position + unit * self.lanes, step + visits.rows(unit))
+                    del ahead[lane]
+                else:
+                    ahead[lane] = (position + units * self.lanes, step + visits.rows(units))
+            epoch += 1
+        return found
 
     def _permutation(self, epoch: int) -> Permutation:
         return Permutation(len(self.groups), self.seed, "groups", epoch)
+
+
+class _Visits:
+    """How many rows a lane has served before its k-th unit of an epoch."""
+
+    def __init__(self, rows: int, short: np.ndarray, lacks: np.ndarray) -> None:
+        """Args: rows: of a full unit; short: which units are not, in any order; lacks: how many rows they lack."""
+        order = np.argsort(short)
+        self._rows, self._short = rows, short[order]
+        self._lacking = np.concatenate([[0], lacks[order].cumsum()])
+
+    def rows(self, units: int) -> int:
+        """Rows of the first `units` units."""
+        return self._rows * units - int(self._lacking[np.searchsorted(self._short, units)])
 
 
 def owned_lanes(lanes: int, rank: int, world: int) -> range:

@@ -1,6 +1,7 @@
 """Randomness of ingest: keyed by names, never by the order in which threads or workers arrive."""
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -35,12 +36,20 @@ class Permutation:
         Raises:
             ValueError: an index out of range (cycle walking would never end).
         """
+        return self._cycled(index, self._walk)
+
+    def inverse(self, index: np.ndarray) -> np.ndarray:
+        """Where the images of `index` come from: undoes a call; takes, gives and raises the same."""
+        return self._cycled(index, self._walk_back)
+
+    def _cycled(self, index: np.ndarray, walk: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Walks on from each index until the network, which permutes a power of 4, is back in range(n)."""
         values = np.asarray(index).astype(np.uint64)
         if values.size and int(values.max()) >= self.n:
             raise ValueError(f"index {int(values.max())} in a permutation of {self.n}")
-        values = self._walk(values)
+        values = walk(values)
         while (outside := values >= self.n).any():
-            values = np.where(outside, self._walk(values), values)
+            values = np.where(outside, walk(values), values)
         return values.astype(np.int64)
 
     def _walk(self, values: np.ndarray) -> np.ndarray:
@@ -48,6 +57,13 @@ class Permutation:
         left, right = values >> half, values & self._mask
         for round_key in self._keys:
             left, right = right, left ^ (_mixed(right ^ round_key) & self._mask)
+        return (left << half) | right
+
+    def _walk_back(self, values: np.ndarray) -> np.ndarray:
+        half = np.uint64(self._half)
+        left, right = values >> half, values & self._mask
+        for round_key in self._keys[::-1]:
+            left, right = right ^ (_mixed(left ^ round_key) & self._mask), left
         return (left << half) | right
 
 

@@ -2,22 +2,32 @@
 
 One interface: `read(units) -> (unit, table)` in the order of the units, the table holding `id` and `image` of the
 unit's group, and `retries`, how often the storage had to be asked again for them (int32, on the first row). The
-unlabeled side asks the storage for no other column, so no method can see an unlabeled mask.
+unlabeled side asks a dataset for no other column, so no method can see an unlabeled mask; what a network saw in the
+images, its pseudo-labels, comes from files of their own.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import pickle
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
 from pipeline.datasets.format import read_group
-from pipeline.ingest.plan import Unit
+from pipeline.datasets.pseudo import read_labels
+from pipeline.ingest.plan import Group, Unit
 
-Reader = Callable[[Iterable[Unit]], Iterator[tuple[Unit, pa.Table]]]
+
+class Reader(Protocol):
+    """How the unlabeled stream is read."""
+
+    def __call__(self, units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
+        """Reads `id` and `image`, and `label` if a place of pseudo-labels is named."""
+        ...
+
 
 ITEM_BYTES = 24 << 20
 """Encoded bytes that one Ray task reads: an item costs about 60 ms of CPU whatever its size."""
@@ -28,14 +38,13 @@ SEGMENT_ITEMS = 4
 """Items per Ray Data execution; two segments are held in the object store at a time."""
 
 
-def read_inline(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+def read_inline(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
     """Reads in this thread, without Ray: the reference order, for tests and single processes."""
     for unit in units:
-        group = unit.group
-        yield unit, read_rows(group.root, group.shard, group.row_group, group.rows)
+        yield unit, read_rows(unit.group, labels)
 
 
-def read_ray(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+def read_ray(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
     """Reads through a chain of small Ray Data executions, the next one started when the one before is consumed.
 
     A long execution must not stay open behind a slow consumer: once its budget is full, Ray Data's scheduling thread
@@ -43,22 +52,23 @@ def read_ray(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
     """
     segments = _segments(iter(units))
     with ThreadPoolExecutor(1, thread_name_prefix="segment") as pool:
-        pending = pool.submit(_execute, next(segments))
+        pending = pool.submit(_execute, next(segments), labels)
         while True:
             segment, blocks = pending.result()
-            pending = pool.submit(_execute, next(segments))
+            pending = pool.submit(_execute, next(segments), labels)
             for items, block in zip(segment, blocks, strict=True):
                 yield from _split(items, block)
 
 
-def read_rows(root: str, shard: str, row_group: int, rows: Iterable[int]) -> pa.Table:
-    """`id`, `image` and `retries` of some rows of a row group."""
+def read_rows(group: Group, labels: str | None = None) -> pa.Table:
+    """`id`, `image` and `retries` of the rows of a group, and `label` if a place of pseudo-labels is named."""
     before = storage.retries()
-    table = read_group(root, shard, row_group, ["id", "image"])
-    wanted = list(rows)
-    if len(wanted) != table.num_rows:
-        table = table.take(wanted)
-    counts = np.zeros(len(wanted), np.int32)
+    table = read_group(group.root, group.shard, group.row_group, ["id", "image"])
+    if len(group.rows) < table.num_rows:
+        table = table.take(list(group.rows))
+    if labels is not None:
+        table = table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids or ()))
+    counts = np.zeros(len(group.rows), np.int32)
     counts[:1] = storage.retries() - before
     return table.append_column("retries", pa.array(counts))
 
@@ -82,7 +92,7 @@ def _segments(units: Iterator[Unit]) -> Iterator[list[list[Unit]]]:
         yield segment
 
 
-def _execute(segment: list[list[Unit]]) -> tuple[list[list[Unit]], list[pa.Table]]:
+def _execute(segment: list[list[Unit]], labels: str | None) -> tuple[list[list[Unit]], list[pa.Table]]:
     """One bounded Ray Data execution: a task and a block per item."""
     import ray.data
 
@@ -90,11 +100,8 @@ def _execute(segment: list[list[Unit]]) -> tuple[list[list[Unit]], list[pa.Table
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
-    groups = [
-        {"groups": [(u.group.root, u.group.shard, u.group.row_group, list(u.group.rows)) for u in item]}
-        for item in segment
-    ]
-    dataset = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
+    items = [{"item": pickle.dumps(([unit.group for unit in item], labels))} for item in segment]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _read_item, batch_size=None, num_cpus=READ_CPUS
     )
     blocks: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
@@ -103,7 +110,8 @@ def _execute(segment: list[list[Unit]]) -> tuple[list[list[Unit]], list[pa.Table
 
 def _read_item(batch: Any) -> pa.Table:
     """Runs in a Ray task: the groups of one item, back to back."""
-    return pa.concat_tables(read_rows(*group) for groups in batch["groups"] for group in groups)
+    items = map(pickle.loads, batch["item"])
+    return pa.concat_tables(read_rows(group, labels) for groups, labels in items for group in groups)
 
 
 def _split(item: list[Unit], block: pa.Table) -> Iterator[tuple[Unit, pa.Table]]:

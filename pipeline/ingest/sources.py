@@ -23,6 +23,9 @@ class Sample:
     id: str
     image: memoryview | bytes
     mask: memoryview | bytes | None
+    """The truth, on the labeled side alone."""
+    label: memoryview | bytes | None = None
+    """What an earlier network saw, where pseudo-labels are used."""
 
 
 class LabeledSet:
@@ -70,11 +73,13 @@ def _labeled_rows(group: Group) -> list[tuple[str, tuple[bytes, bytes]]]:
 class UnlabeledStream:
     """The samples of this rank's lanes, step by step, read ahead of need in the plan's order."""
 
-    def __init__(self, plan: LanePlan, lanes: Sequence[int], start: int, reader: Reader) -> None:
+    def __init__(
+        self, plan: LanePlan, lanes: Sequence[int], start: int, reader: Reader, labels: str | None = None
+    ) -> None:
         self.retries = 0
         """How often the storage had to be asked again."""
         self._lanes = lanes
-        self._units = reader(plan.units(lanes, start))
+        self._units = reader(plan.units(lanes, start), labels)
         self._queues: dict[int, deque[Sample]] = {lane: deque() for lane in lanes}
 
     def __iter__(self) -> Iterator[list[Sample]]:
@@ -88,8 +93,16 @@ class UnlabeledStream:
             unit, table = next(self._units)
             self.retries += sum(table["retries"].to_pylist())
             images = table["image"].combine_chunks()
+            labels = table["label"].combine_chunks() if "label" in table.column_names else None
             self._queues[unit.lane].extend(
-                Sample(unit.epoch, unit.group.ids[row], _view(images, row), None) for row in unit.order
+                Sample(
+                    unit.epoch,
+                    unit.group.ids[row],
+                    _view(images, row),
+                    None,
+                    None if labels is None else _view(labels, row),
+                )
+                for row in unit.order
             )
         return queue.popleft()
 

@@ -37,7 +37,7 @@ class IngestStats:
             UserError: too many are skipped.
         """
         self.samples += 1
-        self.encoded += len(sample.image) + len(sample.mask or b"")
+        self.encoded += sum(len(part) for part in (sample.image, sample.mask, sample.label) if part is not None)
         self.decoding += outcome.seconds
         if not outcome.problem:
             return

@@ -11,6 +11,7 @@ from pipeline.methods.gct import GCT
 from pipeline.methods.mean_teacher import MeanTeacher
 from pipeline.methods.pc2seg import PC2Seg
 from pipeline.methods.pseudoseg import PseudoSeg
+from pipeline.methods.self_training import SelfTraining
 from pipeline.methods.suponly import SupOnly
 from pipeline.methods.u2pl import U2PL
 from pipeline.methods.u2pl_ael import U2PLAEL
@@ -18,6 +19,7 @@ from pipeline.methods.unimatch import UniMatch
 
 METHODS: dict[str, type[Method]] = {
     "suponly": SupOnly,
+    "self_training": SelfTraining,
     "mean_teacher": MeanTeacher,
     "cutmix_seg": CutMixSeg,
     "cct": CCT,

@@ -130,9 +130,13 @@ class Method(nn.Module, ABC):
         Raises:
             ValueError: they are not there.
         """
-        labeled, unlabeled, strong = batch.labeled, batch.unlabeled, self.views.strong
-        if labeled.mask is None or unlabeled is None or len(unlabeled.strong) < strong:
-            raise ValueError(f"{type(self).__name__} needs labels, and unlabeled images with {strong} strong views")
+        labeled, unlabeled, spec = batch.labeled, batch.unlabeled, self.views
+        if labeled.mask is None or unlabeled is None or len(unlabeled.strong) < spec.strong:
+            raise ValueError(
+                f"{type(self).__name__} needs labels, and unlabeled images with {spec.strong} strong views"
+            )
+        if spec.pseudo and unlabeled.pseudo is None:
+            raise ValueError(f"{type(self).__name__} needs labels of the unlabeled images, made beforehand")
         return labeled, unlabeled
 
     def supervised(self, prediction: Prediction, labeled: Views, world: World) -> Tensor:

@@ -9,6 +9,7 @@ from pipeline import checkpoint, cli, cluster, storage
 from pipeline.checkpoint import Progress
 from pipeline.config import Config, as_dict, identity, read_file, to_yaml
 from pipeline.datasets.format import Dataset, open_dataset
+from pipeline.datasets.pseudo import open_labels
 from pipeline.datasets.shapes import prepare_shapes
 from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
@@ -46,7 +47,7 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
         UserError: something in the config, the data or the run directory cannot be used; found before any worker
             starts as far as possible.
     """
-    config = _placed(config)
+    config = placed(config)
     assert config.data.root is not None
     assert config.out is not None
     dataset = open_dataset(config.data.root)
@@ -54,6 +55,7 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
     check_batch(config, split)
     check_val(dataset)
     check_weights(config)
+    check_labels(config, dataset)
     _claim(config, fresh)
     done = storage.join(config.out, SUMMARY_FILE)
     if storage.exists(done):
@@ -70,8 +72,12 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
     return progress
 
 
-def _placed(config: Config) -> Config:
-    """The config with absolute places for data and results, valid on every worker."""
+def placed(config: Config) -> Config:
+    """The config with absolute places for data and results, valid on every worker.
+
+    Raises:
+        UserError: no dataset is named.
+    """
     root = config.data.root
     if root is None:
         raise UserError("no dataset named: pass --data PATH or s3://bucket/prefix (only --preset demo makes its own)")
@@ -81,7 +87,10 @@ def _placed(config: Config) -> Config:
     out = config.out or f"runs/{default_name(config, root)}"
     if storage.is_local(out):
         out = str(cluster.default_root() / Path(out.removeprefix("file://")).expanduser())
-    data = replace(config.data, root=storage.absolute(root))
+    labels = config.data.pseudo_labels
+    data = replace(
+        config.data, root=storage.absolute(root), pseudo_labels=None if labels is None else storage.absolute(labels)
+    )
     weights = config.model.weights
     model = config.model if weights in BUILT_IN_WEIGHTS else replace(config.model, weights=storage.absolute(weights))
     return replace(config, data=data, model=model, out=storage.absolute(out))
@@ -130,6 +139,21 @@ def check_weights(config: Config) -> None:
     weights = config.model.weights
     if weights not in BUILT_IN_WEIGHTS and not storage.exists(weights):
         raise UserError(f"model.weights {weights}: no such file; name one, or torchvision, or none")
+
+
+def check_labels(config: Config, dataset: Dataset) -> None:
+    """Whether pseudo-labels are there exactly if the method needs them.
+
+    Raises:
+        UserError: they are missing, of other images, or nobody would look at them.
+    """
+    labels, needed = config.data.pseudo_labels, METHODS[config.method].views.pseudo
+    if needed and labels is None:
+        raise UserError(f"method {config.method} needs data.pseudo_labels; jobs/self_training.py makes and uses them")
+    if labels is not None and not needed:
+        raise UserError(f"data.pseudo_labels: method {config.method} uses none; leave it out")
+    if labels is not None:
+        open_labels(labels, dataset)
 
 
 def _claim(config: Config, fresh: bool) -> None:

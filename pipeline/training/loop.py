@@ -14,6 +14,7 @@ from pipeline.batch import Batch
 from pipeline.checkpoint import Progress, Score
 from pipeline.config import Config
 from pipeline.datasets.format import open_dataset
+from pipeline.datasets.pseudo import open_labels
 from pipeline.datasets.splits import load_split
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import evaluate
@@ -114,8 +115,9 @@ class Session:
 
     def data(self) -> dict[str, Any]:
         """What the run reads, so that a resume with other data is refused."""
-        info = self.dataset.info
-        return {"index": info.index_hash, "split": self.split.digest, "classes": list(info.classes)}
+        info, labels = self.dataset.info, self.config.data.pseudo_labels
+        made = {"pseudo_labels": open_labels(labels, self.dataset).digest} if labels else {}
+        return {"index": info.index_hash, "split": self.split.digest, "classes": list(info.classes), **made}
 
     def _compiles(self, classes: int) -> bool:
         """Whether to compile the losses: at small sizes on a CPU it takes longer than it saves."""

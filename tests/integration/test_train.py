@@ -3,11 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,7 @@ from pipeline.methods import OPTIONS
 from pipeline.training.hosts import PlainHost
 from pipeline.training.launch import launch
 from pipeline.training.loop import train
-from tests.jobs import load
+from tests.jobs import Job, environment, load
 from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server, free_ports
 
@@ -135,42 +132,6 @@ class TestWorkers:
 def _registered(run: str) -> bool:
     file = Path(run) / "checkpoint_manager_snapshot.json"
     return file.exists() and "step_" in file.read_text()
-
-
-@pytest.fixture
-def ray_folder() -> Iterator[str]:
-    """A folder of Ray's own, so that no other cluster of this machine is found; short, as it holds sockets."""
-    with tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield folder
-
-
-class Job:
-    """A job as a user starts it, with everything below it ended at the end of the block."""
-
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-        self.log = log
-        with log.open("ab") as out:
-            self._process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=out)
-        self.pid = self._process.pid
-
-    def __enter__(self) -> "Job":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        kill(*descendants(self.pid), self.pid)
-        self._process.wait()
-
-    def wait(self, seconds: float = 240) -> int:
-        return self._process.wait(seconds)
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
-
-def environment(ray_folder: str, s3: S3Server) -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, **s3.environment(), "RAY_TMPDIR": ray_folder, "PATH": path}
 
 
 def train_command(*flags: str) -> list[str]:

@@ -14,6 +14,7 @@ from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.cli import resolve
 from pipeline.config import Config
 from pipeline.datasets import format as formats
+from pipeline.datasets.decode import decode_mask
 from pipeline.datasets.format import open_dataset
 from pipeline.datasets.images import encode_png
 from pipeline.datasets.splits import load_split
@@ -118,7 +119,7 @@ def test_no_unlabeled_mask_can_be_reached(shapes, monkeypatch):
 
 
 def test_a_method_without_unlabeled_images_reads_none(shapes):
-    def unread(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+    def unread(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
         raise AssertionError("nobody asked for this")
 
     batches = _take(_config(shapes), 3, spec=ViewSpec(unlabeled=False), reader=unread)
@@ -225,8 +226,8 @@ def test_strong_views_move_with_the_batch(shapes):
 def _spoiling(ids: set[str]) -> Reader:
     """The inline reader, with the images of `ids` damaged."""
 
-    def read(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-        for unit, table in read_inline(units):
+    def read(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
+        for unit, table in read_inline(units, labels):
             rows = [{**row, "image": DAMAGED} if row["id"] in ids else row for row in table.to_pylist()]
             yield unit, pa.Table.from_pylist(rows, table.schema)
 
@@ -290,8 +291,8 @@ def test_too_many_damaged_samples_end_the_run(shapes):
 def test_removed_images_are_skipped(shapes, caplog):
     """A pool may lose an image after it was listed: its bytes are empty then."""
 
-    def read(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-        for unit, table in read_inline(units):
+    def read(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
+        for unit, table in read_inline(units, labels):
             rows = [{**row, "image": b""} for row in table.to_pylist()[:1]] + table.to_pylist()[1:]
             yield unit, pa.Table.from_pylist(rows, table.schema)
 
@@ -350,7 +351,7 @@ class _Trouble(Exception):
 
 
 def test_trouble_of_the_reader_reaches_the_training_loop(shapes):
-    def read(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+    def read(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
         for number, item in enumerate(read_inline(units)):
             if number == 20:
                 raise _Trouble
@@ -380,7 +381,7 @@ def test_close_does_not_wait_for_storage_that_hangs(shapes, monkeypatch):
     monkeypatch.setattr(loaders, "CLOSE_SECONDS", 0.2)
     reached, hold = threading.Event(), threading.Event()
 
-    def hanging(units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+    def hanging(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
         reached.set()
         hold.wait(60)
         yield from read_inline(units)
@@ -430,3 +431,38 @@ def test_lanes_must_divide(shapes):
     with pytest.raises(ValueError, match="4 lanes over 3 ranks"):
         _loader(_config(shapes), world=3)
     assert owned_lanes(4, 1, 2) == range(2, 4)
+
+
+# ---- pseudo-labels --------------------------------------------------------------------------------------------
+
+
+def test_pseudo_labels_belong_to_the_pixels_of_their_image(shapes, pseudo_labels):
+    """They are the truth here: where the window shows the image, each pixel has the class that its colour says."""
+    config = _config(shapes, pseudo_labels=pseudo_labels, scale=[1.0, 1.0])
+    masks = {}
+    for group in select_groups(open_dataset(shapes), load_split(open_dataset(shapes), "1_4").unlabeled):
+        table = readers.read_group(shapes, group.shard, group.row_group, ["id", "mask"])
+        masks.update(zip(*(table[name].to_pylist() for name in ("id", "mask")), strict=True))
+    for batch in _take(config, 4, spec=STRONG):
+        labeled, unlabeled = _views(batch)
+        assert labeled.pseudo is None
+        assert unlabeled.mask is None
+        assert unlabeled.pseudo is not None
+        assert torch.equal(unlabeled.pseudo == 255, ~unlabeled.valid)
+        for name, label in zip(unlabeled.ids, unlabeled.pseudo, strict=True):
+            stored = decode_mask(masks[name])
+            crops = [
+                side[y : y + 40, x : x + 32] for side in (stored, stored[:, ::-1]) for y in range(25) for x in range(33)
+            ]
+            assert any(np.array_equal(crop, label.numpy()) for crop in crops)
+
+
+def test_pseudo_labels_change_nothing_else(shapes, pseudo_labels):
+    plain, labeled = (_take(_config(shapes, **data), 4, spec=STRONG) for data in ({}, {"pseudo_labels": pseudo_labels}))
+    assert _same(plain, labeled)
+
+
+def test_pseudo_labels_of_another_split_are_refused(shapes, pseudo_labels):
+    config = dataclasses.replace(_config(shapes, pseudo_labels=pseudo_labels), split="1_8")
+    with pytest.raises(UserError, match="no pseudo-label of"):
+        _take(config, 60)

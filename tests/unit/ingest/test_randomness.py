@@ -7,8 +7,16 @@ from pipeline.ingest.randomness import Permutation, generator
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 64, 65, 100, 1000, 4097])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_permutation_is_bijective(n, seed):
-    images = Permutation(n, seed, "x")(np.arange(n))
+    permutation = Permutation(n, seed, "x")
+    images = permutation(np.arange(n))
     assert sorted(images.tolist()) == list(range(n))
+    assert permutation.inverse(images).tolist() == list(range(n))
+    assert permutation(permutation.inverse(np.arange(n))).tolist() == list(range(n))
+
+
+def test_the_inverse_needs_no_table():
+    permutation, index = Permutation(10**15, 3, "groups", 7), np.array([0, 1, 12345678901234, 10**15 - 1])
+    assert permutation.inverse(permutation(index)).tolist() == index.tolist()
 
 
 def test_it_depends_on_its_parts_alone():
@@ -30,6 +38,8 @@ def test_every_order_of_three_occurs():
 def test_out_of_range_is_refused_instead_of_walking_for_ever():
     with pytest.raises(ValueError, match="index 5 in a permutation of 5"):
         Permutation(5)(np.array([0, 5]))
+    with pytest.raises(ValueError, match="index 5 in a permutation of 5"):
+        Permutation(5).inverse(np.array([0, 5]))
     with pytest.raises(ValueError, match="permutation of 0"):
         Permutation(0)
 

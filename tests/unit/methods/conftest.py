@@ -46,7 +46,10 @@ def build() -> Build:
 
 
 def views(count: int, *, masked: bool, seed: int = 0, classes: int = CLASSES) -> Views:
-    """Images of noise whose masks follow their brightness, in blocks; the strong views are brighter and darker."""
+    """Images of noise whose masks follow their brightness, in blocks; the strong views are brighter and darker.
+
+    Unlabeled images have pseudo-labels instead of masks, for the methods that ask for them.
+    """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, classes, (count, SIZE // 6, SIZE // 6), generator=generator)
     mask = coarse.repeat_interleave(6, 1).repeat_interleave(6, 2)
@@ -58,7 +61,7 @@ def views(count: int, *, masked: bool, seed: int = 0, classes: int = CLASSES) ->
     ids = tuple(f"{'l' if masked else 'u'}{seed}{i}" for i in range(count))
     shifts = () if masked else torch.randint(-20, 20, (STRONG, count, 3, 1, 1), generator=generator)
     strong = tuple((image + shift).clamp(0, 255).to(torch.uint8) for shift in shifts)
-    return Views(image, mask if masked else None, valid, ids, strong)
+    return Views(image, mask if masked else None, valid, ids, strong, None if masked else mask)
 
 
 def batch(count: int = 2, seed: int = 0, classes: int = CLASSES) -> Batch:

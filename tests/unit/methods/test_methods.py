@@ -152,6 +152,9 @@ def test_it_says_what_a_batch_lacks(name, build):
     if method.views.strong:
         assert on.unlabeled is not None
         lacking.append(Batch(on.labeled, dataclasses.replace(on.unlabeled, strong=())))
+    if method.views.pseudo:
+        assert on.unlabeled is not None
+        lacking.append(Batch(on.labeled, dataclasses.replace(on.unlabeled, pseudo=None)))
     for less in lacking:
         with pytest.raises(ValueError, match=r"needs labels|has masks"):
             method(less, step(0))

@@ -35,9 +35,9 @@ def test_a_step_traces_without_values(case, build):
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(side: Views) -> Views:
-        mask = None if side.mask is None else mode.from_tensor(side.mask)
+        mask, pseudo = (None if each is None else mode.from_tensor(each) for each in (side.mask, side.pseudo))
         strong = tuple(map(mode.from_tensor, side.strong))
-        return Views(mode.from_tensor(side.image), mask, mode.from_tensor(side.valid), side.ids, strong)
+        return Views(mode.from_tensor(side.image), mask, mode.from_tensor(side.valid), side.ids, strong, pseudo)
 
     on = batch()
     assert on.unlabeled is not None

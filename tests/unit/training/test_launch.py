@@ -67,16 +67,16 @@ def test_decoding_tasks_need_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: str) -> None:
     monkeypatch.chdir(tmp_path)
-    placed = launch._placed(_config("--data", shapes, "--out", "runs/a"))
+    placed = launch.placed(_config("--data", shapes, "--out", "runs/a"))
     assert placed.out == str(tmp_path / "runs/a")
-    assert launch._placed(_config("--data", shapes)).out == str(tmp_path / "runs/shapes-u2pl-1_2-s0")
+    assert launch.placed(_config("--data", shapes)).out == str(tmp_path / "runs/shapes-u2pl-1_2-s0")
     with pytest.raises(UserError, match="no dataset named"):
-        launch._placed(cli.parse_config(["--preset", "camvid"], "", OPTIONS)[0])
+        launch.placed(cli.parse_config(["--preset", "camvid"], "", OPTIONS)[0])
     job = tmp_path / "working_dir_files" / "package"  # where a submitted job runs; Ray deletes it
     job.mkdir(parents=True)
     monkeypatch.chdir(job)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert launch._placed(_config("--data", shapes, "--out", "runs/a")).out == str(tmp_path / "home/u2pl-ray/runs/a")
+    assert launch.placed(_config("--data", shapes, "--out", "runs/a")).out == str(tmp_path / "home/u2pl-ray/runs/a")
 
 
 @pytest.mark.parametrize(("asked", "gpus", "named"), [(3, 0, "1, 2, 4"), (4, 2, "2 GPUs")])

@@ -1,0 +1,180 @@
+"""Labels a pool of images with a trained network, in parallel on Ray Data: each task reads and labels one shard."""
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline import checkpoint, cluster, storage
+from pipeline.datasets import pseudo
+from pipeline.datasets.decode import DecodeError, decode_image
+from pipeline.datasets.format import IGNORE_INDEX, SCHEMA_VERSION, Dataset, open_dataset
+from pipeline.datasets.images import encode_png
+from pipeline.datasets.prepare import progress
+from pipeline.datasets.pseudo import LABEL_SCHEMA, LabelsInfo
+from pipeline.datasets.splits import Split
+from pipeline.errors import UserError
+from pipeline.inference.evaluate import scorer
+from pipeline.inference.predict import averaged
+from pipeline.inference.restore import autocast, restore
+from pipeline.ingest.plan import Group, select_groups
+from pipeline.ingest.readers import read_rows
+from pipeline.ops.entropy import entropy
+
+SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
+"""Of the averaged looks (ST++ release, base.py)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes the labels."""
+
+    root: str
+    """The dataset."""
+    checkpoint: str
+    """Folder of the network that labels."""
+    tta: bool
+    """Average over `SCALES` and mirrored images."""
+    keep: float
+    """Share of each image's pixels that get a label, those of the smallest entropy."""
+
+    def digest(self, dataset: Dataset) -> str:
+        """Hash of all that the labels depend on."""
+        sha = checkpoint.read_meta(self.checkpoint)["sha256"]
+        values = [SCHEMA_VERSION, dataset.info.index_hash, sha, self.tta, self.keep]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+class ShardJob(NamedTuple):
+    """One shard to label."""
+
+    out: str
+    digest: str
+    groups: list[Group]
+    """Its row groups, with the images to label alone."""
+
+
+def label_pool(recipe: Recipe, split: Split, out: str) -> LabelsInfo:
+    """Labels the unlabeled images of a split; nothing is done if they are labeled already.
+
+    Interrupted, it goes on with the shards that are missing.
+
+    Args:
+        recipe: network and options.
+        split: whose unlabeled side to label.
+        out: where to write the set of labels.
+
+    Raises:
+        UserError: other labels are there, or the storage refuses.
+    """
+    dataset = open_dataset(recipe.root)
+    digest = f"{recipe.digest(dataset)}-{hashlib.sha256(repr(sorted(split.unlabeled)).encode()).hexdigest()[:12]}"
+    if storage.exists(storage.join(out, pseudo.LABELS_FILE)):
+        info = pseudo.open_labels(out, dataset)
+        if info.digest != digest:
+            raise UserError(f"{out} holds labels of another network or by other options; use --fresh or another --out")
+        return info
+    jobs: dict[str, ShardJob] = {}
+    for group in select_groups(dataset, split.unlabeled):
+        jobs.setdefault(group.shard, ShardJob(out, digest, [])).groups.append(group)
+    _run(recipe, list(jobs.values()))
+    info = LabelsInfo(
+        digest=digest, index_hash=dataset.info.index_hash, images=len(split.unlabeled), shards=tuple(jobs)
+    )
+    pseudo.write_info(out, info)
+    return info
+
+
+def _run(recipe: Recipe, jobs: list[ShardJob]) -> None:
+    """Labels shards on the cluster, each on one GPU or, without any, on one CPU."""
+    cluster.connect()
+    cluster.quiet_data()
+    import ray.data
+
+    gpus = 1 if cluster.cpus_and_gpus()[1] else 0
+    items = [{"job": pickle.dumps((recipe, job))} for job in jobs]
+    results = ray.data.from_items(items, override_num_blocks=len(items)).map(_task, num_cpus=1, num_gpus=gpus)
+    for result in progress(results.iter_rows(), len(items), "label"):
+        if result["error"]:
+            raise UserError(result["error"])
+
+
+def _task(item: dict[str, Any]) -> dict[str, str]:
+    """One shard, in a Ray worker. A user's mistake comes back as text: Ray would wrap it in a traceback."""
+    recipe, job = pickle.loads(item["job"])
+    try:
+        _labeler(recipe).label(job)
+    except UserError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+@lru_cache(maxsize=1)
+def _labeler(recipe: Recipe) -> "Labeler":
+    """The network, loaded once in a worker that is used again."""
+    torch.set_num_threads(1)
+    return Labeler(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+class Labeler:
+    """A network that labels shards. Knows nothing of Ray."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        """Loads the network.
+
+        Raises:
+            UserError: the checkpoint or the dataset cannot be used.
+        """
+        self._recipe, self._device = recipe, device
+        self._config, method = restore(recipe.checkpoint, device)
+        self._logits = scorer(method.predictor().eval(), open_dataset(recipe.root), self._config.eval)
+
+    def label(self, job: ShardJob) -> None:
+        """Labels and writes one shard, unless an earlier attempt did."""
+        shard = job.groups[0].shard
+        if pseudo.has_labels(job.out, shard, job.digest):
+            return
+        tables = {group.row_group: self._table(group) for group in job.groups}
+        pseudo.write_labels(job.out, shard, tables, job.digest)
+
+    def _table(self, group: Group) -> pa.Table:
+        images = read_rows(group)["image"]
+        labels = [encode_png(self.classes(memoryview(image.as_buffer()))) for image in images]
+        return pa.table([pa.array(group.ids, pa.string()), pa.array(labels, pa.binary())], LABEL_SCHEMA)
+
+    @torch.no_grad()
+    def classes(self, encoded: bytes | memoryview) -> np.ndarray:
+        """What the network sees in an image.
+
+        Args:
+            encoded: a JPEG or PNG file.
+
+        Returns:
+            uint8 [H,W]: the most probable class; 255 where the entropy is above the `keep` quantile of the image. A
+            damaged image is one ignored pixel: training leaves it out.
+        """
+        try:
+            pixels = decode_image(encoded)
+        except DecodeError:
+            return np.full((1, 1), IGNORE_INDEX, np.uint8)
+        image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).to(self._device)
+        scales = [self._config.eval.scale * scale for scale in (SCALES if self._recipe.tta else (1.0,))]
+        with autocast(self._device, self._config.run):
+            probability = averaged(self._logits, image, scales, mirror=self._recipe.tta)
+        label = probability.argmax(1)
+        if self._recipe.keep < 1:
+            doubt = entropy(probability.clamp_min(1e-30).log())
+            label[doubt > _quantile(doubt, self._recipe.keep)] = IGNORE_INDEX
+        return label[0].byte().cpu().numpy()
+
+
+def _quantile(values: torch.Tensor, share: float) -> torch.Tensor:
+    """The value that `share` of all values do not exceed (torch.quantile refuses more than 16 million)."""
+    rank = max(1, round(share * values.numel()))
+    return values.flatten().kthvalue(rank).values

@@ -1,0 +1,82 @@
+"""Naive self-training, the student: cross entropy over labeled images and pseudo-labeled ones alike.
+
+The last of three stages; `pipeline.training.self_training` runs them all. The first is SupOnly, whose network then
+labels the pool once. With strong views this is ST of the ST++ authors (Yang et al., CVPR 2022; main.py, dataset/semi.py
+of its release); without, the plain recipe.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.config import Config, convert, require_share
+from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.fixmatch import kept_share
+from pipeline.models import SegmentationModel
+from pipeline.ops.boxes import small_box_masks
+from pipeline.ops.entropy import IGNORE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTrainingOptions:
+    """Naive self-training; the defaults are ST's, of the ST++ release."""
+
+    strong: bool = True
+    """Change the colours of pseudo-labeled images and cut holes into them (ST); false: plain weak views."""
+    cutout: float = 0.5
+    """Probability of a hole in a strong view (release: 0.5)."""
+    tta: bool = True
+    """Label with the mean of five scales, mirrored and not, as the release does; false: of the image as it is."""
+    keep: float = 1.0
+    """Share of each image's pixels that get a label, the most certain ones (release: all)."""
+
+    def __post_init__(self) -> None:
+        require_share("self_training", self, "cutout", "keep")
+
+
+class SelfTraining(Method):
+    """One network, initialised anew."""
+
+    Options = SelfTrainingOptions
+    views = ViewSpec(unlabeled=True, strong=1, pseudo=True)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        values = config.methods.get("self_training", {})
+        self.options: SelfTrainingOptions = convert(SelfTrainingOptions, values, "self_training")
+        self.student = self.build_network(features=False)
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The student alone."""
+        return {"student": self.student}
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_s over the union, each pixel of either side with equal weight."""
+        labeled, unlabeled = self.sides(batch)
+        assert unlabeled.pseudo is not None  # `sides` has looked
+        image, label = self._seen(unlabeled, unlabeled.pseudo, step)
+        union = Views(
+            torch.cat([labeled.image, image]),
+            torch.cat([labeled.truth, label]),
+            torch.cat([labeled.valid, unlabeled.valid]),
+            labeled.ids + unlabeled.ids,
+        )
+        loss = self.supervised(self.student(union.image), union, step.world)
+        return Losses({"supervised": loss}, {"kept": kept_share(label, unlabeled.valid)})
+
+    def _seen(self, pool: Views, label: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The view of pseudo-labeled images that is trained on, and its labels: none where a hole is, which is noise.
+
+        Args:
+            pool: the unlabeled side.
+            label: int64 [B,H,W].
+            step: decides where holes are.
+        """
+        if not self.options.strong:
+            return pool.image, label
+        draws = step.uniform_per_image("cutout", (len(label), 5), label.device)
+        hole = small_box_masks(draws[:, :4], pool.size) & (draws[:, 4] < self.options.cutout).view(-1, 1, 1)
+        noise = step.uniform_per_image("noise", tuple(pool.image.shape), label.device).mul(256).to(torch.uint8)
+        return torch.where(hole.unsqueeze(1), noise, pool.strong[0]), label.masked_fill(hole, IGNORE)

@@ -1,0 +1,120 @@
+import io
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline import checkpoint
+from pipeline.cli import resolve
+from pipeline.datasets import pseudo
+from pipeline.datasets.decode import decode_image, decode_mask
+from pipeline.datasets.format import open_dataset
+from pipeline.datasets.splits import load_split
+from pipeline.inference import label as module
+from pipeline.inference.label import Labeler, Recipe, ShardJob
+from pipeline.inference.predict import whole
+from pipeline.inference.restore import restore
+from pipeline.ingest.plan import Group, select_groups
+from pipeline.ingest.readers import read_rows
+from pipeline.methods import OPTIONS
+from pipeline.training.hosts import PlainHost
+from pipeline.training.loop import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint after a few steps: it sees more than one class."""
+    out = str(tmp_path_factory.mktemp("teacher"))
+    values = {
+        "method": "suponly",
+        "split": "1_4",
+        "out": out,
+        "data": {"root": shapes, "crop": [48, 48], "scale": [0.85, 1.2]},
+        "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
+        "optim": {"optimizer": "adamw", "lr": 3e-3, "head_lr_mult": 1, "steps": 60, "batch_labeled": 4},
+        "eval": {"every": 1000},
+        "run": {"checkpoint_every": 1000, "tensorboard": False},
+    }
+    train(resolve(values, OPTIONS), PlainHost(out))
+    return checkpoint.find(out)
+
+
+def _first(shapes: str) -> Group:
+    dataset = open_dataset(shapes)
+    return select_groups(dataset, load_split(dataset, "1_4").unlabeled)[0]
+
+
+def _scores(teacher: str, image: bytes) -> Tensor:
+    """What the network says of the image as it is, with nothing of the code under test."""
+    network = restore(teacher, CPU)[1].predictor()
+    with torch.no_grad():
+        return whole(network, torch.from_numpy(decode_image(image)).permute(2, 0, 1)[None]).softmax(1)[0]
+
+
+def test_plain_labels_are_the_argmax(shapes, teacher):
+    labeler = Labeler(Recipe(shapes, teacher, tta=False, keep=1.0), CPU)
+    seen = set()
+    for image in read_rows(_first(shapes))["image"].to_pylist():
+        label = labeler.classes(image)
+        assert label.dtype == np.uint8
+        assert np.array_equal(label, _scores(teacher, image).argmax(0).numpy())
+        seen |= set(np.unique(label).tolist())
+    assert len(seen) > 1
+
+
+def test_several_looks_are_averaged(shapes, teacher):
+    image = read_rows(_first(shapes))["image"][0].as_py()
+    network, pixels = restore(teacher, CPU)[1].predictor(), torch.from_numpy(decode_image(image)).permute(2, 0, 1)[None]
+    look = partial(whole, network)
+    with torch.no_grad():
+        looks = [look(pixels, scale=scale).softmax(1) for scale in module.SCALES]
+        looks += [look(pixels.flip(3), scale=scale).softmax(1).flip(3) for scale in module.SCALES]
+    expected = torch.stack(looks).mean(0).argmax(1)[0].numpy()
+    found = Labeler(Recipe(shapes, teacher, tta=True, keep=1.0), CPU).classes(image)
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, looks[2].argmax(1)[0].numpy())
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.8])
+def test_the_least_certain_pixels_get_no_label(shapes, teacher, keep):
+    image = read_rows(_first(shapes))["image"][0].as_py()
+    label = Labeler(Recipe(shapes, teacher, tta=False, keep=keep), CPU).classes(image)
+    scores = _scores(teacher, image)
+    doubt = -(scores * scores.log()).sum(0).numpy()
+    kept = label != 255
+    assert kept.mean() == pytest.approx(keep, abs=0.001)
+    assert doubt[kept].max() <= doubt[~kept].min() + 1e-5
+    assert np.array_equal(label[kept], scores.argmax(0).numpy()[kept])
+
+
+def test_a_damaged_image_is_no_obstacle(shapes, teacher):
+    labeler = Labeler(Recipe(shapes, teacher, tta=False, keep=1.0), CPU)
+    assert (labeler.classes(b"no picture") == 255).all()
+
+
+def test_a_shard_is_labeled_once(shapes, teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    groups = [group for group in _groups(shapes) if group.shard == _first(shapes).shard]
+    labeler = Labeler(Recipe(shapes, teacher, tta=False, keep=1.0), CPU)
+    job = ShardJob(str(tmp_path), "d", groups)
+    labeler.label(job)
+    for group in groups:
+        labels = pseudo.read_labels(str(tmp_path), group.shard, group.row_group, group.ids).to_pylist()
+        images = read_rows(group)["image"].to_pylist()
+        for image, label in zip(images, labels, strict=True):
+            assert np.array_equal(decode_mask(label), labeler.classes(image))
+            assert Image.open(io.BytesIO(label)).mode == "L"
+    monkeypatch.setattr(labeler, "classes", None)  # a second look would fail
+    labeler.label(job)
+    with pytest.raises(TypeError):
+        labeler.label(job._replace(digest="other"))
+
+
+def _groups(shapes: str) -> list[Group]:
+    dataset = open_dataset(shapes)
+    return select_groups(dataset, load_split(dataset, "1_4").unlabeled)
