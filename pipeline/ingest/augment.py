@@ -65,9 +65,9 @@ def empty_views(samples: Sequence[Sample], recipe: Recipe, allocate: Allocate) -
     )
 
 
-def view_bytes(recipe: Recipe, *, labeled: bool) -> int:
-    """Memory that the views of one sample take."""
-    pixel = 3 + 8 + 1 if labeled else 3 + 1 + 3 * recipe.strong
+def view_bytes(recipe: Recipe, *, classes: bool, strong: int = 0) -> int:
+    """Memory that one sample takes with or without a mask or pseudo-label, and with some strong views."""
+    pixel = 3 + 1 + 8 * classes + 3 * strong
     return pixel * recipe.data.crop[0] * recipe.data.crop[1]
 
 

@@ -141,7 +141,7 @@ def _decoder(config: Config, recipe: Recipe, threads: int, buffers: Buffers) -> 
 
 def _steps_ahead(config: Config, recipe: Recipe, spec: ViewSpec, world: int) -> int:
     """How many steps fit into the memory for views made ahead."""
-    step = config.optim.batch_labeled * view_bytes(recipe, labeled=True)
+    step = config.optim.batch_labeled * view_bytes(recipe, classes=True)
     if spec.unlabeled:
-        step += config.optim.batch_unlabeled * view_bytes(recipe, labeled=False)
+        step += config.optim.batch_unlabeled * view_bytes(recipe, classes=spec.pseudo, strong=spec.strong)
     return max(1, min(PREFETCH_STEPS, PREFETCH_BYTES * world // step))

@@ -85,8 +85,9 @@ def test_memory_is_what_it_says():
     picture, truth = _scene()
     image, mask = _encoded(picture), _encoded(Image.fromarray(truth), "PNG")
     for views, labeled in ((_filled(image, mask)[0], True), (_filled(image)[0], False)):
+        strong = len(views.strong)
         tensors = [t for t in (views.image, views.mask, views.valid, *views.strong) if t is not None]
-        assert sum(t.nbytes for t in tensors) == view_bytes(RECIPE, labeled=labeled)
+        assert sum(t.nbytes for t in tensors) == view_bytes(RECIPE, classes=labeled, strong=strong)
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ def test_removed_images_are_skipped(shapes, caplog):
     """A pool may lose an image after it was listed: its bytes are empty then."""
 
     def read(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
-        for unit, table in read_inline(units):
+        for unit, table in read_inline(units, labels):
             rows = [{**row, "image": b""} for row in table.to_pylist()[:1]] + table.to_pylist()[1:]
             yield unit, pa.Table.from_pylist(rows, table.schema)
 

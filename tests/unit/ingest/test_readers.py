@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pickle
 from itertools import islice
 
 import pyarrow as pa
@@ -71,8 +72,8 @@ def test_a_block_says_how_often_the_storage_was_asked_again(units, monkeypatch):
     monkeypatch.setattr(formats, "_read_group", flaky)
     monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: None)
     item = units[:4]
-    groups = [(u.group.root, u.group.shard, u.group.row_group, list(u.group.rows)) for u in item]
-    for _, table in readers._split(item, readers._read_item({"groups": [groups]})):
+    task = {"item": [pickle.dumps(([unit.group for unit in item], None))]}
+    for _, table in readers._split(item, readers._read_item(task)):
         assert table["retries"].to_pylist() == [2] + [0] * (table.num_rows - 1)
 
 
