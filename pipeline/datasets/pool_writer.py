@@ -47,6 +47,8 @@ KEYS_PER_RUN = 200_000
 """So many keys a task holds at a time, about."""
 LINK_GROUPS = 64
 """Row groups in a part of links: its footer is read with each of them."""
+LEAST_ROWS, LEAST_GROUPS = 16, 8
+"""Rows per group and groups per part of small pools: later generations may be large, and have the same."""
 KEYS_GROUP = 8192
 """Rows per row group of a file of keys."""
 
@@ -154,6 +156,8 @@ def make_pool(
         added = Generation(rows=total, shards=shards, bytes=size, digest=digest)
         info = replace(info, generations=(*info.generations, added))
         storage.write_bytes(storage.join(plan.root, POOL_FILE), info.to_json().encode())
+    else:
+        storage.delete(storage.join(plan.root, folder_name(plan.generation)))
     storage.delete(plan.work(""))
     return open_pool(plan.root)
 
@@ -277,11 +281,12 @@ def _known(plan: PoolPlan, start: float, stop: float, earlier: list[int]) -> set
 def _layout(plan: PoolPlan, name: str, rows: int, size: int) -> PoolInfo:
     """The sizes of row groups and parts, for this and all later generations; see `shards.cut`."""
     mean = max(1, size // rows)
-    group_rows = min(max(rows // TRAIN_GROUPS, 1), max(1, GROUP_BYTES // mean))
+    group_rows = min(max(rows // TRAIN_GROUPS, LEAST_ROWS), max(1, GROUP_BYTES // mean))
     most = LINK_GROUPS if plan.kind == "links" else max(1, SHARD_BYTES // (mean * group_rows))
+    groups = max(-(-rows // (group_rows * MIN_SHARDS["train"])), LEAST_GROUPS)
     return PoolInfo(
         name=name, source=plan.source, root=plan.images, kind=plan.kind, group_rows=group_rows,
-        groups_per_shard=min(most, -(-rows // (group_rows * MIN_SHARDS["train"]))), generations=(),
+        groups_per_shard=min(most, groups), generations=(),
     )  # fmt: skip
 
 

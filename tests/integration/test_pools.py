@@ -120,7 +120,7 @@ def test_tar_and_parquet_on_s3(s3: S3Server) -> None:
 
 def test_killed_and_started_again(s3: S3Server, tmp_path: Path) -> None:
     raw, out = f"{s3.bucket_uri}/killed", f"{s3.bucket_uri}/pools/killed"
-    expected = photos(raw, range(120))
+    expected = photos(raw, range(1000))
     command = [sys.executable, str(REPO / "jobs/prepare.py"), "--source", "images", "--root", raw, "--out", out]
     command += ["--copy", "--workers", "1"]
     address = ray.get_runtime_context().gcs_address
@@ -134,7 +134,7 @@ def test_killed_and_started_again(s3: S3Server, tmp_path: Path) -> None:
         open_pool(out)
     again = subprocess.run(command, env=env, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "120 images in 1 generations" in again.stdout
+    assert "1000 images in 1 generations" in again.stdout
     assert done.items() <= parts(out).items(), "written once only"
     assert rows(open_pool(out)) == expected
     refused = subprocess.run(command, env=env, cwd=tmp_path, check=False, capture_output=True, text=True)

@@ -26,6 +26,7 @@ def _served(plan: LanePlan, lanes: range, start: int, steps: int) -> dict[int, l
         if unit.first_step >= start + steps:
             break
         assert unit.first_step == start + len(found[unit.lane])
+        assert unit.group.ids is not None
         found[unit.lane] += [(unit.epoch, unit.group.ids[row]) for row in unit.order]
     return {lane: rows[:steps] for lane, rows in found.items()}
 
@@ -136,9 +137,10 @@ def test_groups_hold_the_wanted_rows_alone(shapes):
     rows = {row["id"]: row for row in dataset.index.to_pylist()}
     wanted = dataset.subset("train")["id"].to_pylist()[5:300:7]
     groups = select_groups(dataset, wanted)
-    assert sorted(name for group in groups for name in group.ids) == sorted(wanted)
+    assert sorted(name for group in groups for name in group.ids or ()) == sorted(wanted)
     assert len({(group.shard, group.row_group) for group in groups}) == len(groups)
     for group in groups:
+        assert group.ids is not None
         assert list(group.rows) == sorted(group.rows)
         assert group.size == sum(rows[name]["image_bytes"] for name in group.ids)
         for row, name in zip(group.rows, group.ids, strict=True):
