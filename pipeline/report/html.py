@@ -20,7 +20,7 @@ th { border-bottom: 1px solid; } th:first-child, td:first-child { text-align: le
 th:last-child, td:last-child { padding-right: 0; }
 li { overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: .8em; height: .8em; border: 1px solid GrayText; margin-right: .4em; }
-.bar { float: left; height: .6em; margin: .45em .5em 0 0; background: #3d7ebf; }
+.bar { display: block; height: .2rem; background: #3d7ebf; }
 .name { white-space: nowrap; margin-right: .6em; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; height: auto; }
@@ -39,7 +39,7 @@ class Table:
     colors: Sequence[tuple[int, int, int]] = ()
     """RGB of a swatch before each row's first cell, or fewer."""
     bars: Sequence[float] = ()
-    """Length of a bar before each row's second cell, 0..1."""
+    """Length of a bar below each row's second cell, 0..1 of its width."""
 
 
 def text_table(table: Table) -> str:
@@ -67,7 +67,7 @@ def _cells(table: Table, at: int, row: Sequence[str]) -> list[str]:
     if at < len(table.colors):
         cells[0] = html_name(row[0], table.colors[at])
     if at < len(table.bars):
-        cells[1] = f'<span class="bar" style="width:{6 * table.bars[at]:.2f}rem"></span>{cells[1]}'
+        cells[1] += f'<span class="bar" style="width:{100 * table.bars[at]:.1f}%"></span>'
     return [f"<td>{cell}</td>" for cell in cells]
 
 
