@@ -277,10 +277,7 @@ def iter_files(uri: str) -> Iterator[tuple[str, int]]:
             exists(uri)  # says what is wrong with a key, a bucket or an endpoint
             yield from _pages(*path.partition("/")[::2])
         else:
-            filesystem = _other(uri.partition("://")[0]).handler.fs
-            for folder, _, files in filesystem.walk(path, detail=True):
-                below = posixpath.relpath(folder, path)
-                yield from ((posixpath.normpath(posixpath.join(below, name)), files[name]["size"]) for name in files)
+            yield from _folders(_other(uri.partition("://")[0]).handler.fs, path)
 
 
 def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
@@ -290,6 +287,15 @@ def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
                 yield from _walk(root, posixpath.join(below, entry.name))
             elif entry.is_file():
                 yield posixpath.join(below, entry.name), entry.stat().st_size
+
+
+def _folders(filesystem: Any, path: str) -> Iterator[tuple[str, int]]:
+    """Folder by folder, through fsspec; the first one is `path` itself, in the spelling of the others."""
+    root = None
+    for folder, _, files in filesystem.walk(path, detail=True):
+        root = folder if root is None else root
+        below = posixpath.relpath(folder, root)
+        yield from ((posixpath.normpath(posixpath.join(below, name)), files[name]["size"]) for name in files)
 
 
 def _pages(bucket: str, prefix: str) -> Iterator[tuple[str, int]]:

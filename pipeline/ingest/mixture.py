@@ -128,7 +128,7 @@ def share_lanes(sources: Sequence[Source], lanes: int) -> list[int]:
         if source.images < share:
             raise UserError(
                 f"{source.name}: {source.images} unlabeled images, fewer than its {share} of optim.batch_unlabeled "
-                f"{lanes}: take a smaller batch or another data.pool_weights"
+                f"{lanes}: take a smaller batch, more data.unlabeled_pools, or other data.pool_weights"
             )
     return shares
 

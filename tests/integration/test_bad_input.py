@@ -54,6 +54,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         (["--optim.batch_labeled", "500"], ["25 labeled images", "batch_labeled"]),
         (["--optim.batch_unlabeled", "500"], ["375 unlabeled images", "batch_unlabeled"]),
         (["--out", "s3://"], ["bucket"]),
+        (["--data.unlabeled_pools", "nowhere"], ["nowhere: no pool there", "jobs/prepare.py"]),
+        (["--data.unlabeled_pools", "a", "--data.pool_weights", "1"], ["data.pool_weights", "2 numbers"]),
     ],
 )
 def test_settings(jobs: Jobs, shapes: str, argv: list[str], named: list[str]) -> None:
@@ -98,6 +100,17 @@ def test_another_run_in_the_directory(jobs: Jobs, shapes: str, tmp_path: Path) -
     line = jobs.fails("train", *flags, "--optim.lr", "0.5")
     assert "optim.lr" in line
     assert "--fresh" in line
+
+
+def test_pools(jobs: Jobs, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "--source tar needs --root" in jobs.fails("prepare", "--source", "tar", "--out", "pool")
+    images = ["--source", "images", "--root", str(empty)]
+    assert "no .jpg|.jpeg|.png files below it" in jobs.fails("prepare", *images, "--out", "pool")
+    assert "lies inside --root" in jobs.fails("prepare", *images, "--out", str(empty / "pool"))
+    assert "no pool there" in jobs.fails("prepare", *images, "--out", "other", "--append")
+    assert "are for pools" in jobs.fails("prepare", "--source", "shapes", "--out", "set", "--append")
 
 
 def test_checkpoints(jobs: Jobs, shapes: str, tmp_path: Path) -> None:

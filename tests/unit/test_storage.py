@@ -262,3 +262,9 @@ def test_files_on_s3_are_listed_page_by_page(s3):
         next(storage.iter_files("s3://nowhere/x"))
     ranges = [storage.read_range(f"{s3.bucket_uri}/listed/0/0006.jpg", offset, 4) for offset in (0, 3, 5)]
     assert list(map(len, ranges)) == [4, 3, 1]
+
+
+def test_files_of_any_other_storage_are_listed():
+    names = _put("memory://listed/a", 9)
+    assert dict(storage.iter_files("memory://listed/a")) == names
+    assert storage.read_range("memory://listed/a/0/0006.jpg", 1, 3) == bytes(3)

@@ -1,8 +1,10 @@
 """Pools as they are made and read, step by step; Ray itself is tested with a real cluster."""
 
+import dataclasses
 import io
 import pickle
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -272,6 +274,24 @@ def test_mistakes(photos, trees, tmp_path):
     trees.put(tmp_path / "old/pool.json", '{"schema_version": 7}')
     with pytest.raises(UserError, match=r"pool\.json: not readable \(format version 7, this program reads 1\)"):
         open_pool(str(tmp_path / "old"))
+
+
+def test_the_listing_is_never_held(tmp_path, monkeypatch):
+    """Ten times the files, the same memory."""
+
+    def peak(files: int) -> int:
+        plan = pool_writer.PoolPlan(str(tmp_path / str(files)), "images", "s3://bucket/photos", "links", 0)
+        monkeypatch.setattr(storage, "iter_files", lambda _: ((f"{number:09d}.jpg", 1) for number in range(files)))
+        tracemalloc.start()
+        assert pool_writer._list(plan).batches == files // 2000
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    small = dataclasses.replace(pool_writer.POOL_SOURCES["images"], batch=2000)
+    monkeypatch.setitem(pool_writer.POOL_SOURCES, "images", small)
+    peak(2000)  # imports what is imported late
+    assert peak(40_000) < 1.5 * peak(4000)
 
 
 def test_names_that_no_uri_can_hold_are_left_out(photos, trees, tmp_path, capsys):

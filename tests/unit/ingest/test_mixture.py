@@ -58,6 +58,19 @@ def test_the_first_generations_alone():
     assert len(PoolTable(_pool([40, 7]), 2)) == 12
 
 
+def test_a_pool_of_a_billion_images():
+    pool = _pool([10**9 + 1, 5], group_rows=64, groups_per_shard=64)
+    table = PoolTable(pool, 2)
+    last = [table[number] for number in range(len(table) - 3, len(table))]
+    assert [(group.shard, group.row_group, len(group.rows)) for group in last] == [
+        ("gen-00000/part-0244140.parquet", 39, 64),
+        ("gen-00000/part-0244140.parquet", 40, 1),
+        ("gen-00001/part-0000000.parquet", 0, 5),
+    ]
+    units = itertools.islice(LanePlan(table, 16, 0).units(range(16), 10**8), 16)  # in the second epoch
+    assert {(unit.first_step, unit.epoch) for unit in units} == {(10**8, 1)}
+
+
 def _source(name: str, images: int, weight: float | None = None) -> Source:
     table = PoolTable(_pool([images]), 1)
     return Source(name, table, images, weight or images, 1, name)

@@ -106,6 +106,21 @@ def test_other_data_is_refused(shapes, tmp_path):
         _train(dataclasses.replace(config, split="1_8"))
 
 
+def test_other_pools_are_refused(shapes, tmp_path):
+    """A prepared dataset serves as a pool here; its masks play no part."""
+
+    def config(**data: Any) -> Config:
+        found = _config(shapes, tmp_path, data=data, optim={"steps": 2})
+        return dataclasses.replace(found, method="mean_teacher")
+
+    _train(config(unlabeled_pools=[shapes]))
+    pools = checkpoint.read_meta(checkpoint.find(str(tmp_path)))["data"]["pools"]
+    assert [generations for _, generations in pools] == [1]
+    assert _train(config(unlabeled_pools=[shapes])).step == 2
+    with pytest.raises(UserError, match=r"was trained on other images or another split; use --fresh"):
+        _train(config())
+
+
 def test_the_threads_end_with_the_run(shapes, tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(loop.Loader, "close", lambda self, close=loop.Loader.close: (close(self), closed.append(self)))
