@@ -198,7 +198,7 @@ def test_images(trees):
     for data in (trees.image(), trees.image("PNG"), trees.image(channels=1), trees.image("JPEG", 4, "CMYK")):
         assert check_image(data) == (24, 32)
     for data, words in (
-        (b"", "not a JPEG or PNG"),
+        (b"", "unreadable image \\(no bytes"),
         (b"<html>error</html>", "not a JPEG or PNG"),
         (trees.image("GIF"), "not a JPEG or PNG"),
         (trees.image()[:400], "unreadable image"),
