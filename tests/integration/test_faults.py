@@ -81,12 +81,6 @@ def expected(shapes: str) -> dict[str, bytes]:
     return epoch(open_dataset(shapes), read_inline)[0]
 
 
-def brief_trouble(proxy: FaultProxy) -> None:
-    """More of it, but for the stall, than pyarrow itself gets over."""
-    for faults in (["slow_down"] * 4, ["reset"] * 3, ["stall"]):
-        proxy.plan(*faults, path="shards/train")
-
-
 @pytest.mark.parametrize("fault", ["refuse", "silent", "stall", "reset", "slow_down"])
 def test_a_storage_that_stays_away_is_named_in_time(
     proxy: FaultProxy, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -115,7 +109,8 @@ class TestStream:
         monkeypatch.setattr(readers, "ITEM_ROWS", 24)
 
     def test_brief_trouble_costs_no_row(self, proxy: FaultProxy, dataset: Dataset, expected: dict[str, bytes]) -> None:
-        brief_trouble(proxy)
+        for faults in (["slow_down"] * 4, ["reset"] * 3, ["stall"]):  # two of them pyarrow alone does not get over
+            proxy.plan(*faults, path="shards/train")
         found, retries = epoch(dataset, read_ray)
         assert found == expected
         assert retries >= 2
@@ -159,10 +154,10 @@ def test_a_run_without_storage_ends_and_goes_on(
 ) -> None:
     """Data and results on the same storage: briefly in trouble, then away for good, then back."""
     run = "s3://runs/away"
-    flags = ["--data", ROOT, "--out", run, "--optim.steps", "100", "--u2pl.warmup_steps", "5", "--run.workers", "2"]
-    command = train_command(*flags, "--run.checkpoint_every", "10", "--run.storage_patience", "5")
+    flags = ["--data", ROOT, "--out", run, "--optim.steps", "100", "--u2pl.warmup_steps", "5", "--run.workers", "1"]
+    command = train_command(*flags, "--run.checkpoint_every", "10", "--run.storage_patience", "10")
     env = {**environment(ray_folder, server), "AWS_ENDPOINT_URL": proxy.endpoint}
-    brief_trouble(proxy)
+    proxy.plan(*["reset"] * 12, path="shards/train")  # four threads read the labeled set: one of them meets three
     with Job(command, env, tmp_path / "first.log") as job:
         wait_for("a registered checkpoint", lambda: has_checkpoint(run), 200)
         proxy.set("refuse")
@@ -172,11 +167,11 @@ def test_a_run_without_storage_ends_and_goes_on(
         last = job.said.splitlines()[-1]
         assert last.startswith("train.py: s3://")
         assert "the endpoint does not answer" in last
-        assert "the same command goes on from the last checkpoint" in last
+        assert "once that is mended, the same command goes on from the last checkpoint" in last
         assert "Traceback" not in job.said
     proxy.set()
     assert proxy.planned == 0
-    assert records(run)[-1]["retries"] >= 2
+    assert records(run)[-1]["retries"] > 0
     with Job(command, env, tmp_path / "second.log") as job:
         assert job.wait() == 0, job.said
         assert f"resuming from {run}/step_" in job.said
