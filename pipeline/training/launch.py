@@ -326,7 +326,8 @@ def _fit(config: Config, workers: int) -> dict[str, Any]:
         except ray.train.TrainingFailedError as error:
             cause = _user_error(error, config.out)
             if cause:
-                raise UserError(f"{cause}; once that is mended, the same command goes on from the last checkpoint") from error
+                goes_on = "once that is mended, the same command goes on from the last checkpoint"
+                raise UserError(f"{cause}; {goes_on}") from error
             raise
     if "user_error" in result:
         raise UserError(result["user_error"])

@@ -159,7 +159,7 @@ def test_a_run_without_storage_ends_and_goes_on(
     env = {**environment(ray_folder, server), "AWS_ENDPOINT_URL": proxy.endpoint}
     proxy.plan(*["reset"] * 12, path="shards/train")  # four threads read the labeled set: one of them meets three
     with Job(command, env, tmp_path / "first.log") as job:
-        wait_for("a registered checkpoint", lambda: has_checkpoint(run), 200)
+        wait_for("a registered checkpoint", lambda: has_checkpoint(run), 400)
         proxy.set("refuse")
         began = time.monotonic()
         assert job.wait() == 2, job.said
@@ -173,6 +173,6 @@ def test_a_run_without_storage_ends_and_goes_on(
     assert proxy.planned == 0
     assert records(run)[-1]["retries"] > 0
     with Job(command, env, tmp_path / "second.log") as job:
-        assert job.wait() == 0, job.said
+        assert job.wait(400) == 0, job.said
         assert f"resuming from {run}/step_" in job.said
     assert [record["step"] for record in records(run)] == list(range(1, 101))
