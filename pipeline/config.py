@@ -191,11 +191,13 @@ class RunConfig:
     """Steps between checkpoints; every evaluation also writes one."""
     max_failures: int = 3
     """How often lost workers are replaced before the run gives up."""
+    storage_patience: float = 60.0
+    """Seconds for which storage that fails or does not answer is asked again before the run stops."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        require_positive("run", self, "log_every", "checkpoint_every")
+        require_positive("run", self, "log_every", "checkpoint_every", "storage_patience")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,18 @@ from pipeline.errors import UserError
 
 CONNECT_TIMEOUT = 3.0
 """Seconds until an endpoint that does not answer counts as unreachable (pyarrow tries it several times)."""
-REQUEST_TIMEOUT = 20.0
+REQUEST_TIMEOUT = 10.0
 """Seconds without a byte until a request is tried again."""
+REQUEST_ATTEMPTS = 3
+"""How often pyarrow itself makes a request, with pauses of seconds at most; what takes longer is up to `retried`."""
+PATIENCE = 60.0
+"""Seconds for which `retried` asks again unless `set_patience` says otherwise."""
 
 T = TypeVar("T")
 
-_BRIEF = (
-    "NETWORK_CONNECTION", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "HTTP status 500", "HTTP status 503",
-)  # fmt: skip
+_UNREACHED = ("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "Couldn't resolve")
+_FAILING = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "HTTP status 500", "HTTP status 503")
+_BRIEF = (_UNREACHED[0], *_FAILING)
 """In the text of pyarrow's S3 errors that pass by themselves."""
 
 _HINTS = (
@@ -48,10 +52,8 @@ _HINTS = (
         ("NO_SUCH_BUCKET", "NoSuchBucket", "Bucket does not exist"),
         "the bucket does not exist: create it or correct the name",
     ),
-    (
-        ("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "Couldn't resolve"),
-        "the endpoint does not answer: check AWS_ENDPOINT_URL",
-    ),
+    (_UNREACHED, "the endpoint does not answer: check AWS_ENDPOINT_URL"),
+    (_FAILING, "the storage answers with errors of its own: it is overloaded or starting"),
 )
 
 
@@ -88,7 +90,7 @@ def _s3(bucket: str, endpoint: str) -> pafs.FileSystem:
     """The S3 filesystem. The bare constructor ignores AWS_ENDPOINT_URL, so it is read here."""
     if not bucket:
         raise UserError("s3://: no bucket named; write s3://bucket/prefix")
-    retry = pafs.AwsStandardS3RetryStrategy(max_attempts=4)
+    retry = pafs.AwsStandardS3RetryStrategy(max_attempts=REQUEST_ATTEMPTS)
     options = {
         "connect_timeout": CONNECT_TIMEOUT,
         "request_timeout": REQUEST_TIMEOUT,
@@ -132,10 +134,24 @@ def translated(uri: str) -> Iterator[None]:
         for marks, hint in _HINTS:
             if any(mark in str(error) for mark in marks):
                 raise UserError(f"{uri}: {hint}") from error
+        if _brief(error):
+            raise UserError(f"{uri}: the storage does not answer ({error})") from error
         raise
 
 
 _this_thread = threading.local()
+_patience = PATIENCE
+
+
+def set_patience(seconds: float) -> None:
+    """How long `retried` asks again in this process."""
+    global _patience
+    _patience = seconds
+
+
+def patience() -> float:
+    """What `set_patience` has set; for processes that work on behalf of this one."""
+    return _patience
 
 
 def retries() -> int:
@@ -143,25 +159,39 @@ def retries() -> int:
     return getattr(_this_thread, "retries", 0)
 
 
-def retried(call: Callable[[], T], patience: float = 30.0) -> T:
+def retried(call: Callable[[], T]) -> T:
     """The result of `call`, called again with growing pauses while the storage is only briefly in trouble.
+
+    After `patience()` seconds the last error is raised; a request that is under way then may still take as long as its
+    time-outs allow, half a minute if nobody answers.
 
     Args:
         call: reads or writes; may be called several times.
-        patience: seconds after which the last error is raised.
+
+    Raises:
+        UserError: the storage stays away (if `call` translates its errors), or refuses.
     """
-    deadline, pause = time.monotonic() + patience, 0.25
+    began, pause = time.monotonic(), 0.25
     while True:
         try:
             return call()
         except (OSError, UserError) as error:
-            cause = error.__cause__ or error  # `translated` keeps the storage's own error as the cause
-            brief = isinstance(cause, ConnectionError | TimeoutError) or any(mark in str(cause) for mark in _BRIEF)
-            if not brief or time.monotonic() + pause > deadline:
+            if not _brief(error):
+                raise
+            waited = time.monotonic() - began
+            if waited >= _patience:
+                if isinstance(error, UserError):
+                    raise UserError(f"{error} (waited {waited:.0f} s)") from error.__cause__
                 raise
             _this_thread.retries = retries() + 1
-            time.sleep(pause)
+            time.sleep(min(pause, _patience - waited))
             pause = min(2 * pause, 8.0)
+
+
+def _brief(error: Exception) -> bool:
+    """Whether it may pass by itself; `translated` keeps the storage's own error as the cause."""
+    cause = error.__cause__ or error
+    return isinstance(cause, ConnectionError | TimeoutError) or any(mark in str(cause) for mark in _BRIEF)
 
 
 def join(uri: str, *parts: str) -> str:

@@ -1,17 +1,21 @@
 """The jobs: as modules (they are scripts, not a package) and as a user starts them."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+from pipeline import storage
 from tests.processes import descendants, kill
 from tests.s3 import S3Server
 
 ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "jobs"
+SHORT = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.tensorboard", "false"]
+"""Flags of a run that tells of every step."""
 
 
 def load(name: str) -> ModuleType:
@@ -46,6 +50,23 @@ class Job:
     @property
     def said(self) -> str:
         return self.log.read_text()
+
+
+def train_command(*flags: str) -> list[str]:
+    """A short run as a user starts it."""
+    return [sys.executable, "jobs/train.py", *SHORT, *flags]
+
+
+def records(run: str, kind: str = "train") -> list[dict]:
+    """What a run has written to metrics.jsonl."""
+    lines = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
+    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
+
+
+def has_checkpoint(run: str) -> bool:
+    """Whether Ray Train has registered one."""
+    uri = storage.join(run, "checkpoint_manager_snapshot.json")
+    return storage.exists(uri) and b"step_" in storage.read_bytes(uri)
 
 
 def environment(ray_folder: str, s3: S3Server) -> dict[str, str]:

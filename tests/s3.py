@@ -23,6 +23,7 @@ class S3Server:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
+        self._ports: list[int] = []
         self.endpoint = ""
         self.bucket_uri = "s3://data"
 
@@ -50,6 +51,7 @@ class S3Server:
 
     def start(self, ports: list[int]) -> None:
         """Starts the server process."""
+        self._ports = ports
         config = self._folder / "s3.json"
         config.write_text(json.dumps({"identities": [_identity("trainer", KEY, SECRET), _reader()]}))
         config.chmod(0o600)
@@ -81,6 +83,16 @@ class S3Server:
                         return True
             time.sleep(0.1)
         return False
+
+    def kill(self) -> None:
+        """SIGKILL, as a lost machine would look; what was written stays."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(30)
+
+    def restart(self) -> None:
+        """Starts it again on the same ports and data; returns at once."""
+        self.start(self._ports)
 
     def stop(self) -> None:
         """Ends the process."""

@@ -7,7 +7,7 @@ images, its pseudo-labels, comes from files of their own.
 """
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Protocol
@@ -38,6 +38,8 @@ READ_CPUS = 0.25
 """CPUs that a read task reserves: it mostly waits."""
 SEGMENT_ITEMS = 4
 """Items per Ray Data execution; two segments are held in the object store at a time."""
+_PROBLEM = "problem"
+"""The one column of a block whose rows could not be read."""
 
 
 def read_inline(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
@@ -115,7 +117,7 @@ def _execute(segment: list[list[Unit]], labels: str | None) -> tuple[list[list[U
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
-    items = [{"item": pickle.dumps(([unit.group for unit in item], labels))} for item in segment]
+    items = [{"item": _packed([unit.group for unit in item], labels)} for item in segment]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _read_item, batch_size=None, num_cpus=READ_CPUS
     )
@@ -123,14 +125,30 @@ def _execute(segment: list[list[Unit]], labels: str | None) -> tuple[list[list[U
     return segment, list(blocks)
 
 
+def _packed(groups: Sequence[Group], labels: str | None) -> bytes:
+    """What a task is told."""
+    return pickle.dumps((groups, labels, storage.patience()))
+
+
 def _read_item(batch: Any) -> pa.Table:
-    """Runs in a Ray task: the groups of one item, back to back."""
-    items = map(pickle.loads, batch["item"])
-    return pa.concat_tables(read_rows(group, labels) for groups, labels in items for group in groups)
+    """Runs in a Ray task: the groups of one item, back to back, or why they cannot be read.
+
+    That comes back as a row, too: out of an exception, Ray Data would make one of another type.
+    """
+    tables = []
+    try:
+        for groups, labels, patience in map(pickle.loads, batch["item"]):
+            storage.set_patience(patience)
+            tables += [read_rows(group, labels) for group in groups]
+    except UserError as error:
+        return pa.table({_PROBLEM: [str(error)]})
+    return pa.concat_tables(tables)
 
 
 def _split(item: list[Unit], block: pa.Table) -> Iterator[tuple[Unit, pa.Table]]:
     """Cuts a block back into its units and checks that it holds what the plan asked for."""
+    if block.column_names == [_PROBLEM]:
+        raise UserError(block[_PROBLEM][0].as_py())
     start = 0
     for unit in item:
         table = block.slice(start, len(unit.group.rows))

@@ -9,6 +9,8 @@ from typing import Any
 from ray.train import UserCallback
 from ray.util.queue import Empty, Queue
 
+from pipeline.errors import UserError
+
 
 @contextmanager
 def relayed() -> Iterator[Queue]:
@@ -54,14 +56,22 @@ class _QueueHandler(logging.Handler):
 
 
 class LostWorkers(UserCallback):
-    """Says which workers were lost, in the words of the first line of each error."""
+    """Says which workers were lost, in the words of the last line of each error, and when it is no use to go on."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train's controller."""
+        """Called by Ray Train's controller, which ends the run if this raises.
+
+        Raises:
+            UserError: that is what ended a worker; others in its place would only meet it again.
+        """
         del run_context
+        for error in worker_exceptions.values():
+            cause = getattr(error, "cause", error)
+            if isinstance(cause, UserError):
+                raise UserError(str(cause))
         for rank, error in sorted(worker_exceptions.items()):
             line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             self._queue.put(f"worker {rank} was lost: {line.strip()[:200]}")

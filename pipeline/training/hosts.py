@@ -4,13 +4,18 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import META_FILE
 from pipeline.ingest.readers import Reader, read_inline, read_ray
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
 
 
 class Host(ABC):
@@ -40,6 +45,16 @@ class Host(ABC):
         """
 
 
+def _upload(folder: Path, uri: str) -> None:
+    """Copies a checkpoint; checkpoint.json goes last, as it makes it whole. Brief trouble of the storage is waited for.
+
+    Raises:
+        UserError: the storage stays away, or refuses.
+    """
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == META_FILE):
+        storage.retried(partial(storage.write_bytes, storage.join(uri, file.name), file.read_bytes()))
+
+
 class PlainHost(Host):
     """One process without Ray: checkpoints go straight to the run directory."""
 
@@ -57,13 +72,12 @@ class PlainHost(Host):
         return checkpoint.newest(self._out)
 
     def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
-        """Copies the folder; checkpoint.json goes last, as it makes the checkpoint whole."""
+        """Copies the folder."""
         if write is None:
             return
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == META_FILE):
-                storage.write_bytes(storage.join(self._out, checkpoint.name(step), file.name), file.read_bytes())
+            _upload(Path(folder), storage.join(self._out, checkpoint.name(step)))
 
 
 class RayHost(Host):
@@ -110,5 +124,15 @@ class RayHost(Host):
             checkpoint=handed,
             checkpoint_dir_name=checkpoint.name(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=self._uploaded,
             delete_local_checkpoint_after_upload=True,
         )
+
+    def _uploaded(self, handed: "Checkpoint", name: str) -> "Checkpoint":
+        """Runs in a thread of Ray Train, whose own way of copying gives up at the first trouble."""
+        from ray.train import Checkpoint
+
+        uri = storage.join(self._out, name)
+        _upload(Path(handed.path), uri)
+        filesystem, path = storage.resolve(uri)
+        return Checkpoint(path, filesystem)

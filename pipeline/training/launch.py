@@ -71,7 +71,8 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
         _announce(config, dataset, split, sources, workers)
         _warn_of_local_places(config)
         progress = Progress.from_dict(_fit(config, workers))
-        storage.write_bytes(done, json.dumps(asdict(progress), indent=1).encode())
+        summary = json.dumps(asdict(progress), indent=1).encode()
+        storage.retried(lambda: storage.write_bytes(done, summary))
     _print_result(config, dataset, progress)
     return progress
 
@@ -323,9 +324,10 @@ def _fit(config: Config, workers: int) -> dict[str, Any]:
         try:
             result: dict[str, Any] = trainer.fit().return_value  # type: ignore[assignment]
         except ray.train.TrainingFailedError as error:
-            cause = _user_error(error)
+            cause = _user_error(error, config.out)
             if cause:
-                raise UserError(cause) from error
+                goes_on = "once that is mended, the same command goes on from the last checkpoint"
+                raise UserError(f"{cause}; {goes_on}") from error
             raise
     if "user_error" in result:
         raise UserError(result["user_error"])
@@ -334,13 +336,20 @@ def _fit(config: Config, workers: int) -> dict[str, Any]:
     return result
 
 
-def _user_error(error: BaseException) -> str:
-    """The message of a `UserError` that a worker raised, if that is why the run failed."""
-    for inner in getattr(error, "worker_failures", {}).values():
-        cause = getattr(inner, "cause", inner)
-        if isinstance(cause, UserError):
-            return str(cause)
-    return ""
+def _user_error(error: BaseException, out: str) -> str:
+    """What a user can do something about, if that is why the run failed.
+
+    The controller itself touches nothing but the run directory: its storage errors are about that.
+    """
+    try:
+        with storage.translated(out):
+            raise getattr(error, "controller_failure", error)
+    except UserError as cause:
+        return str(cause)
+    except Exception:
+        failures = getattr(error, "worker_failures", {}).values()
+        causes = [getattr(each, "cause", each) for each in failures]
+        return next((str(cause) for cause in causes if isinstance(cause, UserError)), "")
 
 
 def _print_result(config: Config, dataset: Dataset, progress: Progress) -> None:

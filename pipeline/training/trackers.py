@@ -4,6 +4,7 @@ import json
 import math
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class _Events:
         self._writer.flush()
         if self._remote:
             for file in Path(self._folder).iterdir():
-                storage.write_bytes(storage.join(self._remote, file.name), file.read_bytes())
+                storage.retried(partial(storage.write_bytes, storage.join(self._remote, file.name), file.read_bytes()))
 
     def close(self) -> None:
         self._writer.close()

@@ -9,6 +9,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from pipeline import storage
 from pipeline.config import Config, build
 from pipeline.errors import UserError
 from pipeline.training.console import send_logs
@@ -30,6 +31,7 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
     send_logs(values["console"], logging.INFO if first else logging.WARNING)
     config: Config = build(Config, values["config"])
     assert config.out is not None
+    storage.set_patience(config.run.storage_patience)
     cpus = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)))
     torch.set_num_threads(cpus)
     session, problem = None, ""

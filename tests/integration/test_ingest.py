@@ -3,21 +3,26 @@
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipeline import cli
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config import Config, as_dict, build
-from pipeline.datasets.format import open_dataset
+from pipeline.datasets.format import open_dataset, read_group
 from pipeline.datasets.splits import load_split
+from pipeline.errors import UserError
 from pipeline.ingest.loader import Loader
+from pipeline.ingest.plan import LanePlan, select_groups
 from pipeline.ingest.readers import read_inline, read_ray
 from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch
@@ -62,6 +67,26 @@ class TestLoader:
             here.close()
             there.close()
 
+    def test_the_tasks_never_touch_a_mask(self, shapes: str, tmp_path: Path) -> None:
+        """Every page of masks is damaged, which checksums would tell whoever read one."""
+        copy = tmp_path / "copy"
+        shutil.copytree(shapes, copy)
+        for shard in (copy / "shards").glob("train-*"):
+            spoil_masks(shard)
+        dataset = open_dataset(str(copy))
+        names = dataset.subset("train")["id"].to_pylist()
+        groups = select_groups(dataset, names)
+        with pytest.raises(UserError, match="is damaged"):
+            read_group(str(copy), groups[0].shard, groups[0].row_group, ["mask"])
+        units = list(itertools.islice(LanePlan(groups, 1, 0).units(range(1), 0), len(groups)))
+        whole = {name: image for _, table in read_inline(units) for name, image in pairs(table)}
+        assert whole.keys() == set(names)
+        found: dict[str, bytes] = {}
+        for _, table in itertools.islice(read_ray(itertools.cycle(units)), len(units)):
+            assert table.column_names == ["id", "image", "retries"]
+            found.update(pairs(table))
+        assert found == whole
+
     def test_a_run_that_decodes_on_the_cluster_equals_one_that_does_not(self, shapes: str, tmp_path: Path) -> None:
         found = []
         for place in ("worker", "cluster"):
@@ -92,6 +117,21 @@ class TestLoader:
         result: dict[str, Any] = trainer.fit().return_value  # type: ignore[assignment]
         assert result["busy"] < 0.15, result
         assert result["grown"] < 32e6, result
+
+
+def spoil_masks(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    meta = pq.ParquetFile(shard).metadata
+    for group in range(meta.num_row_groups):
+        mask = meta.row_group(group).column(meta.schema.names.index("mask"))
+        end = mask.data_page_offset + mask.total_compressed_size
+        for place in range(mask.data_page_offset + mask.total_compressed_size // 2, end):
+            data[place] ^= 255
+    shard.write_bytes(data)
+
+
+def pairs(table: pa.Table) -> list[tuple[str, bytes]]:
+    return list(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True))
 
 
 def slow_consumer(values: dict[str, Any]) -> dict[str, float]:

@@ -20,14 +20,11 @@ from pipeline.methods import OPTIONS
 from pipeline.training.hosts import PlainHost
 from pipeline.training.launch import launch
 from pipeline.training.loop import train
-from tests.jobs import Job, environment, load
+from tests.jobs import SHORT, Job, environment, has_checkpoint, load, records, train_command
 from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server, free_ports
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.tensorboard", "false"]
-
-
 CALM = ["--optim.optimizer", "sgd", "--optim.lr", "0.005"]
 """AdamW's first steps turn rounding errors into whole steps: two orders of one batch then differ by 3e-3."""
 
@@ -35,11 +32,6 @@ CALM = ["--optim.optimizer", "sgd", "--optim.lr", "0.005"]
 def configured(*flags: str) -> Config:
     config, _ = cli.parse_config([*SHORT, *flags], "test", OPTIONS)
     return config
-
-
-def records(run: str, kind: str = "train") -> list[dict]:
-    lines = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
-    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
 
 
 def assert_same_state(one: str, other: str) -> None:
@@ -70,7 +62,7 @@ class TestWorkers:
         launch(configured(*flags, "--data", shapes, "--out", calm))
 
         def assassin() -> None:
-            wait_for("a registered checkpoint", lambda: _registered(hurt))
+            wait_for("a registered checkpoint", lambda: has_checkpoint(hurt))
             kill(named(os.getpid(), "RayTrainWorker")[0])
 
         thread = threading.Thread(target=assassin)
@@ -129,22 +121,13 @@ class TestWorkers:
             launch(configured(*flags, "--data", str(damaged), "--out", str(tmp_path / "b")))
 
 
-def _registered(run: str) -> bool:
-    file = Path(run) / "checkpoint_manager_snapshot.json"
-    return file.exists() and "step_" in file.read_text()
-
-
-def train_command(*flags: str) -> list[str]:
-    return [sys.executable, "jobs/train.py", *SHORT, *flags]
-
-
 def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
     run = "s3://runs/killed"
     flags = ["--data", shapes, "--out", run, "--optim.steps", "60", "--u2pl.warmup_steps", "5"]
     command = train_command(*flags, "--run.workers", "2", "--run.checkpoint_every", "10")
     env = environment(ray_folder, s3)
     with Job(command, env, tmp_path / "first.log") as job:
-        wait_for("a registered checkpoint", lambda: _snapshot(run))
+        wait_for("a registered checkpoint", lambda: has_checkpoint(run))
         kill(job.pid, *descendants(job.pid))
     with Job(command, env, tmp_path / "second.log") as job:
         assert job.wait() == 0, job.said
@@ -162,11 +145,6 @@ def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, ray_folder: 
     with Job([sys.executable, "jobs/evaluate.py", run, "--data", shapes], env, tmp_path / "evaluate.log") as job:
         assert job.wait() == 0, job.said
         assert f"val mIoU teacher {100 * progress.last.value:.2f}" in job.said
-
-
-def _snapshot(run: str) -> bool:
-    uri = storage.join(run, "checkpoint_manager_snapshot.json")
-    return storage.exists(uri) and b"step_" in storage.read_bytes(uri)
 
 
 def test_a_submitted_job_succeeds(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def test_brief_trouble_is_waited_for(monkeypatch):
 
 def test_patience_ends_and_mistakes_are_not_waited_for(monkeypatch):
     pauses: list[float] = []
+    monkeypatch.setattr(storage, "_patience", 0.0)
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
 
     def gone() -> None:
@@ -192,10 +193,33 @@ def test_patience_ends_and_mistakes_are_not_waited_for(monkeypatch):
             raise FileNotFoundError("place")
 
     with pytest.raises(ConnectionError):
-        storage.retried(gone, patience=0.0)
+        storage.retried(gone)
     with pytest.raises(UserError, match="place: not found"):
         storage.retried(wrong)
     assert pauses == []
+
+
+def test_who_stays_away_is_named_after_the_set_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(storage, "_patience", storage.PATIENCE)
+    storage.set_patience(20)
+    assert storage.patience() == 20
+    for trouble, words in (
+        (ConnectionResetError("by peer"), r"does not answer \(by peer\)"),
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), "does not answer: check AWS_ENDPOINT_URL"),
+        (OSError("AWS Error UNKNOWN (HTTP status 503) during GetObject"), "answers with errors of its own"),
+    ):
+        began = now[0]
+
+        def away(trouble: OSError = trouble) -> None:
+            with storage.translated("s3://bucket/key"):
+                raise trouble
+
+        with pytest.raises(UserError, match=rf"^s3://bucket/key: .*{words}.* \(waited 20 s\)$"):
+            storage.retried(away)
+        assert now[0] - began == pytest.approx(20)
 
 
 # ---- S3 mistakes ----------------------------------------------------------------------------------------------

@@ -2,14 +2,15 @@
 
 import dataclasses
 import itertools
-import pickle
 from itertools import islice
 
 import pyarrow as pa
 import pytest
 
+from pipeline import storage
 from pipeline.datasets import format as formats
 from pipeline.datasets.format import open_dataset
+from pipeline.errors import UserError
 from pipeline.ingest import readers
 from pipeline.ingest.plan import LanePlan, Unit, select_groups
 
@@ -72,9 +73,24 @@ def test_a_block_says_how_often_the_storage_was_asked_again(units, monkeypatch):
     monkeypatch.setattr(formats, "_read_group", flaky)
     monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: None)
     item = units[:4]
-    task = {"item": [pickle.dumps(([unit.group for unit in item], None))]}
+    task = {"item": [readers._packed([unit.group for unit in item], None)]}
     for _, table in readers._split(item, readers._read_item(task)):
         assert table["retries"].to_pylist() == [2] + [0] * (table.num_rows - 1)
+
+
+def test_a_block_says_why_its_rows_cannot_be_read(units):
+    lost = dataclasses.replace(units[2].group, shard="shards/lost.parquet")
+    block = readers._read_item({"item": [readers._packed([units[0].group, lost], None)]})
+    with pytest.raises(UserError, match=r"^\S+/shards/lost\.parquet: not found"):
+        list(readers._split(units[:2], block))
+
+
+def test_a_task_is_as_patient_as_the_worker(units, monkeypatch):
+    monkeypatch.setattr(storage, "_patience", 7.0)
+    task = {"item": [readers._packed([units[0].group], None)]}
+    storage.set_patience(60.0)
+    readers._read_item(task)
+    assert storage.patience() == 7.0
 
 
 def test_a_block_that_is_not_what_was_planned_is_refused(units):

@@ -1,0 +1,194 @@
+"""What a larger unlabeled pool costs: start and memory, of generated pools with those parts alone that are read.
+
+    python benchmarks/ingest_scale.py [--rounds 3] [--steps 120]
+
+The first table is about the start, for pools of a thousand to a million shards of 512 images: seconds from opening
+the pool to the first batch (median of some rounds after one that starts Ray's reading processes), peak memory of that
+train worker, and what the driver allocates to open the pool and to share out the lanes. The second one is about going
+on: peak memory of the train worker and the object store together over the same number of steps from a pool of 1,000
+and of 100,000 images. Every line has a train worker of its own. Images are 500x375 JPEGs, views 513x513, one labeled
+and 15 unlabeled ones a step.
+"""
+
+import argparse
+import importlib
+import itertools
+import os
+import secrets
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
+
+from pipeline.batch import ViewSpec
+from pipeline.config import Config, DataConfig, OptimConfig
+from pipeline.datasets.format import open_dataset
+from pipeline.datasets.shapes import prepare_shapes
+from pipeline.datasets.splits import load_split
+from pipeline.ingest.loader import Loader
+from pipeline.ingest.mixture import Mixture, open_source, share_lanes
+from pipeline.ingest.readers import read_ray
+from tests.pools import ROWS_PER_SHARD, link_parts, write_part, write_pool
+
+SHARDS = (10**3, 10**4, 10**5, 10**6)
+ROWS = (1_000, 100_000)
+CONFIG = Config(data=DataConfig(), optim=OptimConfig(batch_labeled=1, batch_unlabeled=15))
+LANES = CONFIG.optim.batch_unlabeled
+LOOKS_PER_SECOND = 50
+AHEAD = 200
+"""Row groups that are made for more than the steps need: what is read ahead."""
+
+
+def make_pool(root: Path, rows: int, part: Path, size: int, steps: int) -> str:
+    """A pool with the parts for so many steps."""
+    uri = write_pool(root, rows, size)
+    units = Mixture([open_source(uri)], LANES, CONFIG.seed).units(range(LANES), 0)
+    needed = AHEAD + steps * LANES // 64
+    link_parts(part, (unit.group for unit in itertools.islice(units, needed)))
+    return uri
+
+
+def opened(settings: dict[str, Any]) -> Loader:
+    """The project's loader, of the pool alone on the unlabeled side."""
+    dataset = open_dataset(settings["dataset"])
+    spec = ViewSpec(unlabeled=True)
+    return Loader(
+        CONFIG, dataset, load_split(dataset, "1_16"), spec, rank=0, world=1, start=0, threads=1, reader=read_ray,
+        sources=[open_source(settings["pool"])],
+    )  # fmt: skip
+
+
+# ---- in the train worker -----------------------------------------------------------------------------------------
+
+
+def start(settings: dict[str, Any]) -> dict[str, float]:
+    """Seconds to the first batch, and the process's peak memory."""
+    torch.set_num_threads(1)
+    seconds = []
+    for _ in range(settings["rounds"] + 1):
+        began = time.perf_counter()
+        loader = opened(settings)
+        next(iter(loader))
+        seconds.append(time.perf_counter() - began)
+        loader.close()
+    return {"seconds": statistics.median(seconds[1:]), "memory": memory("VmHWM")}
+
+
+def go_on(settings: dict[str, Any]) -> dict[str, float]:
+    """Peak of this process's own memory and the object store's together."""
+    torch.set_num_threads(1)
+    peak, ended = [0.0], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(1 / LOOKS_PER_SECOND):
+            peak[0] = max(peak[0], memory("RssAnon") + object_store())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    loader = opened(settings)
+    for _ in itertools.islice(loader, settings["steps"]):
+        pass
+    loader.close()
+    ended.set()
+    watcher.join()
+    return {"memory": peak[0]}
+
+
+def memory(kind: str) -> float:
+    """A figure of this process, MB."""
+    lines = (Path("/proc") / str(os.getpid()) / "status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 1e3
+
+
+def object_store() -> float:
+    """What the objects of this node take, MB; Ray tells nobody but its own tools."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return get_memory_info_reply(state).store_stats.object_store_bytes_used / 1e6
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def in_worker(work: Any, settings: dict[str, Any], results: Path) -> dict[str, float]:
+    """Runs in a train worker of its own."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(storage_path=str(results)),
+    )
+    found: dict[str, float] = trainer.fit().return_value  # type: ignore[assignment]
+    return found
+
+
+def driver(pool: str) -> float:
+    """Peak of what opening a pool allocates, kB."""
+    tracemalloc.start()
+    share_lanes([open_source(pool)], LANES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 1e3
+
+
+def run(folder: Path, rounds: int, steps: int) -> None:
+    """Makes the pools, measures each, prints both tables."""
+    size = write_part(folder / "part.parquet", 375, 500)
+    dataset = str(folder / "shapes")
+    prepare_shapes(dataset)
+
+    def settings(rows: int) -> dict[str, Any]:
+        root = folder / f"pool-{rows}"
+        pool = make_pool(root, rows, folder / "part.parquet", size, steps)
+        return {"dataset": dataset, "pool": pool, "rounds": rounds, "steps": steps}
+
+    print(f"{'shards':>9} {'first batch, s':>15} {'ratio':>6} {'worker, MB':>11} {'ratio':>6} {'driver, kB':>11} ratio")
+    base: tuple[float, ...] = ()
+    for shards in SHARDS:
+        told = settings(shards * ROWS_PER_SHARD)
+        driver(told["pool"])  # what is imported on the way counts for nothing
+        found = in_worker(start, told, folder / "results")
+        row = (found["seconds"], found["memory"], driver(told["pool"]))
+        base = base or row
+        (s, s_ratio), (w, w_ratio), (d, d_ratio) = ((own, own / first) for own, first in zip(row, base, strict=True))
+        print(f"{shards:>9} {s:15.2f} {s_ratio:6.2f} {w:11.0f} {w_ratio:6.2f} {d:11.0f} {d_ratio:5.2f}", flush=True)
+    print(f"\n{'images':>9} {'worker + object store, MB':>26} {'ratio':>6}")
+    peaks: list[float] = []
+    for rows in ROWS:
+        told = settings(rows)
+        peaks.append(statistics.median(in_worker(go_on, told, folder / "results")["memory"] for _ in range(rounds)))
+        print(f"{rows:>9} {peaks[-1]:26.0f} {peaks[-1] / peaks[0]:6.2f}", flush=True)
+
+
+def main() -> None:
+    """Starts Ray and measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=120, help="steps of the second table")
+    arguments = parser.parse_args()
+    # before Ray starts its processes
+    os.environ.update(OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=str(Path(__file__).parents[1]))
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        ray.init(address="local", include_dashboard=False, object_store_memory=1_000_000_000, log_to_driver=False)
+        run(Path(folder), arguments.rounds, arguments.steps)
+        ray.shutdown()
+
+
+if __name__ == "__main__":  # as a module, so that other processes can import what it defines
+    importlib.import_module("benchmarks.ingest_scale").main()
