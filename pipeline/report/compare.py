@@ -12,6 +12,8 @@ from pipeline.report.variants import Key, differences, key, settings, usual
 
 BASELINE = "suponly"
 """The method that gains are over."""
+SUBJECT = "u2pl"
+"""The method that is looked at where it is there."""
 BUDGET = ("optim.steps", "optim.batch_labeled", "model.backbone", "model.weights")
 """What a gain needs to have in common with its baseline, beside dataset, protocol and split."""
 NAMED = 4
@@ -105,6 +107,21 @@ class Comparison:
         base, own = over and over.last(split), row.last(split)
         return own.mean - base.mean if row.method != BASELINE and base and own else None
 
+    def shown(self) -> list[tuple[Row, Run]]:
+        """Two finished runs to look at, of one split and seed if there are: the baseline and U2PL, or the best.
+
+        Empty if no run is finished.
+        """
+        for split in self.splits:
+            there = [row for row in self.rows if row.finished(split)]
+            base = next((row for row in there if row.method == BASELINE), None)
+            others = [row for row in there if row.method != BASELINE]
+            usual = [row for row in others if row.method == SUBJECT] or sorted(others, key=lambda r: -_mean(r, split))
+            if usual:
+                pair = [*([base] if base else []), usual[0]]
+                return [(row, row.finished(split)[0]) for row in pair]
+        return [(row, row.finished(split)[0]) for row in self.rows for split in self.splits if row.finished(split)][:1]
+
     def missing(self) -> list[tuple[Row, str, list[Run], list[int]]]:
         """By row and split with gaps: the unfinished runs, and the seeds that other runs have and it lacks."""
         seeds = sorted({run.config.seed for run in self.runs})
@@ -122,7 +139,8 @@ class Comparison:
         """What a reader has to know before comparing rows."""
         found = [self._settings(name) for name in BUDGET]
         found += [self._lists(split) for split in self.splits]
-        found.append(_differing("The program's version", ((run.about.version, run.uri) for run in self.runs)))
+        versions = ((run.about.version, run.uri) for run in self.runs if run.about.version)
+        found.append(_differing("The program's version", versions))
         found += [f"Left out, as another run has the same method, split and seed: {uri}" for uri in self.doubles]
         return [note for note in found if note]
 
@@ -132,6 +150,11 @@ class Comparison:
     def _lists(self, split: str) -> str:
         runs = [run for run in self.runs if run.config.split == split and run.about.digest]
         return _differing(f"The list of split {split}", ((run.about.digest, run.uri) for run in runs))
+
+
+def _mean(row: Row, split: str) -> float:
+    last = row.last(split)
+    return last.mean if last else 0.0
 
 
 def _differing(what: str, pairs: Iterable[tuple[Any, str]]) -> str:
