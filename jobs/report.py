@@ -1,39 +1,50 @@
-"""Compares finished runs: their mIoU, and a picture of what they see: python jobs/report.py RUN... --out panels.png."""
+"""Compares runs: python jobs/report.py RUNS... writes report.html, and the same tables as report.md and report.csv.
 
-import json
-
-import torch
+RUNS are run directories, or folders or URIs that hold some, finished or not.
+"""
 
 from pipeline import cli, storage
-from pipeline.checkpoint import Progress
-from pipeline.datasets.format import open_dataset
 from pipeline.errors import UserError
-from pipeline.inference.pictures import draw
-from pipeline.inference.restore import restore
+from pipeline.inference.pictures import compare_networks
+from pipeline.methods import OPTIONS
+from pipeline.report import results
+from pipeline.report.compare import Comparison, compare
+from pipeline.report.html import text_table
+from pipeline.report.page import Picture, as_markdown, as_page
+from pipeline.report.runs import find_runs, read_run
 
 
 def main(argv: list[str]) -> None:
     """Entry point."""
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("runs", nargs="+", help="run directories on one dataset; entropy is drawn of the last")
-    parser.add_argument("--out", default="panels.png", help="picture to write (default: panels.png)")
-    parser.add_argument("--images", type=int, default=5, help="validation images to show (default: 5)")
+    parser.add_argument("runs", nargs="+", help="run directories, or folders or URIs (s3://bucket/prefix) of them")
+    parser.add_argument("--out", default="report.html", help="page to write (default: report.html)")
+    parser.add_argument("--images", type=int, default=5, help="validation images to show; 0: none (default: 5)")
     args = parser.parse(argv)
-    if args.images < 1:
-        raise UserError("--images: at least one")
-    restored = [restore(run, torch.device("cpu")) for run in args.runs]
-    dataset = open_dataset(str(restored[-1][0].data.root))
-    titles = [config.method for config, _ in restored]
-    if len({*titles}) < len(titles):
-        titles = [f"{config.method} {config.split} s{config.seed}" for config, _ in restored]
-    networks = {title: method.predictor() for title, (_, method) in zip(titles, restored, strict=True)}
-    draw(networks, dataset, restored[-1][0].eval, args.images, args.out)
-    for run, (config, _) in zip(args.runs, restored, strict=True):
-        progress = Progress.from_dict(json.loads(storage.read_bytes(storage.join(run, "summary.json"))))
-        if progress.last and progress.best:
-            last, best = 100 * progress.last.value, 100 * progress.best.value
-            print(f"{config.method:>10}  split {config.split}  val mIoU last {last:.2f}  best {best:.2f}")
-    print(f"picture {args.out}")
+    if not args.out.endswith(".html"):
+        raise UserError(f"--out {args.out}: must end in .html; .md and .csv are written beside it")
+    if args.images < 0:
+        raise UserError("--images: must be 0 or more")
+    comparisons = compare([read_run(uri, OPTIONS) for uri in find_runs(args.runs)], OPTIONS)
+    pictures = {at: picture(each, args.images) for at, each in enumerate(comparisons) if args.images}
+    stem = args.out.removesuffix(".html")
+    for ending, text in (
+        ("html", as_page(comparisons, pictures)),
+        ("md", as_markdown(comparisons)),
+        ("csv", results.as_csv(comparisons)),
+    ):
+        storage.write_bytes(f"{stem}.{ending}", text.encode())
+    for each in comparisons:
+        print(results.headline(each), *each.notes(), *map(text_table, results.tables(each)), sep="\n\n", end="\n\n")
+    print(f"report {args.out}")
+
+
+def picture(comparison: Comparison, images: int) -> Picture:
+    """What the networks of two runs see, or why it cannot be drawn."""
+    try:
+        return compare_networks({row.label: run.uri for row, run in comparison.shown()}, images)
+    except UserError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One checkpoint: everything a run needs to go on, and everything `evaluate` needs to score it.
 
 A folder with `state.pt` (tensors and plain values: networks, optimiser, memory bank, progress) and `checkpoint.json`
-(step, score, resolved config, SHA-256 of state.pt). The data position and all randomness follow from the step, so
-nothing else has to be kept.
+(step, score, resolved config, what it was made with, SHA-256 of state.pt). The data position and all randomness follow
+from the step, so nothing else has to be kept.
 """
 
 import hashlib
@@ -63,13 +63,21 @@ class Progress:
         return cls(values["step"], **scores)
 
 
-def save(folder: Path, config: Config, data: dict[str, Any], progress: Progress, **parts: dict[str, Any]) -> None:
+def save(
+    folder: Path,
+    config: Config,
+    data: dict[str, Any],
+    about: dict[str, Any],
+    progress: Progress,
+    **parts: dict[str, Any],
+) -> None:
     """Writes a checkpoint into a local folder.
 
     Args:
         folder: exists.
         config: resolved config of the run.
         data: what the run reads: digests (`index`, `split`, those of `pools` if there are any) and `classes` by name.
+        about: what it was made of and with, for people: names, counts, hardware, versions.
         progress: where the run stands.
         parts: state dicts by name (`method`, `optimizer`).
     """
@@ -83,6 +91,7 @@ def save(folder: Path, config: Config, data: dict[str, Any], progress: Progress,
         "sha256": hashlib.sha256(payload).hexdigest(),
         "version": pipeline.__version__,
         "data": data,
+        "about": about,
         "config": as_dict(config),
     }
     (folder / META_FILE).write_text(json.dumps(meta, indent=1))

@@ -259,6 +259,7 @@ class U2PL(Method):
         }
         logs = {
             "kept": (kept != IGNORE).sum() / taught.label.numel(),
+            "alpha": alpha,
             "entropy_threshold": gamma,
             "anchors": found.anchor_count,
             "negatives": found.negative_count,

@@ -10,14 +10,17 @@ import numpy as np
 from PIL import Image
 
 _STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; }
+body { max-width: 70rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; } p { max-width: 48rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: right; white-space: nowrap; }
-th { border-bottom: 1px solid; } th:first-child, td:first-child { text-align: left; }
-th:last-child, td:last-child { padding-right: 0; }
+thead th { border-bottom: 1px solid; } tbody th { font-weight: normal; } tr > :first-child { text-align: left; }
+.shade { padding-left: .5rem; padding-right: .5rem; }
+tr > :last-child { padding-right: 0; }
 li { overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: .8em; height: .8em; border: 1px solid GrayText; margin-right: .4em; }
 .bar { display: block; height: .2rem; background: #3d7ebf; }
@@ -25,6 +28,11 @@ li { overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; height: auto; }
 figcaption { font-size: .9rem; overflow-wrap: anywhere; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
+.charts figure { max-width: 36rem; } svg { display: block; width: 100%; height: auto; }
+.wide img { min-width: 56rem; }
+summary { cursor: pointer; padding: .3rem 0; } details details { margin-left: 1rem; }
+pre { overflow-x: auto; background: #f4f5f7; padding: .7rem; font-size: .85rem; }
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -40,6 +48,8 @@ class Table:
     """RGB of a swatch before each row's first cell, or fewer."""
     bars: Sequence[float] = ()
     """Length of a bar below each row's second cell, 0..1 of its width."""
+    shades: Sequence[Sequence[float | None]] = ()
+    """Depth 0..1 of each cell's background, from the second cell on."""
 
 
 def text_table(table: Table) -> str:
@@ -54,12 +64,13 @@ def _aligned(at: int, cell: str, width: int) -> str:
     return cell.rjust(width) if at else cell.ljust(width)
 
 
-def html_table(table: Table) -> str:
-    """The table as HTML, in a box that scrolls sideways where it is too wide."""
+def html_table(table: Table, level: int = 2) -> str:
+    """The table as HTML under a heading, in a box that scrolls sideways where it is too wide."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
     body = "".join(f"<tr>{''.join(_cells(table, at, row))}</tr>\n" for at, row in enumerate(table.rows))
     box = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
-    return f"<h2>{escape(table.title)}</h2>\n{box}<table><tr>{head}</tr>\n{body}</table></div>\n"
+    title = f"<h{level}>{escape(table.title)}</h{level}>"
+    return f"{title}\n{box}<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
 
 
 def _cells(table: Table, at: int, row: Sequence[str]) -> list[str]:
@@ -68,7 +79,14 @@ def _cells(table: Table, at: int, row: Sequence[str]) -> list[str]:
         cells[0] = html_name(row[0], table.colors[at])
     if at < len(table.bars):
         cells[1] += f'<span class="bar" style="width:{100 * table.bars[at]:.1f}%"></span>'
-    return [f"<td>{cell}</td>" for cell in cells]
+    shades = table.shades[at] if at < len(table.shades) else [None] * len(cells)
+    body = [f"<td{_shaded(shade)}>{cell}</td>" for cell, shade in zip(cells[1:], shades, strict=False)]
+    return [f'<th scope="row">{cells[0]}</th>', *body]
+
+
+def _shaded(depth: float | None) -> str:
+    """Light enough for the text at any depth."""
+    return "" if depth is None else f' class="shade" style="background:rgba(61,126,191,{0.6 * depth:.2f})"'
 
 
 def html_name(name: str, color: tuple[int, int, int]) -> str:
@@ -77,10 +95,15 @@ def html_name(name: str, color: tuple[int, int, int]) -> str:
     return f'<span class="name"><span class="swatch" aria-hidden="true" style="{style}"></span>{escape(name)}</span>'
 
 
-def html_list(title: str, lines: Sequence[str]) -> str:
+def html_list(title: str, lines: Sequence[str], level: int = 2) -> str:
     """A titled list; nothing if it is empty."""
     items = "".join(f"<li>{escape(line)}</li>\n" for line in lines)
-    return f"<h2>{escape(title)}</h2>\n<ul>\n{items}</ul>\n" if lines else ""
+    return f"<h{level}>{escape(title)}</h{level}>\n<ul>\n{items}</ul>\n" if lines else ""
+
+
+def html_details(summary: str, body: str, *, opened: bool = False) -> str:
+    """HTML that is folded away behind its summary, without a script."""
+    return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>\n{body}</details>\n"
 
 
 def html_figure(picture: np.ndarray, alt: str, caption: str) -> str:

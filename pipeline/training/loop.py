@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import time
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.models.norm import sync_batchnorm
 from pipeline.ops import kernel
 from pipeline.ops.world import World
 from pipeline.training.hosts import Host
+from pipeline.training.machine import machine
 from pipeline.training.meter import Meter
 from pipeline.training.optim import build_optimizer, set_lr
 from pipeline.training.trackers import Tracker
@@ -128,6 +130,17 @@ class Session:
             known["pseudo_labels"] = open_labels(labels, self.dataset).digest
         return known
 
+    def about(self) -> dict[str, Any]:
+        """What the run is made of and with; unlike `data` and the config it may change when a run is resumed."""
+        return {
+            "dataset": self.dataset.info.name,
+            "protocol": self.config.data.protocol or self.dataset.info.protocol,
+            "labeled": len(self.split.labeled),
+            "unlabeled": len(self.split.unlabeled),
+            "workers": self.world.size,
+            **machine(self.device),
+        }
+
     def _compiles(self, classes: int) -> bool:
         """Whether to compile the losses: at small sizes on a CPU it takes longer than it saves."""
         choice, (height, width) = self.config.run.compile, self.config.data.crop
@@ -166,7 +179,7 @@ class Session:
 
     def evaluate(self, tracker: Tracker | None) -> None:
         """Scores every network of the method on the validation set, shared among the ranks."""
-        miou: dict[str, float] = {}
+        began, miou = time.perf_counter(), dict[str, float]()
         iou: list[float | None] = []
         for name, network in self.method.networks().items():
             with autocast(self.device, self.config.run):
@@ -183,8 +196,9 @@ class Session:
             miou[name] = scores.miou
             iou = iou or list(scores.iou)
         self.progress.scored(Score(self.progress.step, miou, iou))
+        spent = round((time.perf_counter() - began) * self.world.size, 3)
         if tracker:
-            tracker.log("eval", self.progress.step, {"miou": miou, "iou": iou})
+            tracker.log("eval", self.progress.step, {"miou": miou, "iou": iou, "worker_seconds": spent})
             shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in miou.items())
             log.info("step %6d  val mIoU %%  %s", self.progress.step, shown)
 
@@ -194,6 +208,7 @@ class Session:
             checkpoint.save,
             config=self.config,
             data=self.data(),
+            about=self.about(),
             progress=self.progress,
             method=self.method.state_dict(),
             optimizer=self.optimizer.state_dict(),

@@ -85,6 +85,7 @@ class Meter:
             "loss": means,
             "lr": lr,
             "images_per_second": round(images / elapsed, 2),
+            "worker_seconds": round(elapsed * self._world.size, 3),
             "eta_seconds": round((self._config.optim.steps - step) * elapsed / self._steps, 1),
             **self._ingest(elapsed),
             **{name: value.tolist() for name, value in self._logs.items()},

@@ -15,15 +15,15 @@ from pipeline.config import Config, build
 from pipeline.errors import UserError
 
 DATA = {"index": "i", "split": "s", "classes": ["a", "b"]}
+ABOUT = {"dataset": "d", "workers": 2}
 
 
 def _saved(folder: Path, step: int = 7) -> Path:
     folder.mkdir(parents=True)
     progress = Progress(step, last=Score(step, {"teacher": 0.5, "student": 0.4}, [0.5, None]))
     progress.best = progress.last
-    checkpoint.save(
-        folder, Config(split="1_2"), DATA, progress, method={"w": torch.arange(5.0)}, optimizer={"state": {0: 1}}
-    )
+    parts = {"method": {"w": torch.arange(5.0)}, "optimizer": {"state": {0: 1}}}
+    checkpoint.save(folder, Config(split="1_2"), DATA, ABOUT, progress, **parts)
     return folder
 
 
@@ -35,7 +35,7 @@ def test_round_trip(tmp_path):
     progress = Progress.from_dict(state["progress"])
     assert progress.last == Score(7, {"teacher": 0.5, "student": 0.4}, [0.5, None])
     assert progress.best == progress.last
-    assert (meta["step"], meta["data"], meta["version"]) == (7, DATA, pipeline.__version__)
+    assert (meta["step"], meta["data"], meta["about"], meta["version"]) == (7, DATA, ABOUT, pipeline.__version__)
     assert build(Config, meta["config"]) == Config(split="1_2")
     assert Progress.from_dict({"step": 3, "last": None, "best": None}) == Progress(3)
 

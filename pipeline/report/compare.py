@@ -1,0 +1,213 @@
+"""Runs side by side: which may be compared, means over seeds, gains, what is missing."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from pipeline.datasets.splits import FRACTIONS
+from pipeline.report.runs import Run
+from pipeline.report.variants import Key, differences, key, settings, usual
+
+BASELINE = "suponly"
+"""The method that gains are over."""
+SUBJECT = "u2pl"
+"""The method that is looked at where it is there."""
+BUDGET = ("optim.steps", "optim.batch_labeled", "model.backbone", "model.weights")
+"""What a gain needs to have in common with its baseline, beside dataset, protocol and split."""
+NAMED = 4
+"""So many runs or rows are named in a note, the others counted."""
+
+
+class Spread(NamedTuple):
+    """Some runs' mIoU in percent."""
+
+    mean: float
+    sd: float | None
+    """Sample standard deviation; None of a single run."""
+    count: int
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Of shares 0..1; None of nothing."""
+    percent = [100 * value for value in values]
+    if not percent:
+        return None
+    return Spread(statistics.fmean(percent), statistics.stdev(percent) if len(percent) > 1 else None, len(percent))
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The runs of one method with one set of options: all splits, all seeds."""
+
+    label: str
+    """The method, and in brackets what differs from the other rows."""
+    method: str
+    options: Mapping[str, Any]
+    """Every setting by dotted key, but those that the table is over."""
+    runs: Sequence[Run]
+
+    def of(self, split: str) -> list[Run]:
+        """The runs on a split, by seed."""
+        return sorted((run for run in self.runs if run.config.split == split), key=lambda run: run.config.seed)
+
+    def finished(self, split: str) -> list[Run]:
+        """Those of them that are done."""
+        return [run for run in self.of(split) if run.finished]
+
+    def last(self, split: str) -> Spread | None:
+        """The last evaluations of the finished runs."""
+        return spread([run.progress.last.value for run in self.finished(split) if run.progress.last])
+
+    def best(self, split: str) -> Spread | None:
+        """Their best evaluations."""
+        return spread([run.progress.best.value for run in self.finished(split) if run.progress.best])
+
+    @property
+    def budget(self) -> tuple[Any, ...]:
+        """The settings that `BUDGET` names."""
+        return tuple(self.options[name] for name in BUDGET)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The runs on one dataset and protocol."""
+
+    dataset: str
+    protocol: str
+    index: str | None
+    """SHA-256 of the dataset's index."""
+    classes: tuple[str, ...]
+    rows: Sequence[Row]
+    doubles: Sequence[str]
+    """Runs that are left out, as another one has the same row, split and seed; by URI."""
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """All that count."""
+        return [run for row in self.rows for run in row.runs]
+
+    @cached_property
+    def splits(self) -> list[str]:
+        """The splits that occur, fewest labels first."""
+        return sorted({run.config.split for run in self.runs}, key=lambda name: (self.fraction(name) or 2.0, name))
+
+    def fraction(self, split: str) -> float | None:
+        """The share of the images that is labeled, 0..1; None if nothing tells."""
+        if split in FRACTIONS:
+            return 1 / FRACTIONS[split]
+        counts = [run.about for run in self.runs if run.config.split == split]
+        shares = [a.labeled / (a.labeled + a.unlabeled) for a in counts if a.labeled and a.unlabeled]
+        return shares[0] if shares else None
+
+    def gain(self, row: Row, split: str) -> float | None:
+        """Points of mIoU, last evaluation, over the baseline of the same split and budget; None without one."""
+        over = next((each for each in self.rows if each.method == BASELINE and each.budget == row.budget), None)
+        base, own = over and over.last(split), row.last(split)
+        return own.mean - base.mean if row.method != BASELINE and base and own else None
+
+    def shown(self) -> list[tuple[Row, Run]]:
+        """Two finished runs to look at, of one split and seed if there are: the baseline and U2PL, or the best.
+
+        Empty if no run is finished.
+        """
+        for split in self.splits:
+            there = [row for row in self.rows if row.finished(split)]
+            base = next((row for row in there if row.method == BASELINE), None)
+            others = [row for row in there if row.method != BASELINE]
+            usual = [row for row in others if row.method == SUBJECT] or sorted(others, key=lambda r: -_mean(r, split))
+            if usual:
+                pair = [*([base] if base else []), usual[0]]
+                return [(row, row.finished(split)[0]) for row in pair]
+        return [(row, row.finished(split)[0]) for row in self.rows for split in self.splits if row.finished(split)][:1]
+
+    def missing(self) -> list[tuple[Row, str, list[Run], list[int]]]:
+        """By row and split with gaps: the unfinished runs, and the seeds that other runs have and it lacks."""
+        seeds = sorted({run.config.seed for run in self.runs})
+        gaps = []
+        for row in self.rows:
+            for split in self.splits:
+                there = {run.config.seed: run for run in row.of(split)}
+                unfinished = [run for run in there.values() if not run.finished]
+                absent = [seed for seed in seeds if seed not in there]
+                if unfinished or absent:
+                    gaps.append((row, split, unfinished, absent))
+        return gaps
+
+    def notes(self) -> list[str]:
+        """What a reader has to know before comparing rows."""
+        found = [self._settings(name) for name in BUDGET]
+        found += [self._lists(split) for split in self.splits]
+        versions = ((run.about.version, run.uri) for run in self.runs if run.about.version)
+        found.append(_differing("The program's version", versions))
+        found += [f"Left out, as another run has the same method, split and seed: {uri}" for uri in self.doubles]
+        return [note for note in found if note]
+
+    def _settings(self, name: str) -> str:
+        return _differing(name, ((row.options[name], row.label) for row in self.rows))
+
+    def _lists(self, split: str) -> str:
+        runs = [run for run in self.runs if run.config.split == split and run.about.digest]
+        return _differing(f"The list of split {split}", ((run.about.digest, run.uri) for run in runs))
+
+
+def _mean(row: Row, split: str) -> float:
+    last = row.last(split)
+    return last.mean if last else 0.0
+
+
+def _differing(what: str, pairs: Iterable[tuple[Any, str]]) -> str:
+    """A note on what has several values, or an empty string."""
+    values: dict[Any, list[str]] = {}
+    for value, whose in pairs:
+        values.setdefault(value, []).append(whose)
+    shown = "; ".join(f"{value} ({_some(whose)})" for value, whose in values.items())
+    return f"{what} differs: {shown}" if len(values) > 1 else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def compare(runs: Sequence[Run], options: Mapping[str, type]) -> list[Comparison]:
+    """Sorts runs into comparisons: what ran on different datasets or protocols never shares a table.
+
+    Args:
+        runs: in any order.
+        options: dataclass of options by method name, in the order in which tables show methods.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.about.index or str(run.config.data.root), run.about.protocol), []).append(run)
+    return [_comparison(group, options) for group in groups.values()]
+
+
+def _comparison(runs: Sequence[Run], options: Mapping[str, type]) -> Comparison:
+    kept, doubles = _distinct(runs)
+    about = kept[0].about
+    classes = next((run.about.classes for run in kept if run.about.classes), ())
+    return Comparison(about.dataset, about.protocol, about.index, classes, _rows(kept, options), doubles)
+
+
+def _distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """One run for each identity, the one that got furthest, and the URIs of the others."""
+    best: dict[tuple[str, int, Key], Run] = {}
+    for run in sorted(runs, key=lambda run: (run.finished, run.progress.step)):
+        best[run.config.split, run.config.seed, key(run)] = run
+    return [run for run in runs if run in best.values()], [run.uri for run in runs if run not in best.values()]
+
+
+def _rows(runs: Sequence[Run], options: Mapping[str, type]) -> list[Row]:
+    """One row for each method and set of options; those that differ least from the usual come first."""
+    groups: dict[Key, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    common = usual(runs, options)
+    rows = []
+    for group in groups.values():
+        method, differs = group[0].config.method, differences(group[0], common)
+        label = f"{method} ({', '.join(differs)})" if differs else method
+        rows.append((list(options).index(method), len(differs), label, Row(label, method, settings(group[0]), group)))
+    return [row for *_, row in sorted(rows, key=lambda each: each[:3])]

@@ -1,0 +1,115 @@
+"""The report on runs, as one HTML page and as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+import yaml
+
+from pipeline.config import as_dict
+from pipeline.report import plots, results
+from pipeline.report.compare import Comparison, Row
+from pipeline.report.html import Table, html_details, html_figure, html_list, html_page, html_table
+from pipeline.report.published import published
+from pipeline.report.runs import sections
+
+LEGEND = (
+    "Gains are points of mIoU over SupOnly on the same split with the same steps, labeled batch and backbone. Only "
+    "finished runs count in means; standard deviations are of the sample."
+)
+PICTURE = (
+    "Validation images. Entropy: bright where the right-most method is unsure. Reliable: the four fifths of the shown "
+    "pixels with the lowest entropy, as U2PL parts them at its start."
+)
+
+Picture = np.ndarray | str
+"""uint8 [h,w,3], or why there is none."""
+
+
+def as_page(comparisons: Sequence[Comparison], pictures: Mapping[int, Picture]) -> str:
+    """One HTML file with everything in it.
+
+    Args:
+        comparisons: at least one.
+        pictures: what networks see, by place of the comparison; those that nobody asked for are missing.
+    """
+    parts = [_section(each, f"c{at}", pictures.get(at)) for at, each in enumerate(comparisons)]
+    return html_page(_title(comparisons), f"<p>{escape(LEGEND)}</p>\n" + "".join(parts))
+
+
+def as_markdown(comparisons: Sequence[Comparison]) -> str:
+    """The page's tables and notes."""
+    blocks = [f"# {_title(comparisons)}", LEGEND]
+    for each in comparisons:
+        known = published(each)
+        blocks.append(f"## {results.headline(each)}")
+        blocks += ["\n".join(f"- {_plain(note)}" for note in each.notes())] if each.notes() else []
+        blocks += [_markdown(table) for table in results.tables(each)]
+        blocks += [known.recipe] if known else []
+        blocks += [_markdown(table) for split in each.splits if (table := results.classes(each, split)).rows]
+        blocks += [_markdown(results.production(each)), results.cost(each)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _title(comparisons: Sequence[Comparison]) -> str:
+    names = "; ".join(dict.fromkeys(each.dataset for each in comparisons))
+    return f"{sum(len(each.runs) for each in comparisons)} runs on {names}"
+
+
+def _section(comparison: Comparison, name: str, picture: Picture | None) -> str:
+    known = published(comparison)
+    parts = [f"<h2>{escape(results.headline(comparison))}</h2>\n", html_list("Notes", comparison.notes(), 3)]
+    chart = plots.overview(comparison, name)
+    tables = "".join(html_table(table, 3) for table in results.tables(comparison))
+    parts += [tables, f"<p>{escape(known.recipe)}</p>\n" if known else ""]
+    parts += [f'<h3>Scores</h3>\n<div class="charts">{chart}</div>\n' if chart else ""]
+    for at, split in enumerate(comparison.splits):
+        parts.append(_split(comparison, split, f"{name}-{at}", opened=at == 0))
+    return "".join([*parts, _picture(picture), _production(comparison)])
+
+
+def _split(comparison: Comparison, split: str, name: str, *, opened: bool) -> str:
+    """Curves and classes of one split; the first is open."""
+    charts = plots.curves(comparison, split, f"{name}-miou") + "".join(plots.internals(comparison, split, name))
+    table = results.classes(comparison, split)
+    body = f'<div class="charts">{charts}</div>\n' + (html_table(table, 3) if table.rows else "")
+    return html_details(f"Split {split}: curves and classes", body, opened=opened)
+
+
+def _picture(picture: Picture | None) -> str:
+    if picture is None:
+        return ""
+    if isinstance(picture, str):
+        return f"<h3>What the networks see</h3>\n<p>No pictures: {escape(picture)}</p>\n"
+    alt = f"A grid with one validation image a row. {PICTURE}"
+    figure = html_figure(picture, alt, escape(PICTURE))
+    box = '<div class="scroll wide" tabindex="0" role="region" aria-label="What the networks see">'
+    return f"<h3>What the networks see</h3>\n{box}{figure}</div>\n"
+
+
+def _production(comparison: Comparison) -> str:
+    table = html_table(results.production(comparison), 3)
+    configs = "".join(html_details(f"Config of {row.label}", _config(row)) for row in comparison.rows)
+    return f"<h3>What produced it</h3>\n<p>{escape(results.cost(comparison))}</p>\n" + html_details(
+        "Runs and configs", table + configs
+    )
+
+
+def _config(row: Row) -> str:
+    """The config of the first of its runs; the others differ in split, seed and place."""
+    config = row.runs[0].config
+    values = as_dict(config)
+    values["methods"] = {name: values["methods"][name] for name in sections(config.method, values["methods"])}
+    return f'<pre tabindex="0">{escape(yaml.safe_dump(values, sort_keys=False))}</pre>\n'
+
+
+def _markdown(table: Table) -> str:
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "\n".join([f"### {_plain(table.title)}", "", *(f"| {' | '.join(map(_plain, line))} |" for line in lines)])
+
+
+def _plain(text: str) -> str:
+    """Text that is neither markup nor the end of a cell."""
+    for mark in "\\|<*`[":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())

@@ -1,0 +1,181 @@
+"""The tables of a comparison, the same for the page and for Markdown, and the same numbers for programs as CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from pipeline.report.compare import Comparison, Row, Spread
+from pipeline.report.html import Table
+from pipeline.report.published import published
+from pipeline.report.runs import UNKNOWN, Run
+
+NONE = "-"
+LAST_BEST = ("last", "best")
+TOGETHER = 2
+"""Up to so many splits, last and best share a table."""
+HASH = 12
+"""Shown digits of a hash."""
+COLUMNS = (
+    "dataset", "protocol", "split", "method", "source", "seeds", "last", "last_sd", "best", "best_sd", "gain",
+    "unfinished", "list_hash", "dataset_hash",
+)  # fmt: skip
+"""Of the CSV: mIoU and its deviation in percent, the gain in points; what there is none of is empty."""
+
+
+def headline(comparison: Comparison) -> str:
+    """What the tables are about."""
+    return f"{comparison.dataset}, protocol {comparison.protocol}"
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """Last and best by row and split, what was published, and what is missing; empty ones are left out."""
+    together = len(comparison.splits) <= TOGETHER
+    scores = [_scores(comparison, kinds) for kinds in ((LAST_BEST,) if together else ((kind,) for kind in LAST_BEST))]
+    return [table for table in (*scores, _published(comparison), _missing(comparison)) if table.rows]
+
+
+def _scores(comparison: Comparison, kinds: Sequence[str]) -> Table:
+    columns = [(split, kind) for split in comparison.splits for kind in kinds]
+    spreads = [[getattr(row, kind)(split) for split, kind in columns] for row in comparison.rows]
+    counts = {spread.count for line in spreads for spread in line if spread}
+    rows = []
+    for row, line in zip(comparison.rows, spreads, strict=True):
+        gains = [comparison.gain(row, split) if kind == "last" else None for split, kind in columns]
+        cells = [_cell(spread, gain, seeds=len(counts) > 1) for spread, gain in zip(line, gains, strict=True)]
+        rows.append([row.label, *cells])
+    title = f"mIoU in %: {' and '.join(kinds)} evaluation{' (gain over SupOnly)' if 'last' in kinds else ''}"
+    if counts != {1}:
+        title += f", ± standard deviation{f' of {min(counts)} seeds' if len(counts) == 1 else ' over n seeds'}"
+    names = [split if len(kinds) == 1 else f"{split} {kind}" for split, kind in columns]
+    return Table(title, ("method", *names), rows if counts else [])
+
+
+def _cell(spread: Spread | None, gain: float | None, *, seeds: bool) -> str:
+    if spread is None:
+        return NONE
+    parts = [f"{spread.mean:.2f}"]
+    parts += [f"± {spread.sd:.2f}"] if spread.sd is not None else []
+    parts += [f"({gain:+.2f})"] if gain is not None else []
+    parts += [f"n={spread.count}"] if seeds else []
+    return " ".join(parts)
+
+
+def _published(comparison: Comparison) -> Table:
+    """Each published row with ours of the same name below it."""
+    known, rows = published(comparison), []
+    ours = {row.label: row for row in comparison.rows}
+    for each in known.rows if known else ():
+        rows.append([each.label, *(_number(each.scores.get(split)) for split in comparison.splits), each.source])
+        if row := ours.get(each.label):
+            for kind in LAST_BEST:
+                cells = [
+                    spread and spread.mean for split in comparison.splits for spread in [getattr(row, kind)(split)]
+                ]
+                rows.append([f"{each.label}, ours", *map(_number, cells), kind])
+    return Table("Published beside ours: mIoU in %", ("method", *comparison.splits, "source"), rows)
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def _missing(comparison: Comparison) -> Table:
+    rows = []
+    for row, split, unfinished, absent in comparison.missing():
+        states = "; ".join(map(_state, unfinished)) or NONE
+        rows.append([row.label, split, states, " ".join(map(str, absent)) or NONE])
+    return Table("Unfinished and missing", ("method", "split", "unfinished", "missing seeds"), rows)
+
+
+def _state(run: Run) -> str:
+    last = run.progress.last
+    score = f"last mIoU {100 * last.value:.2f} at step {last.step}" if last else "not evaluated yet"
+    return f"seed {run.config.seed}: step {run.progress.step} of {run.config.optim.steps}, {score}"
+
+
+def classes(comparison: Comparison, split: str) -> Table:
+    """IoU by class of the finished runs' last evaluations, mean over seeds, shaded by its value."""
+    columns = {row.label: means for row in comparison.rows if (means := _class_means(row, split))}
+    names = [comparison.classes[at] if at < len(comparison.classes) else str(at) for at in range(_length(columns))]
+    values = [[means[at] for means in columns.values()] for at in range(len(names))]
+    known = [value for line in values for value in line if value is not None]
+    low, room = min(known, default=0), max(known, default=1) - min(known, default=0) or 1
+    shades = [[None if value is None else (value - low) / room for value in line] for line in values]
+    rows = [[name, *map(_number, line)] for name, line in zip(names, values, strict=True)]
+    return Table(f"IoU by class in %, split {split}, last evaluation", ("class", *columns), rows, shades=shades)
+
+
+def _class_means(row: Row, split: str) -> list[float | None]:
+    found = [run.progress.last.iou for run in row.finished(split) if run.progress.last]
+    by_class = [[value for value in line if value is not None] for line in zip(*found, strict=False)]
+    return [100 * sum(line) / len(line) if line else None for line in by_class]
+
+
+def _length(columns: dict[str, list[float | None]]) -> int:
+    return min(map(len, columns.values()), default=0)
+
+
+def production(comparison: Comparison) -> Table:
+    """One row for each run: what made it, and what it cost."""
+    columns = (
+        "run", "method", "split", "seed", "state", "labeled", "list", "version", "torch", "ray", "device", "workers",
+        "worker-hours",
+    )  # fmt: skip
+    rows = []
+    for row in comparison.rows:
+        for run in (run for split in comparison.splits for run in row.of(split)):
+            about, hours = run.about, run.worker_hours
+            made = [about.version, *(about.machine.get(name) for name in ("torch", "ray")), _device(run), about.workers]
+            state = "finished" if run.finished else f"step {run.progress.step}"
+            named = [run.uri, row.label, run.config.split, run.config.seed, state, about.labeled, about.digest]
+            spent = None if hours is None else f"{hours:.3f}"
+            rows.append([UNKNOWN if value is None else str(value) for value in (*named, *made, spent)])
+    return Table("Runs", columns, rows)
+
+
+def _device(run: Run) -> str | None:
+    machine = run.about.machine
+    if not machine:
+        return None
+    return f"{machine['processor']} ({machine['cpus']} CPUs)" if machine["device"] == "cpu" else str(machine["device"])
+
+
+def cost(comparison: Comparison) -> str:
+    """Hash of the dataset, and the hours of all runs that recorded them."""
+    index = f"dataset {comparison.index[:HASH]}" if comparison.index else f"dataset {UNKNOWN}"
+    hours = [run.worker_hours for run in comparison.runs if run.worker_hours is not None]
+    known = f"{len(hours)} of {len(comparison.runs)} runs"
+    spent = f"{sum(hours):.2f} worker-hours of training and evaluation, {known}" if hours else f"cost {UNKNOWN}"
+    return f"{index}; {spent}."
+
+
+def as_csv(comparisons: Sequence[Comparison]) -> str:
+    """One line for each row and split, ours and published ones."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for comparison in comparisons:
+        place = {"dataset": comparison.dataset, "protocol": comparison.protocol, "dataset_hash": comparison.index or ""}
+        for row in comparison.rows:
+            writer.writerows({**place, **_line(comparison, row, split)} for split in comparison.splits if row.of(split))
+        known = published(comparison)
+        for each in known.rows if known else ():
+            for split, score in each.scores.items():
+                line = {"split": split, "method": each.label, "source": each.source, "best": score}
+                writer.writerow({**place, **line})
+    return out.getvalue()
+
+
+def _line(comparison: Comparison, row: Row, split: str) -> dict[str, object]:
+    runs, gain = row.of(split), comparison.gain(row, split)
+    line: dict[str, object] = {"split": split, "method": row.label, "source": "runs", "seeds": len(row.finished(split))}
+    for name, spread in (("last", row.last(split)), ("best", row.best(split))):
+        if spread:
+            line |= {name: f"{spread.mean:.4f}", f"{name}_sd": "" if spread.sd is None else f"{spread.sd:.4f}"}
+    digests = sorted({run.about.digest for run in runs if run.about.digest})
+    return {
+        **line,
+        "gain": "" if gain is None else f"{gain:.4f}",
+        "unfinished": sum(not run.finished for run in runs),
+        "list_hash": " ".join(digests),
+    }

@@ -1,0 +1,210 @@
+"""Run directories as they were left: config, records, scores, and what they were made of and with."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from pipeline import checkpoint, cli, storage
+from pipeline.checkpoint import Progress, Score
+from pipeline.config import Config, read_file
+from pipeline.datasets.format import Dataset, open_dataset
+from pipeline.datasets.splits import load_split
+from pipeline.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+UNKNOWN = "not recorded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a run is made of and with; None or empty where it left no word of it."""
+
+    dataset: str
+    """For people."""
+    protocol: str
+    index: str | None
+    """SHA-256 of the dataset's index."""
+    digest: str | None
+    """That of the split's list."""
+    labeled: int | None
+    unlabeled: int | None
+    classes: tuple[str, ...]
+    version: str | None
+    """Of this program."""
+    workers: int | None
+    machine: Mapping[str, str | int]
+    """Device, processor, CPUs of a node, versions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run directory, finished or not."""
+
+    uri: str
+    config: Config
+    about: About
+    records: Sequence[Mapping[str, Any]]
+    """metrics.jsonl: those of training and of evaluations, in the order of steps."""
+    progress: Progress
+    """From the summary of a finished run, else from the records."""
+    finished: bool
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """A logged number of the training records over the steps; the mean over the classes of one by class."""
+        found = [(record["step"], _mean(record.get(key))) for record in self.records if record["kind"] == "train"]
+        return [(step, value) for step, value in found if value is not None]
+
+    def scores(self) -> list[Score]:
+        """Every evaluation."""
+        return [_score(record) for record in self.records if record["kind"] == "eval"]
+
+    @property
+    def worker_hours(self) -> float | None:
+        """Of training and evaluation together; None where a record does not tell, as those of older versions."""
+        spent = [record.get("worker_seconds") for record in self.records]
+        return sum(spent) / 3600 if spent and None not in spent else None  # type: ignore[arg-type]
+
+
+def find_runs(places: Sequence[str]) -> list[str]:
+    """The run directories at or below `places`, each once.
+
+    Args:
+        places: run directories, or folders or URIs that hold some.
+
+    Raises:
+        UserError: a place holds none.
+    """
+    found: dict[str, None] = {}
+    for place in places:
+        bare = place.rstrip("/")
+        files = storage.list_files(bare)
+        below = [file.removesuffix(CONFIG_FILE).rstrip("/") for file in files if file.split("/")[-1] == CONFIG_FILE]
+        if not below:
+            raise UserError(f"{place}: no run there ({CONFIG_FILE} is missing); name runs, or folders that hold some")
+        runs = [bare] if "" in below else [storage.join(bare, name) for name in below]
+        found |= dict.fromkeys(runs)
+    by_place = {storage.absolute(uri): uri for uri in reversed(found)}
+    return [uri for uri in found if by_place[storage.absolute(uri)] == uri]
+
+
+def read_run(uri: str, options: Mapping[str, type]) -> Run:
+    """Reads a run directory.
+
+    Args:
+        uri: where `config.yaml` is.
+        options: dataclass of options by method name; the config is completed with their defaults.
+
+    Raises:
+        UserError: a file is damaged; the message names it.
+    """
+    config = _config(storage.join(uri, CONFIG_FILE), options)
+    records = _records(storage.join(uri, METRICS_FILE))
+    summary = storage.join(uri, SUMMARY_FILE)
+    finished = storage.exists(summary)
+    progress = _summary(summary) if finished else _progress(records)
+    return Run(uri, config, _about(uri, config), records, progress, finished)
+
+
+def sections(method: str, methods: Iterable[str]) -> list[str]:
+    """The names among `methods` whose options a method uses: its own, and those it is joined of (u2pl_ael)."""
+    return [name for name in methods if name == method or name in method.split("_")]
+
+
+def _config(uri: str, options: Mapping[str, type]) -> Config:
+    values = read_file(uri)
+    method, methods = str(values.get("method")), values.get("methods")
+    if isinstance(methods, Mapping):  # options of other methods change from version to version and do not matter
+        values["methods"] = {name: methods[name] for name in sections(method, methods)}
+    try:
+        return cli.resolve(values, options)
+    except UserError as error:
+        raise UserError(
+            f"{uri}: not the config of a run ({error}); name runs, or folders that hold nothing else"
+        ) from error
+
+
+def _records(uri: str) -> list[dict[str, Any]]:
+    lines = storage.read_bytes(uri).decode(errors="replace").splitlines() if storage.exists(uri) else []
+    return [_record(line, f"{uri}: line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if record["kind"] == "eval":
+            _score(record)
+        return {**record, "step": int(record["step"])}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"{where} is damaged ({error}); remove the line, or train the run anew") from error
+
+
+def _score(values: Mapping[str, Any]) -> Score:
+    score = Score(values["step"], values["miou"], values["iou"])
+    float(score.value)
+    return score
+
+
+def _summary(uri: str) -> Progress:
+    try:
+        progress = Progress.from_dict(json.loads(storage.read_bytes(uri)))
+        if progress.last is None or progress.best is None:
+            raise ValueError("no score")
+        return progress
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{uri}: damaged; remove it and give the run's command again, which writes it anew") from error
+
+
+def _progress(records: Sequence[Mapping[str, Any]]) -> Progress:
+    progress = Progress(max((record["step"] for record in records), default=0))
+    for record in records:
+        if record["kind"] == "eval":
+            progress.scored(_score(record))
+    return progress
+
+
+def _about(uri: str, config: Config) -> About:
+    """From the newest checkpoint; names and counts that an older version did not record, from the dataset itself."""
+    newest = checkpoint.newest(uri)
+    meta = checkpoint.read_meta(newest) if newest else {}
+    data, about = meta.get("data", {}), dict(meta.get("about") or _of_dataset(config))
+    known = {name: about.pop(name, None) for name in ("dataset", "protocol", "labeled", "unlabeled", "workers")}
+    index, digest = about.pop("index", None), about.pop("digest", None)
+    return About(
+        **known,
+        index=data.get("index", index),
+        digest=data.get("split", digest),
+        classes=tuple(data.get("classes", ())),
+        version=meta.get("version"),
+        machine=about,
+    )
+
+
+def _of_dataset(config: Config) -> dict[str, Any]:
+    root, protocol = str(config.data.root), config.data.protocol
+    try:
+        dataset = _opened(root)
+        split = load_split(dataset, config.split, protocol)
+    except UserError:  # it has moved, or is out of reach from here: the report can do without
+        return {"dataset": root.rstrip("/").rsplit("/", 1)[-1], "protocol": protocol or "default"}
+    return {
+        "dataset": dataset.info.name,
+        "protocol": protocol or dataset.info.protocol,
+        "labeled": len(split.labeled),
+        "unlabeled": len(split.unlabeled),
+        "index": dataset.info.index_hash,
+        "digest": split.digest,
+    }
+
+
+@lru_cache(maxsize=8)
+def _opened(root: str) -> Dataset:
+    return open_dataset(root)
+
+
+def _mean(value: Any) -> float | None:
+    numbers = [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, int | float)]
+    return sum(numbers) / len(numbers) if numbers else None
