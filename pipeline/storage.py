@@ -159,6 +159,11 @@ def retries() -> int:
     return getattr(_this_thread, "retries", 0)
 
 
+def add_retries(count: int) -> None:
+    """Counts those of another thread that worked for this one."""
+    _this_thread.retries = retries() + count
+
+
 def retried(call: Callable[[], T]) -> T:
     """The result of `call`, called again with growing pauses while the storage is only briefly in trouble.
 
@@ -183,7 +188,7 @@ def retried(call: Callable[[], T]) -> T:
                 if isinstance(error, UserError):
                     raise UserError(f"{error} (waited {waited:.0f} s)") from error.__cause__
                 raise
-            _this_thread.retries = retries() + 1
+            add_retries(1)
             time.sleep(min(pause, _patience - waited))
             pause = min(2 * pause, 8.0)
 

@@ -165,7 +165,7 @@ def _read_info(root: str) -> DatasetInfo:
 
 
 def read_group(root: str, shard: str, row_group: int, columns: list[str]) -> pa.Table:
-    """Reads one row group; brief trouble of the storage is waited for, up to about 30 seconds.
+    """Reads one row group; brief trouble of the storage is waited for (`storage.retried`).
 
     Each call opens a handle of its own: one that is shared between threads hangs.
 

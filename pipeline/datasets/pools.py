@@ -173,15 +173,19 @@ def fetch(links: pa.Table, root: str) -> pa.Table:
     """
     places = (links[name].to_pylist() for name in ("file", "offset", "size"))
     with ThreadPoolExecutor(FETCHES) as pool:
-        images = list(pool.map(partial(_fetch, root), *places))
+        found = list(pool.map(partial(_fetch, root), *places))
+    images = [data for data, _ in found]
+    storage.add_retries(sum(retries for _, retries in found))
     return pa.table([links["id"].combine_chunks(), pa.array(images, pa.binary())], schema=BYTES_SCHEMA)
 
 
-def _fetch(root: str, file: str, offset: int, size: int) -> bytes:
-    uri = storage.join(root, file)
+def _fetch(root: str, file: str, offset: int, size: int) -> tuple[bytes, int]:
+    """The bytes, and how often the storage had to be asked again."""
+    uri, before = storage.join(root, file), storage.retries()
     try:
-        return storage.retried(lambda: storage.read_range(uri, offset, size))
+        data = storage.retried(lambda: storage.read_range(uri, offset, size))
     except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return b""
-        raise
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        data = b""
+    return data, storage.retries() - before

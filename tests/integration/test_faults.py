@@ -169,6 +169,7 @@ def test_a_run_without_storage_ends_and_goes_on(
         assert "the endpoint does not answer" in last
         assert "once that is mended, the same command goes on from the last checkpoint" in last
         assert "Traceback" not in job.said
+        assert "was lost" not in job.said  # workers in its place would only have waited again
     proxy.set()
     assert proxy.planned == 0
     assert records(run)[-1]["retries"] > 0

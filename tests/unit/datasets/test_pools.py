@@ -299,3 +299,22 @@ def test_names_that_no_uri_can_hold_are_left_out(photos, trees, tmp_path, capsys
     pool = make_pool("images", str(photos), str(tmp_path / "pool"))
     assert pool.info.generations[0].rows == 300
     assert "left out 1 files" in capsys.readouterr().err
+
+
+def test_asking_again_for_linked_images_is_counted(photos, tmp_path, monkeypatch):
+    """They are fetched in other threads than the one that reads the group."""
+    pool = make_pool("images", str(photos), str(tmp_path / "pool"))
+    group = PoolTable(pool, 1)[0]
+    expected, read, failed = read_rows(group), storage.read_range, set()
+
+    def flaky(uri: str, offset: int, size: int) -> bytes:
+        if uri not in failed:
+            failed.add(uri)
+            raise TimeoutError("no answer")
+        return read(uri, offset, size)
+
+    monkeypatch.setattr(storage, "read_range", flaky)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    table = read_rows(group)
+    assert table.select(["id", "image"]).equals(expected.select(["id", "image"]))
+    assert sum(table["retries"].to_pylist()) == len(failed) == table.num_rows

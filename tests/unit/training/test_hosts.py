@@ -27,6 +27,23 @@ def test_other_ranks_write_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_brief_trouble_costs_no_checkpoint(tmp_path, monkeypatch):
+    write, failed = storage.write_bytes, []
+
+    def flaky(uri: str, data: bytes) -> None:
+        if uri not in failed:
+            failed.append(uri)
+            raise ConnectionResetError("by peer")
+        write(uri, data)
+
+    monkeypatch.setattr(hosts.storage, "write_bytes", flaky)
+    monkeypatch.setattr(hosts.storage.time, "sleep", lambda seconds: None)
+    host = PlainHost(str(tmp_path))
+    host.report(5, None, _write)
+    assert host.latest() == f"{tmp_path}/step_0000005"
+    assert len(failed) == 2
+
+
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     """What makes it whole goes last, so a writer that dies before leaves none."""
     write = storage.write_bytes

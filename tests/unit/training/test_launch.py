@@ -155,3 +155,35 @@ def test_a_dataset_without_val_is_refused(shapes: str) -> None:
     empty = dataclasses.replace(dataset, info=dataclasses.replace(dataset.info, counts={"train": 400, "val": 0}))
     with pytest.raises(UserError, match="no validation images"):
         launch.check_val(empty)
+
+
+class _Failed(Exception):
+    """As Ray Train reports the end of a run."""
+
+    def __init__(self, controller: Exception | None = None, workers: list[Exception] | None = None) -> None:
+        if controller is not None:
+            self.controller_failure = controller
+        self.worker_failures = dict(enumerate(workers or []))
+
+
+class _Wrapped(Exception):
+    """As Ray Train hands on what a worker raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (_Failed(UserError("s3://b/x: damaged")), "s3://b/x: damaged"),
+        (_Failed(OSError("AWS Error NETWORK_CONNECTION during PutObject")), "s3://b/run: the endpoint does not answer"),
+        (_Failed(workers=[_Wrapped(ValueError("no")), _Wrapped(UserError("too many are damaged"))]), "too many are"),
+        (_Failed(workers=[_Wrapped(ValueError("no"))]), ""),
+        (_Failed(RuntimeError("no")), ""),
+    ],
+)
+def test_what_ended_a_run_is_told_if_someone_can_mend_it(error: Exception, told: str) -> None:
+    found = launch._user_error(error, "s3://b/run")
+    assert found.startswith(told)
+    assert bool(found) == bool(told)
