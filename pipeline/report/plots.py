@@ -96,7 +96,7 @@ def internals(comparison: Comparison, split: str, name: str) -> list[str]:
     return [chart for chart in drawn if chart]
 
 
-def _series(rows: Sequence[Row], split: str, curve: Callable[[Run], list[Point]]) -> list[Series]:
+def _series(rows: Sequence[Row], split: str, curve: Callable[[Run], Sequence[Point]]) -> list[Series]:
     """One for each row, empty where it has nothing, so that a row looks the same in all charts."""
     series = []
     for row in rows:

@@ -16,7 +16,7 @@ TOGETHER = 2
 """Up to so many splits, last and best share a table."""
 HASH = 12
 """Shown digits of a hash."""
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "dataset", "protocol", "split", "method", "source", "seeds", "last", "last_sd", "best", "best_sd", "gain",
     "unfinished", "list_hash", "dataset_hash",
 )  # fmt: skip

@@ -50,7 +50,7 @@ class Run:
     """From the summary of a finished run, else from the records."""
     finished: bool
 
-    def curve(self, key: str) -> list[tuple[int, float]]:
+    def curve(self, key: str) -> list[tuple[float, float]]:
         """A logged number of the training records over the steps; the mean over the classes of one by class."""
         found = [(record["step"], _mean(record.get(key))) for record in self.records if record["kind"] == "train"]
         return [(step, value) for step, value in found if value is not None]
