@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.cli import resolve
+from pipeline.config import as_dict
 from pipeline.methods import OPTIONS
 from pipeline.report.compare import Comparison, compare
 from pipeline.report.runs import find_runs, read_run
@@ -45,7 +47,8 @@ def write_run(
     """
     folder.mkdir(parents=True)
     values = {"method": method, "split": split, "seed": seed, "optim": {"steps": 100}, "data": {"root": "/no/toy"}}
-    (folder / "config.yaml").write_text(yaml.safe_dump({**values, **(config or {})}))
+    values |= config or {}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
     evaluations = [_evaluation(10 * at, score) for at, score in enumerate(scores, 1)]
     lines = []
     for each in evaluations:
@@ -59,14 +62,9 @@ def write_run(
     if known:
         place = folder / "step_0000010"
         place.mkdir()
-        meta = {
-            "step": 10,
-            "sha256": "",
-            "version": "1.0",
-            "data": known,
-            "config": {},
-            "about": {**ABOUT, **(about or {})},
-        }
+        resolved = as_dict(resolve(values, OPTIONS))
+        meta = {"step": 10, "sha256": "", "version": "1.0", "data": known, "config": resolved}
+        meta["about"] = {**ABOUT, **(about or {})}
         (place / "checkpoint.json").write_text(json.dumps(meta))
     return str(folder)
 
