@@ -14,14 +14,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,view]'
 	touch $(STAMP)
 
-# Generates the shapes, trains SupOnly and then U2PL with two CPU workers, and draws what they see.
+# Generates the shapes, trains SupOnly and then U2PL with two CPU workers, and compares them on a page.
 TRAIN_DEMO = $(BIN)/python jobs/train.py --preset demo --data demo/shapes --split 1_16 --run.workers 2
 
 demo: install
 	test -f demo/shapes/dataset.json || $(BIN)/python jobs/prepare.py --source shapes --out demo/shapes
 	$(TRAIN_DEMO) --method suponly --out demo/suponly
 	$(TRAIN_DEMO) --method u2pl --out demo/u2pl
-	$(BIN)/python jobs/report.py demo/suponly demo/u2pl --out demo/panels.png
+	$(BIN)/python jobs/report.py demo/suponly demo/u2pl --out demo/report.html
 
 test: install
 	$(BIN)/python -m pytest

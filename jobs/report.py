@@ -43,7 +43,7 @@ def picture(comparison: Comparison, images: int) -> Picture:
     """What the networks of two runs see, or why it cannot be drawn."""
     try:
         return compare_networks({row.label: run.uri for row, run in comparison.shown()}, images)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return str(error)
 
 

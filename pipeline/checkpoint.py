@@ -22,6 +22,10 @@ from pipeline.errors import UserError
 
 STATE_FILE = "state.pt"
 META_FILE = "checkpoint.json"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+"""The last three lie beside the checkpoints in the run directory."""
 
 
 @dataclass(frozen=True)

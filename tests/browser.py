@@ -78,9 +78,10 @@ class Browser:
         return base64.b64decode(self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def requests(self) -> list[str]:
-        """Addresses that the page asked for, beside itself."""
+        """Addresses that the page asked for, beside itself and what it holds."""
         sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
-        return [each["request"]["url"] for each in sent if each["type"] != "Document"]
+        urls = [each["request"]["url"] for each in sent if each["type"] != "Document"]
+        return [url for url in urls if not url.startswith("data:")]
 
     def complaints(self) -> Sequence[str]:
         """Errors and warnings in its console."""

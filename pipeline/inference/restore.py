@@ -21,7 +21,7 @@ def restore(uri: str, device: torch.device) -> tuple[Config, Method]:
         device: where to put it.
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged.
+        UserError: there is no checkpoint, it is damaged, or its networks are not those of this version.
     """
     place = checkpoint.find(uri)
     meta = checkpoint.read_meta(place)
@@ -29,7 +29,13 @@ def restore(uri: str, device: torch.device) -> tuple[Config, Method]:
     config: Config = build(Config, values)
     bare = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has them all
     method = build_method(bare, len(meta["data"]["classes"]))
-    method.load_state_dict(checkpoint.read_state(place)["method"])
+    state = checkpoint.read_state(place)["method"]
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:  # torch lists every key; one line is enough
+        raise UserError(
+            f"{place}: holds other networks than {config.method} has here: made by another version"
+        ) from error
     return config, method.to(device).eval()
 
 

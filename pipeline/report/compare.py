@@ -141,7 +141,8 @@ class Comparison:
         found += [self._lists(split) for split in self.splits]
         versions = ((run.about.version, run.uri) for run in self.runs if run.about.version)
         found.append(_differing("The program's version", versions))
-        found += [f"Left out, as another run has the same method, split and seed: {uri}" for uri in self.doubles]
+        if self.doubles:
+            found.append(f"Left out, as others have the same method, settings, split and seed: {_some(self.doubles)}")
         return [note for note in found if note]
 
     def _settings(self, name: str) -> str:

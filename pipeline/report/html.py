@@ -18,7 +18,9 @@ h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; } p { max-width: 48rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: right; white-space: nowrap; }
-thead th { border-bottom: 1px solid; } tbody th { font-weight: normal; } tr > :first-child { text-align: left; }
+thead th { border-bottom: 1px solid; white-space: normal; vertical-align: bottom; }
+tbody th { font-weight: normal; white-space: normal; min-width: 6rem; max-width: 16rem; overflow-wrap: break-word; }
+tr > :first-child { text-align: left; }
 .shade { padding-left: .5rem; padding-right: .5rem; }
 tr > :last-child { padding-right: 0; }
 li { overflow-wrap: anywhere; }
@@ -28,7 +30,7 @@ li { overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; height: auto; }
 figcaption { font-size: .9rem; overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.5rem; }
 .charts figure { max-width: 36rem; } svg { display: block; width: 100%; height: auto; }
 .wide img { min-width: 56rem; }
 summary { cursor: pointer; padding: .3rem 0; } details details { margin-left: 1rem; }

@@ -39,15 +39,15 @@ def as_page(comparisons: Sequence[Comparison], pictures: Mapping[int, Picture]) 
 
 def as_markdown(comparisons: Sequence[Comparison]) -> str:
     """The page's tables and notes."""
-    blocks = [f"# {_title(comparisons)}", LEGEND]
+    blocks = [f"# {_plain(_title(comparisons))}", LEGEND]
     for each in comparisons:
         known = published(each)
-        blocks.append(f"## {results.headline(each)}")
+        blocks.append(f"## {_plain(results.headline(each))}")
         blocks += ["\n".join(f"- {_plain(note)}" for note in each.notes())] if each.notes() else []
         blocks += [_markdown(table) for table in results.tables(each)]
         blocks += [known.recipe] if known else []
         blocks += [_markdown(table) for split in each.splits if (table := results.classes(each, split)).rows]
-        blocks += [_markdown(results.production(each)), results.cost(each)]
+        blocks += [_markdown(results.production(each)), _plain(results.cost(each))]
     return "\n\n".join(blocks) + "\n"
 
 

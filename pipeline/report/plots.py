@@ -19,10 +19,10 @@ class Logged(NamedTuple):
 
 
 LOGGED = (
-    Logged("kept", "Kept pixels", "share of the unlabeled pixels with a label"),
-    Logged("alpha", "Unreliable share alpha_t", "share of the pixels"),
-    Logged("entropy_threshold", "Entropy threshold gamma_t", "nats"),
-    Logged("bank_fill", "Memory bank", "filled share, mean over classes"),
+    Logged("kept", "Unlabeled pixels that keep a pseudo-label", "share"),
+    Logged("alpha", "alpha_t, the unreliable pixels", "share"),
+    Logged("entropy_threshold", "gamma_t, the entropy from which a pixel is unreliable", "nats"),
+    Logged("bank_fill", "Memory bank, filled part (mean over classes)", "share"),
 )
 
 
@@ -35,9 +35,15 @@ def overview(comparison: Comparison, name: str) -> str:
     """
     splits = [split for split in comparison.splits if any(row.last(split) for row in comparison.rows)]
     if len(splits) == 1:
-        return _figure(_dots(comparison, splits[0], name), "Dot: last, with its standard deviation. Ring: best.")
+        return _figure(
+            _dots(comparison, splits[0], name),
+            f"Split {splits[0]}; dot: last evaluation with its standard deviation, ring: best.",
+        )
     drawn = {split: share for split in splits if (share := comparison.fraction(split))}
-    return _figure(_fractions(comparison, drawn, name), "Last evaluation; bars: standard deviation over seeds.")
+    return _figure(
+        _fractions(comparison, drawn, name),
+        "Last evaluation over the labeled share; bars: standard deviation over seeds.",
+    )
 
 
 def _dots(comparison: Comparison, split: str, name: str) -> str:
@@ -76,9 +82,8 @@ def curves(comparison: Comparison, split: str, name: str) -> str:
 
     series = _series(comparison.rows, split, scores)
     title = f"Validation mIoU over steps, split {split}"
-    return _figure(
-        _over_steps(name, title, "val mIoU, %", series), "Line: mean over seeds. Marks at the end: each seed."
-    )
+    chart = _over_steps(name, title, "val mIoU, %", series)
+    return _figure(chart, f"{title}; lines: mean over seeds, marks at the end: each seed.")
 
 
 def internals(comparison: Comparison, split: str, name: str) -> list[str]:
@@ -86,12 +91,12 @@ def internals(comparison: Comparison, split: str, name: str) -> list[str]:
     drawn = []
     for each in LOGGED:
         series = _series(comparison.rows, split, lambda run, key=each.key: run.curve(key))
-        chart = _over_steps(f"{name}-{each.key.replace('_', '-')}", each.title, each.unit, series)
-        drawn.append(_figure(chart, f"{each.title}, mean over seeds."))
+        chart = _over_steps(f"{name}-{each.key.replace('_', '-')}", each.title, each.unit, series, lowest=0.0)
+        drawn.append(_figure(chart, f"{each.title}; mean over seeds."))
     return [chart for chart in drawn if chart]
 
 
-def _series(rows: Sequence[Row], split: str, curve: Callable[[Run], list[Point]]) -> list[Series]:
+def _series(rows: Sequence[Row], split: str, curve: Callable[[Run], Sequence[Point]]) -> list[Series]:
     """One for each row, empty where it has nothing, so that a row looks the same in all charts."""
     series = []
     for row in rows:
@@ -111,12 +116,14 @@ def _mean_curve(found: Sequence[Sequence[Point]]) -> list[Point]:
     return [(step, statistics.fmean(each[step] for each in values)) for step in common]
 
 
-def _over_steps(name: str, title: str, unit: str, series: Sequence[Series]) -> str:
+def _over_steps(name: str, title: str, unit: str, series: Sequence[Series], lowest: float | None = None) -> str:
+    """A chart whose vertical axis reaches down to `lowest`, or to the lowest value."""
     points = [point for each in series for point in (*each.points, *each.ends)]
     if not points:
         return ""
     x = Axis("step", round_ticks([0, *(step for step, _ in points)]))
-    return line_chart(name, title, _said(series), series, x, Axis(unit, round_ticks([value for _, value in points])))
+    values = [value for _, value in points] + ([] if lowest is None else [lowest])
+    return line_chart(name, title, _said(series), series, x, Axis(unit, round_ticks(values)))
 
 
 def _said(series: Sequence[Series]) -> str:

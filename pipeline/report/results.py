@@ -2,6 +2,7 @@
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 
 from pipeline.report.compare import Comparison, Row, Spread
@@ -15,7 +16,7 @@ TOGETHER = 2
 """Up to so many splits, last and best share a table."""
 HASH = 12
 """Shown digits of a hash."""
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "dataset", "protocol", "split", "method", "source", "seeds", "last", "last_sd", "best", "best_sd", "gain",
     "unfinished", "list_hash", "dataset_hash",
 )  # fmt: skip
@@ -37,26 +38,28 @@ def tables(comparison: Comparison) -> list[Table]:
 def _scores(comparison: Comparison, kinds: Sequence[str]) -> Table:
     columns = [(split, kind) for split in comparison.splits for kind in kinds]
     spreads = [[getattr(row, kind)(split) for split, kind in columns] for row in comparison.rows]
-    counts = {spread.count for line in spreads for spread in line if spread}
+    counts = [spread.count for line in spreads for spread in line if spread]
+    usual = statistics.mode(counts) if counts else 0
     rows = []
     for row, line in zip(comparison.rows, spreads, strict=True):
         gains = [comparison.gain(row, split) if kind == "last" else None for split, kind in columns]
-        cells = [_cell(spread, gain, seeds=len(counts) > 1) for spread, gain in zip(line, gains, strict=True)]
+        cells = [_cell(spread, gain, usual) for spread, gain in zip(line, gains, strict=True)]
         rows.append([row.label, *cells])
     title = f"mIoU in %: {' and '.join(kinds)} evaluation{' (gain over SupOnly)' if 'last' in kinds else ''}"
-    if counts != {1}:
-        title += f", ± standard deviation{f' of {min(counts)} seeds' if len(counts) == 1 else ' over n seeds'}"
+    title += f", ± standard deviation of {usual} seeds" if usual > 1 else ", one seed"
+    title += "" if len(set(counts)) == 1 else " where n says no other"
     names = [split if len(kinds) == 1 else f"{split} {kind}" for split, kind in columns]
     return Table(title, ("method", *names), rows if counts else [])
 
 
-def _cell(spread: Spread | None, gain: float | None, *, seeds: bool) -> str:
+def _cell(spread: Spread | None, gain: float | None, usual: int) -> str:
+    """Mean, deviation, gain, and the number of seeds if it is not the usual one."""
     if spread is None:
         return NONE
     parts = [f"{spread.mean:.2f}"]
     parts += [f"± {spread.sd:.2f}"] if spread.sd is not None else []
     parts += [f"({gain:+.2f})"] if gain is not None else []
-    parts += [f"n={spread.count}"] if seeds else []
+    parts += [f"n={spread.count}"] if spread.count != usual else []
     return " ".join(parts)
 
 

@@ -7,15 +7,12 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline import checkpoint, cli, storage
-from pipeline.checkpoint import Progress, Score
+from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Progress, Score
 from pipeline.config import Config, read_file
 from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.datasets.splits import load_split
 from pipeline.errors import UserError
 
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-SUMMARY_FILE = "summary.json"
 UNKNOWN = "not recorded"
 
 
@@ -53,7 +50,7 @@ class Run:
     """From the summary of a finished run, else from the records."""
     finished: bool
 
-    def curve(self, key: str) -> list[tuple[int, float]]:
+    def curve(self, key: str) -> list[tuple[float, float]]:
         """A logged number of the training records over the steps; the mean over the classes of one by class."""
         found = [(record["step"], _mean(record.get(key))) for record in self.records if record["kind"] == "train"]
         return [(step, value) for step, value in found if value is not None]
@@ -138,22 +135,26 @@ def _record(line: str, where: str) -> dict[str, Any]:
         if record["kind"] == "eval":
             _score(record)
         return {**record, "step": int(record["step"])}
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{where} is damaged ({error}); remove the line, or train the run anew") from error
 
 
 def _score(values: Mapping[str, Any]) -> Score:
-    score = Score(values["step"], values["miou"], values["iou"])
-    float(score.value)
-    return score
+    """A score whose numbers are numbers.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is none.
+    """
+    miou = {name: float(value) for name, value in values["miou"].items()}
+    if not miou:
+        raise ValueError("no mIoU")
+    return Score(int(values["step"]), miou, [None if value is None else float(value) for value in values["iou"]])
 
 
 def _summary(uri: str) -> Progress:
     try:
-        progress = Progress.from_dict(json.loads(storage.read_bytes(uri)))
-        if progress.last is None or progress.best is None:
-            raise ValueError("no score")
-        return progress
+        values = json.loads(storage.read_bytes(uri))
+        return Progress(int(values["step"]), _score(values["last"]), _score(values["best"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{uri}: damaged; remove it and give the run's command again, which writes it anew") from error
 

@@ -15,13 +15,15 @@ COLOURS = ("#0072b2", "#c44601", "#00734f", "#9c3587", "#333333", "#8a6100")
 DASHES = ("", "7 3", "2 2.5", "9 2.5 2 2.5")
 MARKS = 5
 WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 44, 18, 10, 40
 TEXT = 11
 LETTER = 6.0
 """Width of a letter of the text, about."""
 KEY = 26
 """Width of a line in the legend."""
 LINE = 16
+FLAT = 0.02
+"""Smallest range of an axis, as a share of its values: rounding errors do not look like mountains."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Axis:
 def round_ticks(values: Sequence[float], count: int = 5) -> list[tuple[float, str]]:
     """About `count` round numbers that enclose `values`."""
     low, high = min(values), max(values)
-    rough = max(high - low, 1e-9 if high == low == 0 else abs(high) * 1e-3, 1e-9) / count
+    rough = max(high - low, FLAT * abs(high), 1e-9) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     places = max(0, -math.floor(math.log10(step) + 1e-9))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint, cli, cluster, storage
-from pipeline.checkpoint import Progress
+from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Progress
 from pipeline.config import Config, as_dict, identity, read_file, to_yaml
 from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.datasets.pseudo import open_labels
@@ -21,14 +21,12 @@ from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
 from pipeline.training.meter import Diverged
 
-CONFIG_FILE = "config.yaml"
-SUMMARY_FILE = "summary.json"
 GENERATED = "generated"
 """Value of `data.root` that stands for the demo set."""
 RUN_FILES = {
-    "config.yaml",
-    "metrics.jsonl",
-    "summary.json",
+    CONFIG_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
     "tensorboard",
     "checkpoint_manager_snapshot.json",
     ".validate_storage_marker",

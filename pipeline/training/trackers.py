@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.checkpoint import METRICS_FILE
 
 FLUSH_SECONDS = 10.0
 
@@ -18,7 +19,7 @@ class Tracker:
 
     def __init__(self, out: str, start: int, *, tensorboard: bool) -> None:
         """Args: out: run directory; start: steps done before this attempt; tensorboard: write events as well."""
-        self._uri = storage.join(out, "metrics.jsonl")
+        self._uri = storage.join(out, METRICS_FILE)
         self._lines = self._kept(start)
         self._flushed = time.monotonic()
         self._events = _Events(storage.join(out, "tensorboard"), start) if tensorboard else None

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from pipeline import checkpoint, cli, storage
 from pipeline.checkpoint import Progress
@@ -87,11 +86,13 @@ class TestWorkers:
         assert {name: each.miou for name, each in scores.items()} == progress.last.miou
         assert list(scores["teacher"].iou) == progress.last.iou
 
-        picture = tmp_path / "panels.png"
-        load("report").main([run, "--out", str(picture), "--images", "2"])
-        assert f"last {100 * progress.last.value:.2f}" in capsys.readouterr().out
-        with Image.open(picture) as image:
-            assert min(image.size) > 2 * 192  # two rows of enlarged images
+        page = tmp_path / "report.html"
+        load("report").main([run, "--out", str(page), "--images", "2"])
+        assert f"{100 * progress.last.value:.2f}" in capsys.readouterr().out
+        text = page.read_text()
+        assert "What the networks see" in text
+        assert "No pictures" not in text
+        assert "worker-hours of training and evaluation, 1 of 1 runs" in text
 
     def test_a_finished_run_is_not_trained_again(
         self, shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

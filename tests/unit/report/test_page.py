@@ -1,0 +1,161 @@
+"""The report as a page, as Markdown and as CSV: the same numbers, and names that are never markup."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from pipeline.datasets.facts import KNOWN
+from pipeline.report.compare import Comparison
+from pipeline.report.page import as_markdown, as_page
+from pipeline.report.published import PROTOCOLS
+from pipeline.report.results import COLUMNS, as_csv, classes, tables
+from tests.unit.report.made import only, write_run
+from tests.unit.report.test_check import EVIL, Tags
+
+LOGS = {"kept": 0.8, "alpha": 0.1, "entropy_threshold": 1.5, "bank_fill": [0.5, 1.0]}
+
+
+@pytest.fixture
+def comparison(tmp_path) -> Comparison:
+    for seed, score in enumerate((0.5, 0.6)):
+        for split, more in (("1_8", 0.0), ("1_4", 0.1)):
+            write_run(tmp_path / f"s{split}{seed}", "suponly", split, seed, (0.4, score + more))
+            write_run(tmp_path / f"u{split}{seed}", "u2pl", split, seed, (0.4, score + more + 0.05), logs=LOGS)
+    return only(tmp_path)
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_up_to_two_splits_share_a_table(comparison):
+    (table,) = tables(comparison)
+    assert table.title == "mIoU in %: last and best evaluation (gain over SupOnly), ± standard deviation of 2 seeds"
+    assert table.columns == ("method", "1_8 last", "1_8 best", "1_4 last", "1_4 best")
+    assert table.rows == [
+        ["suponly", "55.00 ± 7.07", "55.00 ± 7.07", "65.00 ± 7.07", "65.00 ± 7.07"],
+        ["u2pl", "60.00 ± 7.07 (+5.00)", "60.00 ± 7.07", "70.00 ± 7.07 (+5.00)", "70.00 ± 7.07"],
+    ]
+
+
+def test_more_splits_and_uneven_seeds(tmp_path):
+    for split in ("1_16", "1_8", "1_4"):
+        for seed in (0, 1):
+            write_run(tmp_path / f"{split}-{seed}", split=split, seed=seed, finished=(split, seed) != ("1_4", 1))
+    last, best, missing = tables(only(tmp_path))
+    assert last.title.endswith("± standard deviation of 2 seeds where n says no other")
+    assert last.rows == [["suponly", "50.00 ± 0.00", "50.00 ± 0.00", "50.00 n=1"]]
+    assert best.columns == ("method", "1_16", "1_8", "1_4")
+    assert missing.rows == [["suponly", "1_4", "seed 1: step 10 of 100, last mIoU 50.00 at step 10", "-"]]
+
+
+def test_classes_are_means_over_seeds(comparison):
+    table = classes(comparison, "1_8")
+    assert table.columns == ("class", "suponly", "u2pl")
+    assert table.rows == [["sky", "65.00", "70.00"], ["road", "45.00", "50.00"]]
+    assert table.shades[0][1] == 1.0
+    assert table.shades[1][0] == 0.0
+
+
+def test_csv_round_trip(comparison):
+    found = rows(as_csv([comparison]))
+    assert [(line["split"], line["method"]) for line in found] == [
+        ("1_8", "suponly"), ("1_4", "suponly"), ("1_8", "u2pl"), ("1_4", "u2pl"),
+    ]  # fmt: skip
+    assert tuple(found[0]) == COLUMNS
+    assert found[0]["gain"] == ""
+    u2pl = found[2]
+    assert (u2pl["dataset"], u2pl["protocol"], u2pl["seeds"], u2pl["list_hash"]) == ("toy", "random", "2", "list-1_8")
+    numbers = [float(u2pl[name]) for name in ("last", "last_sd", "best", "best_sd", "gain")]
+    assert numbers == pytest.approx([60.0, 7.0711, 60.0, 7.0711, 5.0])
+
+
+def test_page_holds_everything_and_asks_for_nothing(comparison):
+    page = as_page([comparison], {0: np.zeros((4, 6, 3), np.uint8)})
+    tags = Tags(page)
+    assert tags.open == []
+    assert {tag for tag, _ in tags.found} & {"script", "link", "iframe"} == set()
+    assert "http:" not in page
+    assert "https:" not in page
+    charts = tags.of("svg")
+    assert len(charts) == 1 + 2 * (1 + 4)  # the overview; for each split the curves, and what U2PL logs
+    assert all(each["role"] == "img" for each in charts)
+    ids = [each["id"] for _, each in tags.found if "id" in each]
+    assert len(set(ids)) == len(ids) == 2 * len(charts)
+    assert all(each.get("alt") for each in tags.of("img"))
+    assert {each["scope"] for each in tags.of("th")} == {"col", "row"}
+    assert len([each for each in tags.of("details") if "open" in each]) == 1
+    assert "60.00 ± 7.07 (+5.00)" in tags.text
+    assert "16.00 worker-hours of training and evaluation, 8 of 8 runs" in tags.text
+    assert "dataset abcabcabcabc" in tags.text
+    assert "Abacus (2 CPUs)" in tags.text
+    assert "lambda_c: 0.1" in tags.text
+
+
+def test_without_pictures_the_page_says_why_or_nothing(comparison):
+    assert "No pictures: the disk is gone" in as_page([comparison], {0: "the disk is gone"})
+    assert "What the networks see" not in as_page([comparison], {})
+
+
+def test_a_page_of_unfinished_runs_alone(tmp_path):
+    write_run(tmp_path / "a", scores=(), finished=False, data={})
+    page = Tags(as_page([only(tmp_path)], {}))
+    assert page.open == []
+    assert "seed 0: step 0 of 100, not evaluated yet" in page.text
+    assert "cost not recorded" in page.text
+    assert as_markdown([only(tmp_path)]).startswith("# 1 runs on toy")
+
+
+def test_names_are_text_and_never_markup(tmp_path):
+    config = {"model": {"weights": EVIL}, "data": {"unlabeled_pools": [EVIL]}}
+    write_run(
+        tmp_path / "b<i>", seed=1, config=config, about={"dataset": EVIL, "protocol": EVIL, "processor": EVIL},
+        data={"index": EVIL, "split": EVIL, "classes": [EVIL, "b"]},
+    )  # fmt: skip
+    odd = only(tmp_path)
+    tags = Tags(as_page([odd], {0: EVIL}))
+    assert tags.open == []
+    assert tags.of("img") == []
+    assert tags.of("i") == []
+    assert EVIL in tags.text
+    text = as_markdown([odd])
+    assert EVIL not in text
+    assert "\\<img" in text
+    assert rows(as_csv([odd]))[0]["dataset"] == EVIL
+
+
+def test_markdown_has_the_tables_of_the_page(comparison):
+    text = as_markdown([comparison])
+    assert "| u2pl | 60.00 ± 7.07 (+5.00) | 60.00 ± 7.07 | 70.00 ± 7.07 (+5.00) | 70.00 ± 7.07 |" in text
+    assert "| sky | 65.00 | 70.00 |" in text
+    assert "16.00 worker-hours" in text
+
+
+class TestPublished:
+    """The paper's figures stand beside ours where protocol and classes are the paper's."""
+
+    def write(self, folder, classes):
+        data = {"index": "i", "split": "s", "classes": classes}
+        write_run(folder / "u", "u2pl", "1_8", scores=(0.7,), data=data, about={"protocol": "classic"})
+        return only(folder)
+
+    def test_beside_ours(self, tmp_path):
+        found = self.write(tmp_path, KNOWN["voc"].classes)
+        table = next(table for table in tables(found) if table.title.startswith("Published"))
+        assert table.rows[:3] == [
+            ["u2pl", "69.15", "README of the U2PL release, VOC classic"], ["u2pl, ours", "70.00", "last"],
+            ["u2pl, ours", "70.00", "best"],
+        ]  # fmt: skip
+        assert "513 centre crop" in as_page([found], {})
+        lines = [line for line in rows(as_csv([found])) if line["source"] != "runs"]
+        assert {line["split"]: line["best"] for line in lines if line["method"] == "u2pl"}["1_16"] == "67.98"
+
+    def test_not_for_other_classes(self, tmp_path):
+        assert not any(table.title.startswith("Published") for table in tables(self.write(tmp_path, ("a", "b"))))
+
+    def test_each_row_names_its_source(self):
+        for protocol in PROTOCOLS.values():
+            assert protocol.recipe
+            assert all(row.source and row.scores for row in protocol.rows)
