@@ -108,7 +108,7 @@ def parse_config(
 def _is_path(key: str, options: Mapping[str, type]) -> bool:
     """Whether an argument's name is a place in the config; the others are the job's own flags."""
     section = key.partition(".")[0]
-    return section in options or section in {f.name for f in dataclasses.fields(Config)}
+    return section in options or section in {f.name for f in dataclasses.fields(Config)} - {"methods"}
 
 
 def resolve(values: Mapping[str, Any], options: Mapping[str, type]) -> Config:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline import checkpoint, cli, cluster, storage
 from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Progress
@@ -32,6 +32,8 @@ RUN_FILES = {
     ".validate_storage_marker",
 }
 """What a run leaves beside its checkpoints."""
+CPUS_PER_WORKER = 0.5
+"""Of a worker without a GPU, so that Ray Data keeps some."""
 BUILT_IN_WEIGHTS = ("none", "torchvision")
 """Values of `model.weights` that are no place."""
 
@@ -47,19 +49,9 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
         UserError: something in the config, the data or the run directory cannot be used; found before any worker
             starts as far as possible.
     """
-    config = placed(config)
-    assert config.data.root is not None
-    assert config.out is not None
-    out = config.out
-    dataset = open_dataset(config.data.root)
-    split = load_split(dataset, config.split, config.data.protocol)
-    config, sources = _with_pools(config, dataset, split, fresh)
-    check_batch(config, split, sources)
-    check_val(dataset)
-    check_weights(config)
-    check_labels(config, dataset)
+    config, dataset, split, sources = check(placed(config), fresh=fresh)
     _claim(config, fresh)
-    done = storage.join(out, SUMMARY_FILE)
+    done = storage.join(str(config.out), SUMMARY_FILE)
     if storage.exists(done):
         print(f"{config.out} is finished; --fresh trains it anew")
         progress = Progress.from_dict(json.loads(storage.read_bytes(done)))
@@ -73,6 +65,32 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
         storage.retried(lambda: storage.write_bytes(done, summary))
     _print_result(config, dataset, progress)
     return progress
+
+
+class Checked(NamedTuple):
+    """A config that can be run, and what was opened to see that."""
+
+    config: Config
+    """With the generations of its pools."""
+    dataset: Dataset
+    split: Split
+    sources: list[Source]
+
+
+def check(config: Config, *, fresh: bool = False) -> Checked:
+    """Whether a placed config can be run, as far as can be seen without a cluster; changes nothing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    dataset = open_dataset(str(config.data.root))
+    split = load_split(dataset, config.split, config.data.protocol)
+    config, sources = _with_pools(config, dataset, split, fresh)
+    check_batch(config, split, sources)
+    check_val(dataset)
+    check_weights(config)
+    check_labels(config, dataset)
+    return Checked(config, dataset, split, sources)
 
 
 def placed(config: Config) -> Config:
@@ -181,7 +199,7 @@ def check_labels(config: Config, dataset: Dataset) -> None:
 
 
 def _claim(config: Config, fresh: bool) -> None:
-    """Makes the run directory this run's: writes its config, or compares it with the one that is there."""
+    """Makes the run directory this run's and writes its config."""
     assert config.out is not None
     uri = storage.join(config.out, CONFIG_FILE)
     if fresh:  # nothing but what a run writes is ever deleted
@@ -189,12 +207,22 @@ def _claim(config: Config, fresh: bool) -> None:
             if name in RUN_FILES or checkpoint.is_name(name):
                 storage.delete(storage.join(config.out, name))
     storage.check_writable(config.out)
+    check_same(config)
+    storage.write_bytes(uri, to_yaml(config).encode())
+
+
+def check_same(config: Config) -> None:
+    """Whether a run that is there already is this one.
+
+    Raises:
+        UserError: it is another one.
+    """
+    uri = storage.join(str(config.out), CONFIG_FILE)
     if storage.exists(uri):
         before = identity(cli.resolve(read_file(uri), OPTIONS))
         difference = _difference(before, identity(config))
         if difference:
             raise UserError(f"{config.out} holds a run with {difference}; use --fresh or another --out")
-    storage.write_bytes(uri, to_yaml(config).encode())
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any], path: str = "") -> str:
@@ -267,6 +295,12 @@ def _warn_of_local_places(config: Config) -> None:
         print(f"warning: {', '.join(local)}: must be on a disk that all {cluster.nodes()} nodes share; else use s3://")
 
 
+def spare_cpus(config: Config) -> float:
+    """CPUs that a run needs beside its workers: for reading through Ray Data and for decoding tasks."""
+    reading = READ_CPUS if METHODS[config.method].views.unlabeled else 0.0
+    return reading + (DECODE_CPUS if config.run.decode == "cluster" else 0.0)
+
+
 def worker_cpus(config: Config, workers: int) -> float:
     """CPUs to reserve per worker, so that some are left for reading through Ray Data and for decoding tasks.
 
@@ -274,10 +308,9 @@ def worker_cpus(config: Config, workers: int) -> float:
         UserError: none would be left: the unlabeled stream would wait for ever.
     """
     cpus, gpus = cluster.cpus_and_gpus()
-    spare = READ_CPUS if METHODS[config.method].views.unlabeled else 0.0
-    spare += DECODE_CPUS if config.run.decode == "cluster" else 0.0
+    spare = spare_cpus(config)
     room = (cpus - spare) / workers
-    wanted = config.run.cpus_per_worker or (min(4.0, room) if gpus else 0.5)
+    wanted = config.run.cpus_per_worker or (min(4.0, room) if gpus else CPUS_PER_WORKER)
     if wanted > room or wanted <= 0:
         raise UserError(
             f"{workers} workers with {wanted:g} CPUs each leave less than {spare:g} for reading "

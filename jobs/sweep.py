@@ -1,0 +1,39 @@
+"""Runs method x split x seed: jobs/sweep.py --preset demo --methods suponly,u2pl --splits 1_8,1_4 --seeds 2."""
+
+from pipeline import cli
+from pipeline.errors import UserError
+from pipeline.methods import OPTIONS
+
+
+def _flags(parser: cli.Parser) -> None:
+    add = parser.add_argument_group("sweep", "which runs; --out is the sweep's directory").add_argument
+    add("--methods", default="suponly,u2pl", help="names, separated by commas (default: suponly,u2pl)")
+    add("--splits", default="1_16,1_8,1_4,1_2", help="names, separated by commas (default: 1_16,1_8,1_4,1_2)")
+    add("--seeds", type=int, default=1, help="how many, counted up from --seed (default: 1)")
+    add("--grid", nargs="+", default=[], help="section.key=a,b,c, or ablation_reliability, ablation_loss")
+    add("--at_once", type=int, default=0, help="trials at a time (default: as many as fit the cluster)")
+    add("--plan", action="store_true", help="print trials, steps, hours and money, and start nothing")
+    add("--step_seconds", nargs="+", default=[], help="for --plan: METHOD=SECONDS, or SECONDS for all other methods")
+    add("--node", nargs=3, metavar=("COUNT", "WORKERS", "PRICE"), default=["1", "1", "0"], help="for --plan")
+
+
+def main(argv: list[str]) -> None:
+    """Entry point."""
+    config, args = cli.parse_config(argv, __doc__ or "", OPTIONS, _flags)
+    from pipeline.sweep import make_trials, parse_grid, sweep
+
+    if args.seeds < 1 or args.at_once < 0:
+        raise UserError("--seeds: at least 1; --at_once: not below 0")
+    methods, splits = (list(filter(None, text.split(","))) for text in (args.methods, args.splits))
+    trials = make_trials(config, methods, splits, args.seeds, parse_grid(args.grid))
+    if args.plan:
+        from pipeline.costs import parse_node, parse_step_seconds, plan
+
+        print("\n".join(plan(trials, parse_step_seconds(args.step_seconds), parse_node(args.node))))
+        return
+    sweep(trials, args.at_once)
+    print(f"runs in {trials[0].out.rpartition('/')[0]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

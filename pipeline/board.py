@@ -1,0 +1,129 @@
+"""What a sweep shows while it runs: one live table on a terminal, elsewhere a line now and then."""
+
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.sweep import Trial
+from pipeline.training.trackers import duration
+
+LOOK_SECONDS = 5.0
+"""How often the records of running trials are read."""
+QUIET_SECONDS = 60.0
+"""Time between lines where there is no terminal."""
+
+
+@dataclass
+class Row:
+    """How far a trial is."""
+
+    trial: Trial
+    state: str = "waiting"
+    step: int = 0
+    miou: float | None = None
+    """Last evaluation, 0..1."""
+    eta: float | None = None
+    """Seconds."""
+    images_per_second: float = 0.0
+    """Of the newest record."""
+
+    def cells(self) -> tuple[str, ...]:
+        """As text."""
+        miou = "-" if self.miou is None else f"{100 * self.miou:.2f}"
+        eta = duration(self.eta) if self.eta is not None and self.state == "running" else "-"
+        return self.trial.name, self.state, f"{self.step}/{self.trial.config.optim.steps}", miou, eta
+
+
+class Board(tune.Callback):
+    """Follows the trials of a sweep; Tune tells what begins and ends, the runs' own records how far they are."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        """Args: trials: all of the sweep; those that are finished count as done."""
+        self.rows = {trial.name: Row(trial) for trial in trials}
+        for row in self.rows.values():
+            done = row.trial.finished()
+            if done and done.last:
+                row.state, row.step, row.miou = "done", done.step, done.last.value
+        self._drawn = 0
+        self._live = sys.stdout.isatty()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="board", daemon=True)
+
+    def __enter__(self) -> "Board":
+        """Begins to show."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Shows the end."""
+        self._ended.set()
+        self._thread.join()
+        self._show()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune."""
+        self._change(trial, "running")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune."""
+        self._change(trial, "failed" if trial.last_result.get("problem") else "done")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune."""
+        self._change(trial, "failed")
+
+    def _change(self, trial: Any, state: str) -> None:
+        row = self.rows[trial.config["trial"]]
+        row.state = state
+        look(row)
+        if not self._live:
+            print("  ".join(row.cells()), flush=True)
+
+    def _follow(self) -> None:
+        quiet = 0.0
+        while not self._ended.wait(LOOK_SECONDS):
+            for row in self.rows.values():
+                if row.state == "running":
+                    look(row)
+            quiet += LOOK_SECONDS
+            if self._live or quiet >= QUIET_SECONDS:
+                self._show()
+                quiet = 0.0
+
+    def _show(self) -> None:
+        if self._live:
+            lines = table([("trial", "state", "step", "mIoU", "eta"), *(row.cells() for row in self.rows.values())])
+            print(f"\x1b[{self._drawn}F\x1b[J" * bool(self._drawn) + "\n".join(lines), flush=True)
+            self._drawn = len(lines)
+            return
+        states = [row.state for row in self.rows.values()]
+        running = ", ".join(" ".join(row.cells()[::2]) for row in self.rows.values() if row.state == "running")
+        failed = f", {states.count('failed')} failed" * ("failed" in states)
+        print(f"{states.count('done')} of {len(states)} done{failed}" + f"; {running}" * bool(running), flush=True)
+
+
+def look(row: Row) -> None:
+    """Reads how far a trial is; what cannot be read now is read the next time."""
+    try:
+        lines = storage.read_bytes(storage.join(row.trial.out, "metrics.jsonl")).splitlines()
+    except (UserError, OSError):
+        return
+    for record in map(json.loads, lines):
+        row.step = record["step"]
+        if record["kind"] == "eval":
+            row.miou = next(iter(record["miou"].values()))
+        else:
+            row.eta, row.images_per_second = record["eta_seconds"], record["images_per_second"]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
