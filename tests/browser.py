@@ -15,6 +15,7 @@ PROGRAM = shutil.which("chromium")
 FLAGS = (
     "--headless",
     "--no-sandbox",  # its sandbox refuses root, which CI is
+    "--hide-scrollbars",
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",

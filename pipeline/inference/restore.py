@@ -33,9 +33,7 @@ def restore(uri: str, device: torch.device) -> tuple[Config, Method]:
     try:
         method.load_state_dict(state)
     except RuntimeError as error:  # torch lists every key; one line is enough
-        raise UserError(
-            f"{place}: holds other networks than {config.method} has here: made by another version"
-        ) from error
+        raise UserError(f"{place}: made by another version, whose {config.method} has other networks") from error
     return config, method.to(device).eval()
 
 

@@ -26,7 +26,7 @@ class Spread(NamedTuple):
     mean: float
     sd: float | None
     """Sample standard deviation; None of a single run."""
-    count: int
+    seeds: int
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -102,10 +102,16 @@ class Comparison:
         return shares[0] if shares else None
 
     def gain(self, row: Row, split: str) -> float | None:
-        """Points of mIoU, last evaluation, over the baseline of the same split and budget; None without one."""
+        """Points of mIoU, last evaluation, over the baseline of the same split and budget.
+
+        The mean over the seeds that both have finished, as another seed is more than a small change; None without any.
+        """
         over = next((each for each in self.rows if each.method == BASELINE and each.budget == row.budget), None)
-        base, own = over and over.last(split), row.last(split)
-        return own.mean - base.mean if row.method != BASELINE and base and own else None
+        if over is None or row.method == BASELINE:
+            return None
+        base, own = _by_seed(over, split), _by_seed(row, split)
+        both = base.keys() & own.keys()
+        return 100 * statistics.fmean(own[seed] - base[seed] for seed in both) if both else None
 
     def shown(self) -> list[tuple[Row, Run]]:
         """Two finished runs to look at, of one split and seed if there are: the baseline and U2PL, or the best.
@@ -151,6 +157,10 @@ class Comparison:
     def _lists(self, split: str) -> str:
         runs = [run for run in self.runs if run.config.split == split and run.about.digest]
         return _differing(f"The list of split {split}", ((run.about.digest, run.uri) for run in runs))
+
+
+def _by_seed(row: Row, split: str) -> dict[int, float]:
+    return {run.config.seed: run.progress.last.value for run in row.finished(split) if run.progress.last}
 
 
 def _mean(row: Row, split: str) -> float:

@@ -14,8 +14,8 @@ from pipeline.report.published import published
 from pipeline.report.runs import sections
 
 LEGEND = (
-    "Gains are points of mIoU over SupOnly on the same split with the same steps, labeled batch and backbone. Only "
-    "finished runs count in means; standard deviations are of the sample."
+    "Gains are points of mIoU over SupOnly on the same split with the same steps, labeled batch and backbone: the mean "
+    "over the seeds that both have. Only finished runs count in means; standard deviations are of the sample."
 )
 PICTURE = (
     "Validation images. Entropy: bright where the right-most method is unsure. Reliable: the four fifths of the shown "

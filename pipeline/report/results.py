@@ -38,7 +38,7 @@ def tables(comparison: Comparison) -> list[Table]:
 def _scores(comparison: Comparison, kinds: Sequence[str]) -> Table:
     columns = [(split, kind) for split in comparison.splits for kind in kinds]
     spreads = [[getattr(row, kind)(split) for split, kind in columns] for row in comparison.rows]
-    counts = [spread.count for line in spreads for spread in line if spread]
+    counts = [spread.seeds for line in spreads for spread in line if spread]
     usual = statistics.mode(counts) if counts else 0
     rows = []
     for row, line in zip(comparison.rows, spreads, strict=True):
@@ -59,7 +59,7 @@ def _cell(spread: Spread | None, gain: float | None, usual: int) -> str:
     parts = [f"{spread.mean:.2f}"]
     parts += [f"± {spread.sd:.2f}"] if spread.sd is not None else []
     parts += [f"({gain:+.2f})"] if gain is not None else []
-    parts += [f"n={spread.count}"] if spread.count != usual else []
+    parts += [f"n={spread.seeds}"] if spread.seeds != usual else []
     return " ".join(parts)
 
 

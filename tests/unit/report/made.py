@@ -62,7 +62,7 @@ def write_run(
     if known:
         place = folder / "step_0000010"
         place.mkdir()
-        resolved = as_dict(resolve(values, OPTIONS))
+        resolved = as_dict(resolve({**values, "methods": {}}, OPTIONS))
         meta = {"step": 10, "sha256": "", "version": "1.0", "data": known, "config": resolved}
         meta["about"] = {**ABOUT, **(about or {})}
         (place / "checkpoint.json").write_text(json.dumps(meta))

@@ -16,10 +16,10 @@ def test_spread():
     assert spread([]) is None
     one = spread([0.5])
     assert one is not None
-    assert (one.mean, one.sd, one.count) == (50.0, None, 1)
+    assert (one.mean, one.sd, one.seeds) == (50.0, None, 1)
     three = spread([0.5, 0.6, 0.7])
     assert three is not None
-    assert (three.mean, three.sd, three.count) == (pytest.approx(60.0), pytest.approx(10.0), 3)  # n - 1 below
+    assert (three.mean, three.sd, three.seeds) == (pytest.approx(60.0), pytest.approx(10.0), 3)  # n - 1 below
 
 
 def test_means_over_seeds_last_and_best_and_the_gain(tmp_path):
@@ -59,6 +59,17 @@ def test_unfinished_and_missing_runs_are_named_and_do_not_count(tmp_path):
     assert u2pl.last("1_4") == (60.0, None, 1)
     ((row, split, unfinished, absent),) = found.missing()
     assert (row, split, [run.config.seed for run in unfinished], absent) == (u2pl, "1_4", [2], [1])
+
+
+def test_a_gain_is_over_the_seeds_that_both_have(tmp_path):
+    for seed, score in enumerate((0.5, 0.7)):
+        write_run(tmp_path / f"s{seed}", seed=seed, scores=(score,))
+    write_run(tmp_path / "u1", "u2pl", seed=1, scores=(0.75,))
+    write_run(tmp_path / "c2", "cps", seed=2, scores=(0.9,))
+    found = only(tmp_path)
+    assert {row.label: found.gain(row, "1_4") for row in found.rows} == {
+        "suponly": None, "cps": None, "u2pl": pytest.approx(5.0),
+    }  # fmt: skip
 
 
 class TestVariants:

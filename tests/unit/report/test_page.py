@@ -121,7 +121,7 @@ def test_names_are_text_and_never_markup(tmp_path):
     assert tags.of("i") == []
     assert EVIL in tags.text
     text = as_markdown([odd])
-    assert EVIL not in text
+    assert EVIL not in text.replace("\\<", "")
     assert "\\<img" in text
     assert rows(as_csv([odd]))[0]["dataset"] == EVIL
 
