@@ -67,6 +67,10 @@ class Board(tune.Callback):
         self._thread.join()
         self._show()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune saves its callbacks for a restore that is not used here."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune."""
         self._change(trial, "running")
