@@ -32,7 +32,7 @@ def rows(text: str) -> list[dict[str, str]]:
 
 def test_up_to_two_splits_share_a_table(comparison):
     (table,) = tables(comparison)
-    assert table.title == "mIoU in %: last and best evaluation (gain over SupOnly), ± standard deviation of 2 seeds"
+    assert table.title == "Last and best: mIoU in % ± deviation of 2 seeds"
     assert table.columns == ("method", "1_8 last", "1_8 best", "1_4 last", "1_4 best")
     assert table.rows == [
         ["suponly", "55.00 ± 7.07", "55.00 ± 7.07", "65.00 ± 7.07", "65.00 ± 7.07"],
@@ -45,7 +45,7 @@ def test_more_splits_and_uneven_seeds(tmp_path):
         for seed in (0, 1):
             write_run(tmp_path / f"{split}-{seed}", split=split, seed=seed, finished=(split, seed) != ("1_4", 1))
     last, best, missing = tables(only(tmp_path))
-    assert last.title.endswith("± standard deviation of 2 seeds where n says no other")
+    assert last.title == "Last: mIoU in % ± deviation of 2 seeds unless n says other"
     assert last.rows == [["suponly", "50.00 ± 0.00", "50.00 ± 0.00", "50.00 n=1"]]
     assert best.columns == ("method", "1_16", "1_8", "1_4")
     assert missing.rows == [["suponly", "1_4", "seed 1: step 10 of 100, last mIoU 50.00 at step 10", "-"]]
