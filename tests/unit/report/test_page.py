@@ -2,6 +2,8 @@
 
 import csv
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,3 +161,12 @@ class TestPublished:
         for protocol in PROTOCOLS.values():
             assert protocol.recipe
             assert all(row.source and row.scores for row in protocol.rows)
+
+
+def test_nothing_that_trains_is_imported():
+    """So that a report can be made where no training could run."""
+    script = "import sys, pipeline.report.page; print(*(name for name in sys.modules if name.startswith('pipeline.')))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    parts = {name.split(".")[1] for name in found}
+    assert "report" in parts
+    assert not parts & {"training", "methods", "models", "ops", "ingest", "inference"}
