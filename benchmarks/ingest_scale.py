@@ -1,13 +1,13 @@
 """What a larger unlabeled pool costs: start and memory, of generated pools with those parts alone that are read.
 
-    python benchmarks/ingest_scale.py [--rounds 3] [--steps 120]
+    python benchmarks/ingest_scale.py [--rounds 5] [--steps 120]
 
 The first table is about the start, for pools of a thousand to a million shards of 512 images: seconds from opening
-the pool to the first batch (median of some rounds after one that starts Ray's reading processes), peak memory of that
-train worker, and what the driver allocates to open the pool and to share out the lanes. The second one is about going
-on: peak memory of the train worker and the object store together over the same number of steps from a pool of 1,000
-and of 100,000 images. Every line has a train worker of its own. Images are 500x375 JPEGs, views 513x513, one labeled
-and 15 unlabeled ones a step.
+the pool to the first batch (median of rounds in which all take turns, in one train worker; Ray's own processes run
+already), peak memory of a train worker of its own, and what the driver allocates to open the pool and to share out the
+lanes. The second one is about going on: peak memory of a train worker and the object store together over the same
+number of steps from a pool of 1,000 and of 100,000 images. Images are 500x375 JPEGs, views 513x513, one labeled and 15
+unlabeled ones a step.
 """
 
 import argparse
@@ -56,33 +56,34 @@ def make_pool(root: Path, rows: int, part: Path, size: int, steps: int) -> str:
     return uri
 
 
-def opened(settings: dict[str, Any]) -> Loader:
+def opened(root: str, pool: str) -> Loader:
     """The project's loader, of the pool alone on the unlabeled side."""
-    dataset = open_dataset(settings["dataset"])
+    dataset = open_dataset(root)
     spec = ViewSpec(unlabeled=True)
     return Loader(
         CONFIG, dataset, load_split(dataset, "1_16"), spec, rank=0, world=1, start=0, threads=1, reader=read_ray,
-        sources=[open_source(settings["pool"])],
+        sources=[open_source(pool)],
     )  # fmt: skip
 
 
 # ---- in the train worker -----------------------------------------------------------------------------------------
 
 
-def start(settings: dict[str, Any]) -> dict[str, float]:
-    """Seconds to the first batch, and the process's peak memory."""
+def start(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds to the first batch of each pool, in turn, and the process's peak memory."""
     torch.set_num_threads(1)
-    seconds = []
-    for _ in range(settings["rounds"] + 1):
-        began = time.perf_counter()
-        loader = opened(settings)
-        next(iter(loader))
-        seconds.append(time.perf_counter() - began)
-        loader.close()
-    return {"seconds": statistics.median(seconds[1:]), "memory": memory("VmHWM")}
+    seconds: list[list[float]] = [[] for _ in settings["pools"]]
+    for _ in range(settings["rounds"]):
+        for pool, found in zip(settings["pools"], seconds, strict=True):
+            began = time.perf_counter()
+            loader = opened(settings["dataset"], pool)
+            next(iter(loader))
+            found.append(time.perf_counter() - began)
+            loader.close()
+    return {"seconds": list(map(statistics.median, seconds)), "memory": memory("VmHWM")}
 
 
-def go_on(settings: dict[str, Any]) -> dict[str, float]:
+def go_on(settings: dict[str, Any]) -> dict[str, Any]:
     """Peak of this process's own memory and the object store's together."""
     torch.set_num_threads(1)
     peak, ended = [0.0], threading.Event()
@@ -93,7 +94,7 @@ def go_on(settings: dict[str, Any]) -> dict[str, float]:
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    loader = opened(settings)
+    loader = opened(settings["dataset"], settings["pool"])
     for _ in itertools.islice(loader, settings["steps"]):
         pass
     loader.close()
@@ -120,7 +121,7 @@ def object_store() -> float:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def in_worker(work: Any, settings: dict[str, Any], results: Path) -> dict[str, float]:
+def in_worker(work: Any, settings: dict[str, Any], results: Path) -> dict[str, Any]:
     """Runs in a train worker of its own."""
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -131,7 +132,7 @@ def in_worker(work: Any, settings: dict[str, Any], results: Path) -> dict[str, f
         scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(storage_path=str(results)),
     )
-    found: dict[str, float] = trainer.fit().return_value  # type: ignore[assignment]
+    found: dict[str, Any] = trainer.fit().return_value  # type: ignore[assignment]
     return found
 
 
@@ -146,37 +147,34 @@ def driver(pool: str) -> float:
 
 def run(folder: Path, rounds: int, steps: int) -> None:
     """Makes the pools, measures each, prints both tables."""
-    size = write_part(folder / "part.parquet", 375, 500)
-    dataset = str(folder / "shapes")
-    prepare_shapes(dataset)
-
-    def settings(rows: int) -> dict[str, Any]:
-        root = folder / f"pool-{rows}"
-        pool = make_pool(root, rows, folder / "part.parquet", size, steps)
-        return {"dataset": dataset, "pool": pool, "rounds": rounds, "steps": steps}
-
+    part, results, told = folder / "part.parquet", folder / "results", {"dataset": str(folder / "shapes")}
+    size = write_part(part, 375, 500)
+    prepare_shapes(told["dataset"])
+    pools = [make_pool(folder / f"start-{n}", n * ROWS_PER_SHARD, part, size, 0) for n in SHARDS]
+    in_worker(start, {**told, "pools": pools, "rounds": 1}, results)  # what is started on the way counts for nothing
+    driver(pools[0])
+    seconds = in_worker(start, {**told, "pools": pools, "rounds": rounds}, results)["seconds"]
     print(f"{'shards':>9} {'first batch, s':>15} {'ratio':>6} {'worker, MB':>11} {'ratio':>6} {'driver, kB':>11} ratio")
     base: tuple[float, ...] = ()
-    for shards in SHARDS:
-        told = settings(shards * ROWS_PER_SHARD)
-        driver(told["pool"])  # what is imported on the way counts for nothing
-        found = in_worker(start, told, folder / "results")
-        row = (found["seconds"], found["memory"], driver(told["pool"]))
+    for shards, pool, own in zip(SHARDS, pools, seconds, strict=True):
+        row = (own, in_worker(start, {**told, "pools": [pool], "rounds": 1}, results)["memory"], driver(pool))
         base = base or row
-        (s, s_ratio), (w, w_ratio), (d, d_ratio) = ((own, own / first) for own, first in zip(row, base, strict=True))
+        (s, s_ratio), (w, w_ratio), (d, d_ratio) = (
+            (value, value / first) for value, first in zip(row, base, strict=True)
+        )
         print(f"{shards:>9} {s:15.2f} {s_ratio:6.2f} {w:11.0f} {w_ratio:6.2f} {d:11.0f} {d_ratio:5.2f}", flush=True)
     print(f"\n{'images':>9} {'worker + object store, MB':>26} {'ratio':>6}")
     peaks: list[float] = []
     for rows in ROWS:
-        told = settings(rows)
-        peaks.append(statistics.median(in_worker(go_on, told, folder / "results")["memory"] for _ in range(rounds)))
+        settings = {**told, "pool": make_pool(folder / f"{rows}", rows, part, size, steps), "steps": steps}
+        peaks.append(statistics.median(in_worker(go_on, settings, results)["memory"] for _ in range(rounds)))
         print(f"{rows:>9} {peaks[-1]:26.0f} {peaks[-1] / peaks[0]:6.2f}", flush=True)
 
 
 def main() -> None:
     """Starts Ray and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=120, help="steps of the second table")
     arguments = parser.parse_args()
     # before Ray starts its processes

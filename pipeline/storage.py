@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 _UNREACHED = ("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "Couldn't resolve")
 _FAILING = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "HTTP status 500", "HTTP status 503")
-_BRIEF = (_UNREACHED[0], *_FAILING)
-"""In the text of pyarrow's S3 errors that pass by themselves."""
+_BRIEF = (*_UNREACHED, *_FAILING)
+"""In the text of S3 errors that may pass by themselves."""
 
 _HINTS = (
     (("is a directory", "Is a directory"), "is a folder, where a file is expected"),

@@ -32,8 +32,10 @@ figure { margin: 0; } figure img { width: 100%; height: auto; }
 figcaption { font-size: .9rem; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.5rem; }
 .charts figure { max-width: 36rem; } svg { display: block; width: 100%; height: auto; }
+.side { display: flex; flex-wrap: wrap; gap: 0 2.5rem; align-items: center; } .side > div { max-width: 100%; }
+.side figure { flex: 1 1 24rem; min-width: 0; max-width: 36rem; margin-top: 1rem; }
 .wide img { min-width: 56rem; }
-summary { cursor: pointer; padding: .3rem 0; } details details { margin-left: 1rem; }
+summary { cursor: pointer; padding: .3rem 0; } details { margin-top: 1rem; } details details { margin: 0 1rem; }
 pre { overflow-x: auto; background: #f4f5f7; padding: .7rem; font-size: .85rem; }
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -14,8 +14,9 @@ from pipeline.report.published import published
 from pipeline.report.runs import sections
 
 LEGEND = (
-    "Gains are points of mIoU over SupOnly on the same split with the same steps, labeled batch and backbone: the mean "
-    "over the seeds that both have. Only finished runs count in means; standard deviations are of the sample."
+    "Last and best evaluation of finished runs, mean over seeds with the sample's standard deviation. In brackets the "
+    "gain: points of mIoU over SupOnly on the same split with the same steps, labeled batch and backbone, mean over "
+    "the seeds that both have."
 )
 PICTURE = (
     "Validation images. Entropy: bright where the right-most method is unsure. Reliable: the four fifths of the shown "
@@ -57,12 +58,12 @@ def _title(comparisons: Sequence[Comparison]) -> str:
 
 
 def _section(comparison: Comparison, name: str, picture: Picture | None) -> str:
-    known = published(comparison)
-    parts = [f"<h2>{escape(results.headline(comparison))}</h2>\n", html_list("Notes", comparison.notes(), 3)]
+    known, tables = published(comparison), [html_table(table, 3) for table in results.tables(comparison)]
     chart = plots.overview(comparison, name)
-    tables = "".join(html_table(table, 3) for table in results.tables(comparison))
-    parts += [tables, f"<p>{escape(known.recipe)}</p>\n" if known else ""]
-    parts += [f'<h3>Scores</h3>\n<div class="charts">{chart}</div>\n' if chart else ""]
+    if chart:  # where there is room, beside the first table
+        tables[0] = f'<div class="side"><div>{tables[0]}</div>{chart}</div>\n'
+    parts = [f"<h2>{escape(results.headline(comparison))}</h2>\n", html_list("Notes", comparison.notes(), 3), *tables]
+    parts += [f"<p>{escape(known.recipe)}</p>\n" if known else ""]
     for at, split in enumerate(comparison.splits):
         parts.append(_split(comparison, split, f"{name}-{at}", opened=at == 0))
     return "".join([*parts, _picture(picture), _production(comparison)])

@@ -45,9 +45,9 @@ def _scores(comparison: Comparison, kinds: Sequence[str]) -> Table:
         gains = [comparison.gain(row, split) if kind == "last" else None for split, kind in columns]
         cells = [_cell(spread, gain, usual) for spread, gain in zip(line, gains, strict=True)]
         rows.append([row.label, *cells])
-    title = f"mIoU in %: {' and '.join(kinds)} evaluation{' (gain over SupOnly)' if 'last' in kinds else ''}"
-    title += f", ± standard deviation of {usual} seeds" if usual > 1 else ", one seed"
-    title += "" if len(set(counts)) == 1 else " where n says no other"
+    title = f"{' and '.join(kinds).capitalize()}: mIoU in %"
+    title += f" ± deviation of {usual} seeds" if usual > 1 else ", one seed"
+    title += "" if len(set(counts)) == 1 else " unless n says other"
     names = [split if len(kinds) == 1 else f"{split} {kind}" for split, kind in columns]
     return Table(title, ("method", *names), rows if counts else [])
 
