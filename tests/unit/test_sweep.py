@@ -1,0 +1,102 @@
+from dataclasses import replace
+
+import pytest
+
+from pipeline import cli, storage, sweep
+from pipeline.config import Config, as_dict, to_yaml
+from pipeline.errors import UserError
+from pipeline.methods import OPTIONS
+from pipeline.sweep import make_trials, parse_grid, sized
+
+
+def _base(shapes: str, out: object, *flags: str) -> Config:
+    return cli.parse_config(["--preset", "demo", "--data", shapes, "--out", str(out), *flags], "", OPTIONS)[0]
+
+
+def test_every_combination_once(shapes, tmp_path):
+    trials = make_trials(_base(shapes, tmp_path, "--seed", "3"), ["suponly", "u2pl"], ["1_8", "1_4"], 2, {})
+    assert [trial.name for trial in trials] == [
+        f"{method}-{split}-s{seed}" for method in ("suponly", "u2pl") for split in ("1_8", "1_4") for seed in (3, 4)
+    ]
+    assert len({trial.out for trial in trials}) == 8
+    for trial in trials:
+        assert trial.out == f"{tmp_path}/trials/{trial.name}"
+        assert trial.name == f"{trial.config.method}-{trial.config.split}-s{trial.config.seed}"
+        assert trial.steps() == 0
+        assert trial.finished() is None
+    assert storage.list_files(str(tmp_path)) == []  # nothing has begun
+
+
+def test_a_grid_varies_what_reads_it(shapes, tmp_path):
+    grid = parse_grid(["ablation_loss", "optim.lr=0.01,0.02"])
+    assert grid == {"u2pl.loss": ("contrastive", "binary"), "optim.lr": ("0.01", "0.02")}
+    trials = make_trials(_base(shapes, tmp_path), ["suponly", "u2pl", "u2pl_ael"], ["1_8"], 1, grid)
+    found = {trial.name: trial.config for trial in trials}
+    assert len(found) == 2 + 4 + 4
+    assert {name.split("-")[0] for name in found if "u2pl.loss" in name} == {"u2pl", "u2pl_ael"}
+    assert {name: config.optim.lr for name, config in found.items() if name.startswith("suponly")} == {
+        "suponly-1_8-s0-optim.lr-0.01": 0.01,
+        "suponly-1_8-s0-optim.lr-0.02": 0.02,
+    }
+    assert found["u2pl-1_8-s0-u2pl.loss-binary-optim.lr-0.02"].methods["u2pl"]["loss"] == "binary"
+    names = {"ablation_reliability": ("unreliable", "reliable", "all")}
+    assert parse_grid(["ablation_reliability"]) == {"u2pl.negative_pixels": names["ablation_reliability"]}
+
+
+@pytest.mark.parametrize("text", ["foo", "optim.lr=", "=1"])
+def test_a_grid_that_is_none(text):
+    with pytest.raises(UserError, match="--grid"):
+        make_trials(Config(), ["suponly"], ["1_8"], 1, parse_grid([text]))
+
+
+def test_a_key_twice():
+    with pytest.raises(UserError, match="twice"):
+        parse_grid(["u2pl.loss=binary", "ablation_loss"])
+
+
+@pytest.mark.parametrize(
+    ("methods", "splits", "grid", "words"),
+    [
+        (["u2pk"], ["1_8"], {}, "unknown method 'u2pk'"),
+        (["u2pl"], ["1_7"], {}, "no split '1_7'"),
+        (["u2pl"], ["1_8"], {"u2pl.los": ("a",)}, "did you mean loss"),
+        (["u2pl"], ["1_8"], {"u2pl.loss": ("a",)}, "choose from contrastive, binary"),
+        (["u2pl"], ["1_8"], {"optim.batch_labeled": ("4", "400")}, "fewer than optim.batch_labeled"),
+        ([], ["1_8"], {}, "at least one"),
+    ],
+)
+def test_mistakes_show_before_anything_starts(shapes, tmp_path, methods, splits, grid, words):
+    with pytest.raises(UserError, match=words):
+        make_trials(_base(shapes, tmp_path), methods, splits, 1, grid)
+    assert storage.list_files(str(tmp_path)) == []
+
+
+def test_another_sweep_in_the_same_place_is_refused(shapes, tmp_path):
+    (trial,) = make_trials(_base(shapes, tmp_path), ["suponly"], ["1_8"], 1, {})
+    storage.write_bytes(f"{trial.out}/config.yaml", to_yaml(trial.config).encode())
+    assert make_trials(_base(shapes, tmp_path), ["suponly"], ["1_8"], 1, {})[0].name == trial.name
+    with pytest.raises(UserError, match=r"holds a run with optim\.steps 900 instead of 30"):
+        make_trials(_base(shapes, tmp_path, "--optim.steps", "30"), ["suponly"], ["1_8"], 1, {})
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "workers", "expected"),
+    [(2.0, 0.0, "0", (1, 2)), (8.0, 0.0, "2", (2, 6)), (96.0, 8.0, "0", (4, 2)), (96.0, 8.0, "1", (1, 8))],
+)
+def test_how_many_fit(shapes, tmp_path, monkeypatch, cpus, gpus, workers, expected):
+    monkeypatch.setattr(sweep.cluster, "cpus_and_gpus", lambda: (cpus, gpus))
+    trials = make_trials(_base(shapes, tmp_path, "--run.workers", workers), ["suponly", "u2pl"], ["1_8"], 1, {})
+    done, at_once = sized(trials)
+    assert [trial.config.run.workers for trial in done] == [expected[0]] * 2
+    assert at_once == expected[1]
+    assert [as_dict(trial.config) | {"run": None} for trial in done] == [
+        as_dict(trial.config) | {"run": None} for trial in trials
+    ]
+
+
+def test_a_trial_that_fits_nowhere(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.cluster, "cpus_and_gpus", lambda: (1.0, 0.0))
+    trials = make_trials(_base(shapes, tmp_path), ["u2pl"], ["1_8"], 1, {})
+    big = [replace(t, config=replace(t.config, run=replace(t.config.run, workers=2))) for t in trials]
+    with pytest.raises(UserError, match=r"does not fit .* lower run\.workers"):
+        sized(big)
