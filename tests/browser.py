@@ -76,6 +76,7 @@ class Browser:
 
     def screenshot(self) -> bytes:
         """The whole page as PNG."""
+        self.evaluate("document.documentElement.offsetHeight")  # lays out what has changed
         return base64.b64decode(self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def requests(self) -> list[str]:

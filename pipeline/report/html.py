@@ -21,8 +21,7 @@ th, td { padding: .2rem .7rem .2rem 0; text-align: right; white-space: nowrap; }
 thead th { border-bottom: 1px solid; white-space: normal; vertical-align: bottom; }
 tbody th { font-weight: normal; white-space: normal; min-width: 6rem; max-width: 16rem; overflow-wrap: break-word; }
 tr > :first-child { text-align: left; }
-.shade { padding-left: .5rem; padding-right: .5rem; }
-tr > :last-child { padding-right: 0; }
+tr > :last-child { padding-right: 0; } tr > .shade { padding-left: .5rem; padding-right: .5rem; }
 li { overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: .8em; height: .8em; border: 1px solid GrayText; margin-right: .4em; }
 .bar { display: block; height: .2rem; background: #3d7ebf; }
