@@ -1,8 +1,11 @@
 """Runs method x split x seed: jobs/sweep.py --preset demo --methods suponly,u2pl --splits 1_8,1_4 --seeds 2."""
 
 from pipeline import cli
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 from pipeline.methods import OPTIONS
+
+IMAGES = 5
+"""Validation images in the report."""
 
 
 def _flags(parser: cli.Parser) -> None:
@@ -20,7 +23,10 @@ def _flags(parser: cli.Parser) -> None:
 def main(argv: list[str]) -> None:
     """Entry point."""
     config, args = cli.parse_config(argv, __doc__ or "", OPTIONS, _flags)
-    from pipeline.sweep import make_trials, parse_grid, sweep
+    from pipeline.inference.comparison import write_report
+    from pipeline.report import results
+    from pipeline.report.html import text_table
+    from pipeline.sweep import TRIALS, make_trials, parse_grid, sweep
 
     if args.seeds < 1 or args.at_once < 0:
         raise UserError("--seeds: at least 1; --at_once: not below 0")
@@ -31,8 +37,13 @@ def main(argv: list[str]) -> None:
 
         print("\n".join(plan(trials, parse_step_seconds(args.step_seconds), parse_node(args.node))))
         return
-    sweep(trials, args.at_once)
-    print(f"runs in {trials[0].out.rpartition('/')[0]}")
+    failed = sweep(trials, args.at_once)
+    page = trials[0].out.rpartition(f"/{TRIALS}/")[0] + "/report.html"
+    for each in write_report([trial.out for trial in trials if trial.begun()], page, IMAGES):
+        print(*map(text_table, results.tables(each)), sep="\n\n", end="\n\n")
+    print(f"report {page}")
+    if failed:
+        raise RunError(f"{failed} of {len(trials)} trials failed; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 from ray import tune
 
 from pipeline import storage
+from pipeline.checkpoint import METRICS_FILE
 from pipeline.errors import UserError
 from pipeline.sweep import Trial
 from pipeline.training.trackers import duration
@@ -116,7 +117,7 @@ class Board(tune.Callback):
 def look(row: Row) -> None:
     """Reads how far a trial is; what cannot be read now is read the next time."""
     try:
-        lines = storage.read_bytes(storage.join(row.trial.out, "metrics.jsonl")).splitlines()
+        lines = storage.read_bytes(storage.join(row.trial.out, METRICS_FILE)).splitlines()
     except (UserError, OSError):
         return
     for record in map(json.loads, lines):

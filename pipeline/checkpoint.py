@@ -25,6 +25,8 @@ META_FILE = "checkpoint.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+LOG_FILE = "log.txt"
+"""What a run of a sweep says."""
 """The last three lie beside the checkpoints in the run directory."""
 
 

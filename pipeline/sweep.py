@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint, cli, cluster, storage
-from pipeline.checkpoint import Progress
+from pipeline.checkpoint import CONFIG_FILE, LOG_FILE, SUMMARY_FILE, Progress
 from pipeline.config import Config, as_dict, build, merge
 from pipeline.errors import RunError, UserError
 from pipeline.methods import METHODS, OPTIONS
@@ -32,8 +32,6 @@ from pipeline.training.launch import (
 TRIALS = "trials"
 """Folder of the run directories below a sweep."""
 DEFAULT_OUT = "runs/sweep"
-LOG_FILE = "log.txt"
-"""What a run says, in its directory."""
 
 GRIDS = {
     "ablation_reliability": ("u2pl.negative_pixels", ("unreliable", "reliable", "all")),
@@ -64,6 +62,10 @@ class Trial:
         uri = storage.join(self.out, SUMMARY_FILE)
         return Progress.from_dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
 
+    def begun(self) -> bool:
+        """Whether its run directory is there."""
+        return storage.exists(storage.join(self.out, CONFIG_FILE))
+
     def steps(self) -> int:
         """Steps up to its newest checkpoint."""
         newest = checkpoint.newest(self.out)
@@ -82,7 +84,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if not equals and key not in GRIDS:
             raise UserError(f"--grid {text}: neither section.key=a,b,c nor one of {', '.join(GRIDS)}")
         key, found = GRIDS[key] if not equals else (key, tuple(filter(None, values.split(","))))
-        if key in grid or not found:
+        if key in grid or not key or not found:
             raise UserError(f"--grid {text}: {key} is there twice, or has no values")
         grid[key] = found
     return grid
@@ -150,16 +152,18 @@ def sized(trials: Sequence[Trial]) -> tuple[list[Trial], int]:
     return done, min(fit)
 
 
-def sweep(trials: Sequence[Trial], at_once: int = 0) -> None:
+def sweep(trials: Sequence[Trial], at_once: int = 0) -> int:
     """Runs what is not finished and shows how far it is; one trial that fails stops no other.
 
     Args:
         trials: of the sweep.
         at_once: how many at a time; 0: as many as the cluster holds.
 
+    Returns:
+        How many failed.
+
     Raises:
         UserError: not even one trial fits the cluster.
-        RunError: some failed; after all others have ended.
     """
     cluster.connect()
     from pipeline.board import Board  # imports Ray, which must not happen before `connect`
@@ -172,8 +176,7 @@ def sweep(trials: Sequence[Trial], at_once: int = 0) -> None:
             failed = run_trials(todo, min(at_once or fit, fit), board)
     for name, why in failed.items():
         print(f"{name} failed: {why}")
-    if failed:
-        raise RunError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
+    return len(failed)
 
 
 def run_trials(trials: Sequence[Trial], at_once: int, watch: Any) -> dict[str, str]:

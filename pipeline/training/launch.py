@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import checkpoint, cli, cluster, storage
-from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Progress
+from pipeline.checkpoint import CONFIG_FILE, LOG_FILE, METRICS_FILE, SUMMARY_FILE, Progress
 from pipeline.config import Config, as_dict, identity, read_file, to_yaml
 from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.datasets.pseudo import open_labels
@@ -27,6 +27,7 @@ RUN_FILES = {
     CONFIG_FILE,
     METRICS_FILE,
     SUMMARY_FILE,
+    LOG_FILE,
     "tensorboard",
     "checkpoint_manager_snapshot.json",
     ".validate_storage_marker",

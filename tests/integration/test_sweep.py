@@ -1,0 +1,75 @@
+"""A sweep as a user starts it: real Tune and Train, a killed driver, a trial that fails."""
+
+import json
+import sys
+from pathlib import Path
+
+from pipeline import storage
+from tests.jobs import Job, environment
+from tests.processes import descendants, kill, wait_for
+from tests.s3 import S3Server
+
+SWEEP = ["jobs/sweep.py", "--preset", "demo", "--splits", "1_8", "--optim.steps", "40", "--run.checkpoint_every", "10"]
+SWEEP += ["--u2pl.warmup_steps", "5", "--run.log_every", "5", "--run.tensorboard", "false"]
+
+
+def _command(shapes: str, out: str, *flags: str) -> list[str]:
+    return [sys.executable, *SWEEP, "--data", shapes, "--out", out, *flags]
+
+
+def _summaries(out: str) -> dict[str, bytes]:
+    files = [file for file in storage.list_files(out) if file.endswith("summary.json")]
+    return {file: storage.read_bytes(storage.join(out, file)) for file in files}
+
+
+def _written(out: str, files: list[str]) -> list[int]:
+    filesystem, path = storage.resolve(out)
+    return [filesystem.get_file_info(f"{path}/{file}").mtime_ns for file in files]
+
+
+def test_a_killed_sweep_goes_on_and_gives_the_table_of_one_that_was_not(
+    shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
+) -> None:
+    env, flags = environment(ray_folder, s3), ["--methods", "suponly,u2pl", "--seeds", "2"]
+    calm, hurt = "s3://runs/calm", "s3://runs/hurt"
+    with Job(_command(shapes, hurt, *flags), env, tmp_path / "first.log") as job:
+        wait_for("a finished trial", lambda: _summaries(hurt), 240)
+        kill(job.pid, *descendants(job.pid))
+    first = _summaries(hurt)
+    assert 1 <= len(first) < 4, job.said
+    stamps = _written(hurt, [*first])
+    with Job(_command(shapes, hurt, *flags), env, tmp_path / "second.log") as job:
+        assert job.wait(480) == 0, job.said
+        assert "Traceback" not in job.said
+    assert _written(hurt, [*first]) == stamps  # nothing that was finished was made again
+    with Job(_command(shapes, calm, *flags), env, tmp_path / "calm.log") as job:
+        assert job.wait(480) == 0, job.said
+    results = [{file: json.loads(text) for file, text in _summaries(out).items()} for out in (calm, hurt)]
+    assert len(results[0]) == 4
+    assert results[0] == results[1]
+    tables = [storage.read_bytes(f"{out}/report.csv") for out in (calm, hurt)]
+    assert tables[0] == tables[1]
+    assert storage.read_bytes(f"{hurt}/report.html").startswith(b"<!DOCTYPE html>")
+    assert b"val mIoU last" in storage.read_bytes(f"{hurt}/trials/u2pl-1_8-s0/log.txt")
+
+
+def test_a_trial_that_fails_stops_no_other_and_is_told(
+    shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
+) -> None:
+    env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
+    flags = ["--methods", "suponly", "--grid", "optim.lr=0.003,1e30"]  # a loss that is not finite at once
+    with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
+        assert job.wait(480) == 1, job.said
+    assert list(_summaries(out)) == ["trials/suponly-1_8-s0-optim.lr-0.003/summary.json"]
+    assert "suponly-1_8-s0-optim.lr-1e30 failed: a loss is not finite" in job.said
+    assert "1 of 2 trials failed" in job.said.splitlines()[-1]
+    assert "Traceback" not in job.said
+
+
+def test_mistakes_end_it_before_any_trial_starts(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
+    env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
+    for flags, words in ((["--methods", "suponly,u2pk"], "'u2pk'"), (["--splits", "1_8,1_7"], "'1_7'")):
+        with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
+            assert job.wait() == 2, job.said
+        assert words in job.said.splitlines()[-1]
+    assert not storage.list_files(out)
