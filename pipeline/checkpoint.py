@@ -26,8 +26,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 LOG_FILE = "log.txt"
-"""What a run of a sweep says."""
-"""The last three lie beside the checkpoints in the run directory."""
+"""The last four lie beside the checkpoints in the run directory; the log is that of a sweep's trial."""
 
 
 @dataclass(frozen=True)

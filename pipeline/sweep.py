@@ -20,7 +20,6 @@ from pipeline.errors import RunError, UserError
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.training.launch import (
     CPUS_PER_WORKER,
-    SUMMARY_FILE,
     check,
     check_same,
     launch,
