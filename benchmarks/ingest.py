@@ -1,13 +1,13 @@
 """Images per CPU-second from storage to batch, beside the limit: one thread that decodes the same bytes from memory.
 
-    python benchmarks/ingest.py [--images 4096] [--steps 264] [--rounds 5]
+    python benchmarks/ingest.py [--images 4096] [--steps 264] [--rounds 5] [--threads 1]
 
 Inside a real train worker (Ray Train, one worker), a round of each way in turn, so that ratios hold on a machine whose
 speed drifts:
 
     in memory      decoding and views in one thread, of bytes that are there already; counts that thread alone
     plain Pillow   the same without the project's decode path: decode, resize, crop
-    Parquet, disk  the project's loader: Ray Data reads, two threads decode
+    Parquet, disk  the project's loader: Ray Data reads, `--threads` threads decode
     Parquet, S3    the same from a SeaweedFS on this machine, whose own time is not counted
     DataLoader     torch's, two worker processes, the same decode path on the same images as files
 
@@ -54,7 +54,6 @@ from tests.processes import descendants
 from tests.s3 import S3Server
 
 HEIGHT, WIDTH, DISTINCT, LABELED = 375, 500, 256, 64
-THREADS = 2
 WARM_STEPS = 24
 """Steps before each measurement: they empty what was made ahead while the others had their turn."""
 SETTLE_SECONDS = 3.0
@@ -221,12 +220,12 @@ def streamed(batches: Iterator[Any], tree: Tree) -> Way:
     return run
 
 
-def opened(root: str) -> Loader:
+def opened(root: str, threads: int) -> Loader:
     """The project's loader on the dataset at `root`."""
     dataset = open_dataset(root)
     split = load_split(dataset, "full")
     spec = ViewSpec(unlabeled=True)
-    return Loader(CONFIG, dataset, split, spec, rank=0, world=1, start=0, threads=THREADS, reader=read_ray)
+    return Loader(CONFIG, dataset, split, spec, rank=0, world=1, start=0, threads=threads, reader=read_ray)
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -243,7 +242,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         Files(settings["files"]), IMAGES, shuffle=True, num_workers=2, persistent_workers=True, prefetch_factor=4,
         multiprocessing_context="forkserver",
     )  # fmt: skip
-    loaders = [opened(root) for root in settings["roots"]]
+    loaders = [opened(root, settings["threads"]) for root in settings["roots"]]
     lots = in_memory(settings["roots"][0])
     ways: dict[str, Way] = {"in memory": decode_path(lots), "plain Pillow": plain_pillow(lots)}
     ways |= {
@@ -290,6 +289,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4096, help="unlabeled images")
     parser.add_argument("--steps", type=int, default=264, help="steps of a round, 16 images each")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="decoding threads of the loader")
     arguments = parser.parse_args()
     # before Ray starts its processes
     os.environ.update(OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=str(Path(__file__).parents[1]))
@@ -300,12 +300,14 @@ def main() -> None:
         roots = [str(Path(folder) / "noise"), f"{server.bucket_uri}/noise"]
         mean = make_images(Path(folder) / "files", arguments.images, roots)
         print(f"{arguments.images} images of {mean / 1e3:.0f} kB, {arguments.rounds} rounds of {arguments.steps} steps")
+        print(f"{arguments.threads} decoding threads in the loader")
         import ray
         import ray.train
         from ray.train.torch import TorchTrainer
 
         ray.init(address="local", include_dashboard=False, object_store_memory=1_500_000_000, log_to_driver=False)
         settings = {"driver": os.getpid(), "left_out": left_out, "roots": roots, "files": str(Path(folder) / "files")}
+        settings["threads"] = arguments.threads
         trainer = TorchTrainer(
             measure,
             train_loop_config={**settings, "steps": arguments.steps, "rounds": arguments.rounds},
