@@ -49,7 +49,7 @@ def test_a_killed_sweep_goes_on_and_gives_the_table_of_one_that_was_not(
     assert results[0] == results[1]
     tables = [storage.read_bytes(f"{out}/report.csv") for out in (calm, hurt)]
     assert tables[0] == tables[1]
-    assert storage.read_bytes(f"{hurt}/report.html").startswith(b"<!DOCTYPE html>")
+    assert storage.read_bytes(f"{hurt}/report.html").startswith(b"<!doctype html>")
     assert b"val mIoU last" in storage.read_bytes(f"{hurt}/trials/u2pl-1_8-s0/log.txt")
 
 
