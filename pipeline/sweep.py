@@ -208,7 +208,7 @@ def run_trials(trials: Sequence[Trial], at_once: int, watch: Any) -> dict[str, s
     failed = {}
     for result in results:
         if result.error is not None and result.config is not None:
-            failed[result.config["trial"]] = str(result.error)
+            failed[result.config["trial"]] = str(result.error).strip().splitlines()[-1]
         elif result.metrics is not None and result.metrics["problem"]:
             failed[result.metrics["config"]["trial"]] = result.metrics["problem"]
     return failed
