@@ -17,7 +17,7 @@ import pytest
 from pipeline import storage
 from pipeline.datasets import pool_writer
 from pipeline.datasets.pool_writer import make_pool
-from pipeline.datasets.pools import Pool, PoolInfo, open_pool, part_name
+from pipeline.datasets.pools import WORK_FOLDER, Pool, PoolInfo, open_pool, part_name
 from pipeline.errors import UserError
 from pipeline.ingest.mixture import PoolTable
 from pipeline.ingest.readers import read_rows
@@ -155,7 +155,7 @@ def test_an_interrupted_call_goes_on(photos, tmp_path, monkeypatch, after):
 def test_what_another_call_left_is_not_taken_up(photos, tmp_path):
     root = tmp_path / "pool"
     storage.write_bytes(f"{root}/{part_name(0, 0)}", b"of another call")
-    storage.write_bytes(f"{root}/work/plan.json", b"{}")
+    storage.write_bytes(f"{root}/{WORK_FOLDER}/plan.json", b"{}")
     assert _rows(make_pool("images", str(photos), str(root))) == _expected(photos)
 
 
