@@ -142,11 +142,11 @@ def make_pool(
     _begin(plan)
     listing = _list(plan)
     scans = [(plan, listing, number) for number in range(listing.batches)]
-    found = sum(tasks.run(_scan, scans, listing.batches, "prepare: batch", workers))
+    found = sum(tasks.run(_scan, scans, listing.batches, "prepare: %d of %d batches", workers))
     if not found:
         raise UserError(f"{plan.images}: the {'|'.join(POOL_SOURCES[source].suffixes)} files in it hold no images")
     settles = [(plan, listing, number, _earlier(before)) for number in range(listing.runs)]
-    runs = list(tasks.run(_settle, settles, listing.runs, "prepare: run", workers))
+    runs = list(tasks.run(_settle, settles, listing.runs, "prepare: %d of %d runs", workers))
     total = sum(run.images for run in runs)
     if total:
         size = sum(run.bytes for run in runs)
@@ -297,7 +297,7 @@ def _write_parts(plan: PoolPlan, info: PoolInfo, runs: Sequence[Run], skip_bad: 
     counts = [run.images for run in runs]
     items = ((plan, info.group_rows, counts, number, rows, skip_bad) for number in range(parts))
     bad: list[str] = []
-    for found in tasks.run(_write_part, items, parts, "prepare: part", workers):
+    for found in tasks.run(_write_part, items, parts, "prepare: %d of %d parts", workers):
         bad += found
         if len(bad) > MAX_BAD and not skip_bad:
             break

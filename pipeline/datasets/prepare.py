@@ -108,7 +108,7 @@ def run(plans: Sequence[ShardPlan], workers: int | None = None) -> list[Part]:
     Fewer parts come back if it stopped early because of many bad samples.
     """
     parts: dict[str, Part] = {}
-    for part in tasks.run(carry_out, plans, len(plans), "prepare: shard", workers):
+    for part in tasks.run(carry_out, plans, len(plans), "prepare: %d of %d shards", workers):
         parts[part.shard] = part
         if sum(len(done.bad) for done in parts.values()) > MAX_BAD and not plans[0].skip_bad:
             break

@@ -27,7 +27,7 @@ def run(
         task: a function at the top of a module; may raise `UserError`.
         items: may be made lazily.
         total: how many there are.
-        doing: what is shown of the progress: `prepare: shard`.
+        doing: what is shown of the progress: `prepare: %d of %d shards`.
         workers: tasks at a time; None: as many as the cluster has CPUs for.
         gpus: that each task needs.
 
@@ -64,10 +64,10 @@ def _call(row: dict[str, Any]) -> dict[str, Any]:
 def _progress(results: Iterable[R], total: int, doing: str) -> Iterator[R]:
     """Shows how many are done: a bar on a terminal, elsewhere a line for every tenth."""
     if sys.stderr.isatty():
-        yield from tqdm(results, total=total, desc=doing)
+        yield from tqdm(results, total=total, desc=doing.partition(":")[0], unit=doing.rpartition(" ")[2])
         return
     step = max(1, total // 10)
     for number, result in enumerate(results, start=1):
         yield result
         if number % step == 0 or number == total:
-            print(f"{doing} {number} of {total}", flush=True)
+            print(doing % (number, total), flush=True)

@@ -84,7 +84,7 @@ def label_pool(recipe: Recipe, split: Split, out: str) -> LabelsInfo:
     cluster.connect()
     gpus = 1 if cluster.cpus_and_gpus()[1] else 0
     todo = [(recipe, job) for job in jobs.values()]
-    for _ in tasks.run(_label, todo, len(todo), "label: shard", gpus=gpus):
+    for _ in tasks.run(_label, todo, len(todo), "label: %d of %d shards", gpus=gpus):
         pass
     info = LabelsInfo(
         digest=digest, index_hash=dataset.info.index_hash, images=len(split.unlabeled), shards=tuple(jobs)
