@@ -266,7 +266,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, 
         same = torch.equal(value, states[1][key]) if isinstance(value, Tensor) else value == states[1][key]
         assert same, key
     assert any("momentum_buffer" in key or "exp_avg" in key for key in states[0])
-    timing = ("images_per_second", "stall", "eta_seconds")
+    timing = ("images_per_second", "bytes_per_second", "decode_ms", "worker_seconds", "stall", "eta_seconds")
     records = [
         [{k: v for k, v in line.items() if k not in timing} for line in _records(tmp_path / run, "train")]
         for run in ("whole", "cut")
