@@ -26,14 +26,15 @@ def main(argv: list[str]) -> None:
     from pipeline.inference.comparison import write_report
     from pipeline.report import results
     from pipeline.report.html import text_table
-    from pipeline.sweep import TRIALS, make_trials, parse_grid, sweep
+    from pipeline.sweep.run import sweep
+    from pipeline.sweep.trials import TRIALS, make_trials, parse_grid
 
     if args.seeds < 1 or args.at_once < 0:
         raise UserError("--seeds: at least 1; --at_once: not below 0")
     methods, splits = (list(filter(None, text.split(","))) for text in (args.methods, args.splits))
     trials = make_trials(config, methods, splits, args.seeds, parse_grid(args.grid))
     if args.plan:
-        from pipeline.costs import parse_node, parse_step_seconds, plan
+        from pipeline.sweep.costs import parse_node, parse_step_seconds, plan
 
         print("\n".join(plan(trials, parse_step_seconds(args.step_seconds), parse_node(args.node))))
         return

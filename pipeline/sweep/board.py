@@ -1,45 +1,19 @@
 """What a sweep shows while it runs: one live table on a terminal, elsewhere a line now and then."""
 
-import json
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
 
-from pipeline import storage
-from pipeline.checkpoint import METRICS_FILE
-from pipeline.errors import UserError
-from pipeline.sweep import Trial
-from pipeline.training.trackers import duration
+from pipeline.sweep.follow import Row, look, table
+from pipeline.sweep.trials import Trial
 
 LOOK_SECONDS = 5.0
 """How often the records of running trials are read."""
 QUIET_SECONDS = 60.0
 """Time between lines where there is no terminal."""
-
-
-@dataclass
-class Row:
-    """How far a trial is."""
-
-    trial: Trial
-    state: str = "waiting"
-    step: int = 0
-    miou: float | None = None
-    """Last evaluation, 0..1."""
-    eta: float | None = None
-    """Seconds."""
-    images_per_second: float = 0.0
-    """Of the newest record."""
-
-    def cells(self) -> tuple[str, ...]:
-        """As text."""
-        miou = "-" if self.miou is None else f"{100 * self.miou:.2f}"
-        eta = duration(self.eta) if self.eta is not None and self.state == "running" else "-"
-        return self.trial.name, self.state, f"{self.step}/{self.trial.config.optim.steps}", miou, eta
 
 
 class Board(tune.Callback):
@@ -112,23 +86,3 @@ class Board(tune.Callback):
         running = ", ".join(" ".join(row.cells()[::2]) for row in self.rows.values() if row.state == "running")
         failed = f", {states.count('failed')} failed" * ("failed" in states)
         print(f"{states.count('done')} of {len(states)} done{failed}" + f"; {running}" * bool(running), flush=True)
-
-
-def look(row: Row) -> None:
-    """Reads how far a trial is; what cannot be read now is read the next time."""
-    try:
-        lines = storage.read_bytes(storage.join(row.trial.out, METRICS_FILE)).splitlines()
-    except (UserError, OSError):
-        return
-    for record in map(json.loads, lines):
-        row.step = record["step"]
-        if record["kind"] == "eval":
-            row.miou = next(iter(record["miou"].values()))
-        else:
-            row.eta, row.images_per_second = record["eta_seconds"], record["images_per_second"]
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.board import Row, look, table
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.methods import METHODS
-from pipeline.sweep import Trial
+from pipeline.sweep.follow import Row, look, table
+from pipeline.sweep.trials import Trial
 
 
 @dataclass(frozen=True)

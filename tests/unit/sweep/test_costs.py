@@ -3,10 +3,10 @@ import json
 import pytest
 
 from pipeline import cli, storage
-from pipeline.costs import Node, parse_node, parse_step_seconds, plan
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
-from pipeline.sweep import make_trials
+from pipeline.sweep.costs import Node, parse_node, parse_step_seconds, plan
+from pipeline.sweep.trials import make_trials
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
-from dataclasses import replace
-
 import pytest
 
-from pipeline import cli, storage, sweep
-from pipeline.config import Config, as_dict, to_yaml
+from pipeline import cli, storage
+from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
-from pipeline.sweep import make_trials, parse_grid, sized
+from pipeline.sweep.trials import make_trials, parse_grid
 
 
 def _base(shapes: str, out: object, *flags: str) -> Config:
@@ -77,26 +75,3 @@ def test_another_sweep_in_the_same_place_is_refused(shapes, tmp_path):
     assert make_trials(_base(shapes, tmp_path), ["suponly"], ["1_8"], 1, {})[0].name == trial.name
     with pytest.raises(UserError, match=r"holds a run with optim\.steps 900 instead of 30"):
         make_trials(_base(shapes, tmp_path, "--optim.steps", "30"), ["suponly"], ["1_8"], 1, {})
-
-
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "workers", "expected"),
-    [(2.0, 0.0, "0", (1, 2)), (8.0, 0.0, "2", (2, 6)), (96.0, 8.0, "0", (4, 2)), (96.0, 8.0, "1", (1, 8))],
-)
-def test_how_many_fit(shapes, tmp_path, monkeypatch, cpus, gpus, workers, expected):
-    monkeypatch.setattr(sweep.cluster, "cpus_and_gpus", lambda: (cpus, gpus))
-    trials = make_trials(_base(shapes, tmp_path, "--run.workers", workers), ["suponly", "u2pl"], ["1_8"], 1, {})
-    done, at_once = sized(trials)
-    assert [trial.config.run.workers for trial in done] == [expected[0]] * 2
-    assert at_once == expected[1]
-    assert [as_dict(trial.config) | {"run": None} for trial in done] == [
-        as_dict(trial.config) | {"run": None} for trial in trials
-    ]
-
-
-def test_a_trial_that_fits_nowhere(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep.cluster, "cpus_and_gpus", lambda: (1.0, 0.0))
-    trials = make_trials(_base(shapes, tmp_path), ["u2pl"], ["1_8"], 1, {})
-    big = [replace(t, config=replace(t.config, run=replace(t.config.run, workers=2))) for t in trials]
-    with pytest.raises(UserError, match=r"does not fit .* lower run\.workers"):
-        sized(big)

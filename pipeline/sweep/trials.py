@@ -1,0 +1,114 @@
+"""The trials of a sweep: method x split x seed (x any option), each an ordinary run directory below `SWEEP/trials`."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline import checkpoint, cli, storage
+from pipeline.checkpoint import CONFIG_FILE, SUMMARY_FILE, Progress
+from pipeline.config import Config, as_dict, merge
+from pipeline.errors import UserError
+from pipeline.methods import METHODS, OPTIONS
+from pipeline.training.launch import check, check_same, placed
+
+TRIALS = "trials"
+"""Folder of the run directories below a sweep."""
+DEFAULT_OUT = "runs/sweep"
+
+GRIDS = {
+    "ablation_reliability": ("u2pl.negative_pixels", ("unreliable", "reliable", "all")),
+    "ablation_loss": ("u2pl.loss", ("contrastive", "binary")),
+}
+"""Named grids: tables 4 and A2 of the U2PL paper, and its comparison of the two losses."""
+
+Grid = Mapping[str, Sequence[str]]
+"""Values to try by dotted key, such as `optim.lr`."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    name: str
+    """METHOD-SPLIT-sSEED, and what the grid sets; the name of its directory."""
+    config: Config
+    """Placed and checked; `out` is its run directory."""
+
+    @property
+    def out(self) -> str:
+        """Its run directory."""
+        return str(self.config.out)
+
+    def finished(self) -> Progress | None:
+        """Its result, once there is one."""
+        uri = storage.join(self.out, SUMMARY_FILE)
+        return Progress.from_dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
+
+    def begun(self) -> bool:
+        """Whether its run directory is there."""
+        return storage.exists(storage.join(self.out, CONFIG_FILE))
+
+    def steps(self) -> int:
+        """Steps up to its newest checkpoint."""
+        newest = checkpoint.newest(self.out)
+        return checkpoint.read_meta(newest)["step"] if newest else 0
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Reads `section.key=a,b,c` and names out of `GRIDS`.
+
+    Raises:
+        UserError: neither, or a key twice.
+    """
+    grid: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals and key not in GRIDS:
+            raise UserError(f"--grid {text}: neither section.key=a,b,c nor one of {', '.join(GRIDS)}")
+        key, found = GRIDS[key] if not equals else (key, tuple(filter(None, values.split(","))))
+        if key in grid or not key or not found:
+            raise UserError(f"--grid {text}: {key} is there twice, or has no values")
+        grid[key] = found
+    return grid
+
+
+def make_trials(base: Config, methods: Sequence[str], splits: Sequence[str], seeds: int, grid: Grid) -> list[Trial]:
+    """All trials of a sweep, checked as far as can be without starting one.
+
+    A key in a method's section varies the methods that read it: those with its name in theirs (`u2pl` in `u2pl_ael`).
+
+    Args:
+        base: what all have in common; its `out` is the sweep's directory.
+        methods: names out of `METHODS`.
+        splits: names of splits.
+        seeds: how many, counted up from that of `base`.
+        grid: further options.
+
+    Raises:
+        UserError: no method or split, an unknown one, an unknown key or value, or what `launch.check` raises.
+    """
+    if not methods or not splits:
+        raise UserError("--methods, --splits: name at least one each")
+    base = placed(replace(base, out=base.out or DEFAULT_OUT))
+    trials = []
+    for method, split, seed in itertools.product(methods, splits, range(seeds)):
+        if method not in METHODS:
+            raise UserError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        config = replace(base, method=method, split=split, seed=base.seed + seed)
+        keys = [key for key in grid if key.partition(".")[0] not in OPTIONS or key.partition(".")[0] in method]
+        for values in itertools.product(*(grid[key] for key in keys)):
+            chosen = dict(zip(keys, values, strict=True))
+            name = "-".join([method, split, f"s{config.seed}", *(f"{key}-{value}" for key, value in chosen.items())])
+            trials.append(Trial(name, _varied(config, chosen, storage.join(str(base.out), TRIALS, name))))
+    for trial in trials:
+        check_same(check(trial.config).config)
+    return trials
+
+
+def _varied(config: Config, chosen: Mapping[str, str], out: str) -> Config:
+    values = as_dict(replace(config, out=out))
+    for key, value in chosen.items():
+        section, dot, field = key.partition(".")
+        values = merge(values, {section: {field: value}} if dot else {section: value})
+    return cli.resolve(values, OPTIONS)
