@@ -109,13 +109,14 @@ class TestStream:
         monkeypatch.setattr(readers, "ITEM_ROWS", 24)
 
     def test_brief_trouble_costs_no_row(self, proxy: FaultProxy, dataset: Dataset, expected: dict[str, bytes]) -> None:
-        for faults in (["slow_down"] * 4, ["reset"] * 3, ["stall"]):  # the first is more than pyarrow alone gets over
+        # the first two are more than pyarrow alone gets over
+        for faults in (["slow_down"] * 4, ["reset"] * 6, ["stall"]):
             proxy.plan(*faults, path="shards/train")
         found, retries = epoch(dataset, read_ray)
         assert found == expected
-        assert retries >= 1  # a reset before the first byte is curl's own business
+        assert retries >= 2
         assert proxy.planned == 0
-        assert [proxy.counts[fault] for fault in ("slow_down", "reset", "stall")] == [4, 3, 1]
+        assert [proxy.counts[fault] for fault in ("slow_down", "reset", "stall")] == [4, 6, 1]
 
     def test_a_killed_server_that_comes_back_costs_no_row(
         self, server: S3Server, dataset: Dataset, expected: dict[str, bytes]
