@@ -19,6 +19,7 @@ from typing import Any, NoReturn, get_type_hints
 from pipeline import config as configs
 from pipeline.config import Config
 from pipeline.errors import RunError, UserError
+from pipeline.typed import build, convert, is_list, suggest
 
 _SHORT = {"data.root": ["--data"]}
 """Flags that have a short form beside their dotted name."""
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(argv)
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            near = configs.suggest(unknown[0].partition("=")[0], known)
+            near = suggest(unknown[0].partition("=")[0], known)
             raise UserError(f"unknown argument {unknown[0]!r}{near if 'did you mean' in near else '; see --help'}")
         return values
 
@@ -122,20 +123,20 @@ def resolve(values: Mapping[str, Any], options: Mapping[str, type]) -> Config:
     named = str(values.get("method", Config.method))
     unknown = [name for name in [named, *stored] if name not in options]
     if unknown:
-        raise UserError(f"unknown method {unknown[0]!r}{configs.suggest(str(unknown[0]), sorted(options))}")
+        raise UserError(f"unknown method {unknown[0]!r}{suggest(str(unknown[0]), sorted(options))}")
     near = [name for name in values if name not in {f.name for f in dataclasses.fields(Config)}]
     if near:
         valid = [f.name for f in dataclasses.fields(Config)] + sorted(options)
-        raise UserError(f"unknown key {near[0]!r}{configs.suggest(str(near[0]), valid)}")
+        raise UserError(f"unknown key {near[0]!r}{suggest(str(near[0]), valid)}")
     methods = {
-        name: configs.as_dict(configs.convert(kind, configs.merge(_section(stored.get(name), name), given[name]), name))
+        name: configs.as_dict(convert(kind, configs.merge(_section(stored.get(name), name), given[name]), name))
         for name, kind in options.items()
     }
-    return configs.build(Config, {**values, "methods": methods})
+    return build(Config, {**values, "methods": methods})
 
 
 def _section(value: Any, name: str) -> Mapping[str, Any]:
-    return configs.convert(Mapping[str, Any], value, name)
+    return convert(Mapping[str, Any], value, name)
 
 
 def _parser(description: str, options: Mapping[str, type]) -> Parser:
@@ -160,7 +161,7 @@ def _add_fields(parser: Any, kind: Any, prefix: str) -> None:
         hint = hints[item.name]
         if dataclasses.is_dataclass(hint) or item.default is dataclasses.MISSING:
             continue
-        bare = {"nargs": "?", "const": "true"} if hint is bool else {"nargs": "*"} if configs.is_list(hint) else {}
+        bare = {"nargs": "?", "const": "true"} if hint is bool else {"nargs": "*"} if is_list(hint) else {}
         path = prefix + item.name
         text = f"{docs.get(item.name, '')} (default: {item.default})".replace("%", "%%")
         parser.add_argument(f"--{path}", *_SHORT.get(path, []), dest=path, metavar=_type_name(hint), help=text, **bare)

@@ -56,6 +56,15 @@ def cpus_and_gpus() -> tuple[float, float]:
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
 
 
+def capacity() -> tuple[float, float]:
+    """CPUs and GPUs that the cluster has, or can get where it starts nodes by itself."""
+    from ray._private.state import state  # no public way to what an autoscaler may start
+
+    most = state.get_max_resources_from_cluster_config() or {}
+    cpus, gpus = cpus_and_gpus()
+    return max(cpus, most.get("CPU", 0.0)), max(gpus, most.get("GPU", 0.0))
+
+
 def nodes() -> int:
     """How many nodes the connected cluster has."""
     import ray

@@ -1,49 +1,22 @@
 """What one run can be told: frozen dataclasses, one docstring per field, and the way from YAML to them.
 
-Defaults < preset < YAML file < flags; the flags are made in `pipeline.cli`. Every field under `run` may change when
-a run is resumed; the others make the result what it is.
+Defaults < preset < YAML file < flags; the flags are made in `pipeline.cli`. Every field under `scaling` and
+`run` may change when a run is resumed; the others make the result what it is.
 """
 
 import dataclasses
-import difflib
 import json
-import math
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.typed import require_positive, require_share, suggest
 from pipeline.yaml12 import parse_yaml
-
-
-def require_positive(section: str, values: Any, *names: str) -> None:
-    """Checks that fields (numbers or tuples of them) are above 0.
-
-    Raises:
-        UserError: one is not.
-    """
-    _require(section, values, names, lambda value: value > 0, "above 0")
-
-
-def require_share(section: str, values: Any, *names: str) -> None:
-    """Checks that fields are in 0..1.
-
-    Raises:
-        UserError: one is not.
-    """
-    _require(section, values, names, lambda value: 0 <= value <= 1, "between 0 and 1")
-
-
-def _require(section: str, values: Any, names: Sequence[str], fits: Callable[[Any], bool], what: str) -> None:
-    for name in names:
-        value = getattr(values, name)
-        if not all(map(fits, value if isinstance(value, tuple) else (value,))):
-            raise UserError(f"{section}.{name}: must be {what}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +144,46 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Machines and bookkeeping; may change when a run is resumed."""
+class ScalingConfig:
+    """Machines; may change when a run is resumed. The global batch and the learning rate stay what they are."""
 
-    workers: int = 0
-    """Train workers; 0: one per GPU of the cluster, or 2 on a cluster of CPUs."""
+    workers: str = "auto"
+    """Train workers: a number, or the fewest and the most (2..8) for a run that goes on with what is left when nodes
+    are lost and grows when they return; auto: one per GPU of the cluster, or 2 on a cluster of CPUs."""
     cpus_per_worker: float = 0.0
     """CPUs reserved per worker; 0: 4 beside a GPU, else 0.5 so that Ray Data keeps some."""
+    gpus_per_worker: float = 1.0
+    """GPUs of a worker on a cluster that has any; below 1 for a run of one worker that shares its GPU; 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.workers != "auto":
+            fewest, most = self.limits()
+            if not 1 <= fewest <= most:
+                raise UserError(f"scaling.workers: expected such as 4, 2..8 or auto, got {self.workers}")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise UserError(f"scaling.gpus_per_worker: above 1 only whole numbers, got {self.gpus_per_worker}")
+        if 0 < self.gpus_per_worker < 1 and self.workers not in ("1", "auto"):
+            raise UserError(
+                f"scaling.gpus_per_worker {self.gpus_per_worker:g}: workers of one run cannot share a GPU: "
+                "set scaling.workers 1"
+            )
+
+    def limits(self) -> tuple[int, int]:
+        """The fewest and the most workers; not for `auto`.
+
+        Raises:
+            UserError: `workers` says neither.
+        """
+        fewest, dots, most = self.workers.partition("..")
+        if not all(part.isascii() and part.isdigit() for part in ([fewest, most] if dots else [fewest])):
+            raise UserError(f"scaling.workers: expected such as 4, 2..8 or auto, got {self.workers}")
+        return int(fewest), int(most if dots else fewest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Bookkeeping, and how the work is done; may change when a run is resumed."""
+
     decode: Literal["worker", "cluster"] = "worker"
     """Where images are decoded and cut: in the worker's own CPUs, or in tasks on any CPUs of the cluster, for GPU nodes
     that have few. The batches are the same."""
@@ -217,6 +223,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     run: RunConfig = field(default_factory=RunConfig)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options by method name; each method's file defines its own."""
@@ -266,102 +273,6 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def suggest(name: str, valid: list[str]) -> str:
-    """The end of an error line: the nearest valid name, or all of them."""
-    near = difflib.get_close_matches(name, valid, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(valid)}"
-
-
-def build(kind: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
-    """Makes the dataclass `kind` of plain values, checked field by field.
-
-    Args:
-        kind: a frozen dataclass whose fields are scalars, tuples of scalars, or such dataclasses.
-        values: what YAML, flags or a dumped config say; missing fields keep their defaults.
-        where: dotted path of this section, for messages.
-
-    Raises:
-        UserError: an unknown key (the nearest valid one is named) or a value of the wrong type.
-    """
-    hints = get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]
-    checked = {}
-    for key, value in values.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in names:
-            raise UserError(f"unknown key {path!r}{suggest(str(key), names)}")
-        checked[key] = convert(hints[key], value, path)
-    return kind(**checked)
-
-
-def convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the type `hint` of the field `path`.
-
-    Raises:
-        UserError: it is not of that type.
-    """
-    if dataclasses.is_dataclass(hint):
-        return build(hint, _mapping(value, path), path)  # type: ignore[arg-type]
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            return None
-        return convert(next(arg for arg in args if arg is not type(None)), value, path)
-    if origin is Literal:
-        return _choice(args, value, path)
-    if is_list(hint):
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple):
-            raise UserError(f"{path}: expected values like a,b or [a, b], got {value!r}")
-        return tuple(convert(args[0], part, path) for part in parts)
-    if origin is tuple:
-        parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple) or len(parts) != len(args):
-            raise UserError(f"{path}: expected {len(args)} values like 1,2, got {value!r}")
-        return tuple(convert(arg, part, path) for arg, part in zip(args, parts, strict=True))
-    if origin is Mapping:
-        return _mapping(value, path)
-    return _scalar(hint, value, path)
-
-
-def is_list(hint: Any) -> bool:
-    """Whether `hint` is a tuple of any length."""
-    return get_origin(hint) is tuple and get_args(hint)[-1] is ...
-
-
-def _mapping(value: Any, path: str) -> Mapping[str, Any]:
-    if value is None:  # a section whose lines are all commented out
-        return {}
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path}: expected keys and values, got {value!r}")
-    return value
-
-
-def _choice(allowed: tuple[Any, ...], value: Any, path: str) -> Any:
-    for option in allowed:
-        if str(value) == str(option):
-            return option
-    raise UserError(f"{path}: {value!r} is not known{suggest(str(value), [str(option) for option in allowed])}")
-
-
-def _scalar(hint: type, value: Any, path: str) -> Any:
-    text = str(value).strip()
-    try:
-        if value is None or isinstance(value, Mapping | list | tuple):
-            raise ValueError(text)
-        if hint is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if hint is str:
-            return text
-        number = hint(text)
-        if "_" in text or not 0 <= number < math.inf:  # int("1_2") is 12; nothing here may be negative
-            raise ValueError(text)
-        return number
-    except (ValueError, KeyError):
-        wanted = {"int": "a whole number from 0 on", "float": "a number from 0 on", "bool": "true or false"}
-        raise UserError(f"{path}: expected {wanted.get(hint.__name__, 'a text')}, got {value!r}") from None
-
-
 def as_dict(config: Any) -> dict[str, Any]:
     """The config as plain values: what `build` takes, YAML writes and a checkpoint holds."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -375,4 +286,4 @@ def to_yaml(config: Config) -> str:
 def identity(config: Config) -> dict[str, Any]:
     """What makes the result what it is: everything but the place and the machines."""
     values = as_dict(config)
-    return {key: value for key, value in values.items() if key not in ("out", "run")}
+    return {key: value for key, value in values.items() if key not in ("out", "scaling", "run")}

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline import storage
-from pipeline.config import suggest
 from pipeline.datasets.format import IGNORE_INDEX
 from pipeline.errors import UserError
+from pipeline.typed import suggest
 
 MAX_CLASSES = 255
 """Class ids are bytes, and 255 is the ignore index."""

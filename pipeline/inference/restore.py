@@ -5,12 +5,13 @@ from dataclasses import replace
 import torch
 
 from pipeline import checkpoint
-from pipeline.config import Config, RunConfig, build
+from pipeline.config import Config, RunConfig
 from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import evaluate
 from pipeline.inference.metrics import Scores
 from pipeline.methods import METHODS, Method, Predictor, build_method
+from pipeline.typed import build
 
 
 def restore(uri: str, device: torch.device) -> tuple[Config, Method]:

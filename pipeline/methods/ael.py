@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config, convert, require_positive, require_share
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.methods.base import Losses, Method, Step, untouched
 from pipeline.models import Prediction, SegmentationModel, upsample
@@ -26,6 +26,7 @@ from pipeline.ops.masked import weighted_cross_entropy
 from pipeline.ops.paste import zoomed
 from pipeline.ops.reservoir import Drawn, Reservoir
 from pipeline.ops.schedules import ema_decay
+from pipeline.typed import convert, require_positive, require_share
 
 
 @dataclass(frozen=True, kw_only=True)

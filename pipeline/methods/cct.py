@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config, ModelConfig, convert, require_positive, require_share
+from pipeline.config import Config, ModelConfig
 from pipeline.errors import UserError
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel, Taps, upsample
@@ -21,6 +21,7 @@ from pipeline.ops import perturbations
 from pipeline.ops.grid import shrink
 from pipeline.ops.masked import probability_mse
 from pipeline.ops.schedules import sigmoid_ramp
+from pipeline.typed import convert, require_positive, require_share
 
 KINDS = ("dropout", "feature_noise", "feature_drop", "cutout", "context", "objects", "adversarial")
 """The perturbations; each has an option that counts its decoders."""

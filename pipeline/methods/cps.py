@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config, convert
+from pipeline.config import Config
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import mixing
 from pipeline.ops.boxes import box_masks
 from pipeline.ops.entropy import IGNORE
 from pipeline.ops.masked import masked_cross_entropy
+from pipeline.typed import convert
 
 BOXES = 3
 AREA = (0.25, 0.5)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config, convert, require_positive, require_share
+from pipeline.config import Config
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.models.detector import FlawDetector
@@ -20,6 +20,7 @@ from pipeline.ops.flaws import exchange, flaw_target, handled
 from pipeline.ops.masked import squared_error
 from pipeline.ops.schedules import sigmoid_ramp
 from pipeline.ops.world import World
+from pipeline.typed import convert, require_positive, require_share
 
 
 @dataclass(frozen=True, kw_only=True)

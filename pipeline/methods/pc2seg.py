@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config, convert, require_positive
+from pipeline.config import Config
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import Prediction, SegmentationModel
 from pipeline.ops.grid import shrink
 from pipeline.ops.masked import probability_mse
 from pipeline.ops.pixel_pairs import PairViews, pair_contrast
+from pipeline.typed import convert, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config, convert, require_positive, require_share
+from pipeline.config import Config
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel, Taps, upsample
 from pipeline.ops.boxes import cutout
@@ -21,6 +21,7 @@ from pipeline.ops.grid import shrink
 from pipeline.ops.losses import cross_entropy
 from pipeline.ops.masked import soft_cross_entropy
 from pipeline.ops.world import World
+from pipeline.typed import convert, require_positive, require_share
 
 
 @dataclass(frozen=True, kw_only=True)

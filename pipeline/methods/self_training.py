@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config, convert, require_share
+from pipeline.config import Config
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.methods.fixmatch import kept_share
 from pipeline.models import SegmentationModel
 from pipeline.ops.boxes import small_box_masks
 from pipeline.ops.entropy import IGNORE
+from pipeline.typed import convert, require_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config, convert, require_positive, require_share
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.methods.base import Losses, Method, Step, untouched
 from pipeline.models import Prediction, SegmentationModel
@@ -37,6 +37,7 @@ from pipeline.ops.grid import make_grid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.schedules import ema_decay, unreliable_share
 from pipeline.ops.world import World
+from pipeline.typed import convert, require_positive, require_share
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.config import Config, convert, require_share
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.methods.ael import AEL, Task
 from pipeline.methods.base import Losses, Step, untouched
@@ -23,6 +23,7 @@ from pipeline.ops.grid import shrink
 from pipeline.ops.quantile import masked_quantile
 from pipeline.ops.schedules import unreliable_share
 from pipeline.ops.world import World
+from pipeline.typed import convert, require_share
 
 
 @dataclass(frozen=True, kw_only=True)

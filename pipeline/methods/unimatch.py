@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config, convert, require_share
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.methods.fixmatch import Pseudo, cutmixed, kept_share
 from pipeline.models import Prediction, SegmentationModel, Taps, upsample
 from pipeline.ops.masked import confident_labels, masked_cross_entropy
 from pipeline.ops.perturbations import drop_channels
+from pipeline.typed import convert, require_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """What a sweep will take, from measured steps: printed before anything starts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,28 +57,40 @@ def parse_step_seconds(texts: Sequence[str]) -> dict[str, float]:
 
 
 def plan(trials: Sequence[Trial], step_seconds: Mapping[str, float], node: Node) -> list[str]:
-    """The trials with their steps and hours, as lines. Evaluations and the start of a trial come on top.
+    """The trials with their steps, evaluations and hours, as lines. The start of a trial comes on top.
 
     The time of a step is the given one, or that of the sweep's own records of the method: the same number of workers is
-    taken for granted.
+    taken for granted. Evaluations count as far as one of the method is on record.
 
     Raises:
         UserError: a method whose steps nobody has timed.
     """
     measured = _measured(trials)
-    rows, hours = [("trial", "steps left", "s/step", "hours")], 0.0
+    rows, hours, timed = [("trial", "steps left", "s/step", "evaluations", "hours")], 0.0, True
     for trial in trials:
         method = trial.config.method
-        seconds = step_seconds.get(method, measured.get(method, step_seconds.get("", 0.0)))
+        row = measured.get(method, Row(trial))
+        known = images_per_step(trial.config) / row.images_per_second if row.images_per_second else 0.0
+        seconds = step_seconds.get(method) or known or step_seconds.get("", 0.0)
         if not seconds:
             raise UserError(f"no step of {method} was timed: run one trial, or pass --step_seconds {method}=SECONDS")
         left = 0 if trial.finished() else trial.config.optim.steps - trial.steps()
-        rows.append((trial.name, str(left), f"{seconds:.3g}", f"{left * seconds / 3600:.2f}"))
-        hours += left * seconds / 3600 * max(1, trial.config.run.workers)
+        scored, workers = math.ceil(left / trial.config.eval.every), workers_asked(trial.config)
+        took = left * seconds + scored * row.eval_seconds / workers
+        rows.append((trial.name, str(left), f"{seconds:.3g}", str(scored), f"{took / 3600:.2f}"))
+        hours += took / 3600 * workers
+        timed = timed and bool(row.eval_seconds)
     nodes = hours / node.workers
     money = f", {nodes * node.price:.2f} at {node.price:g} an hour" if node.price else ""
     whole = f"{len(trials)} trials, {hours:.1f} worker hours: {nodes:.1f} node hours of {node.workers} workers{money}"
+    if not timed:
+        whole += "; evaluations that nobody has timed come on top"
     return [*table(rows), whole, f"about {nodes / node.count:.1f} hours on {node.count} nodes if trials fill them"]
+
+
+def workers_asked(config: Config) -> int:
+    """Workers of a run as far as its config says: one for `auto`."""
+    return 1 if config.scaling.workers == "auto" else config.scaling.limits()[1]
 
 
 def images_per_step(config: Config) -> int:
@@ -86,12 +99,12 @@ def images_per_step(config: Config) -> int:
     return config.optim.batch_labeled + unlabeled
 
 
-def _measured(trials: Sequence[Trial]) -> dict[str, float]:
-    """Seconds per step by method, of the newest record of a trial that has begun."""
+def _measured(trials: Sequence[Trial]) -> dict[str, Row]:
+    """By method, what a trial that has begun tells of its steps and evaluations."""
     found = {}
     for trial in trials:
         row = Row(trial)
         look(row)
-        if row.images_per_second:
-            found[trial.config.method] = images_per_step(trial.config) / row.images_per_second
+        if row.images_per_second and row.eval_seconds >= found.get(trial.config.method, row).eval_seconds:
+            found[trial.config.method] = row
     return found

@@ -24,6 +24,8 @@ class Row:
     """Seconds."""
     images_per_second: float = 0.0
     """Of the newest record."""
+    eval_seconds: float = 0.0
+    """Of the newest evaluation, summed over the workers."""
 
     def cells(self) -> tuple[str, ...]:
         """As text."""
@@ -41,7 +43,7 @@ def look(row: Row) -> None:
     for record in map(json.loads, lines):
         row.step = record["step"]
         if record["kind"] == "eval":
-            row.miou = next(iter(record["miou"].values()))
+            row.miou, row.eval_seconds = next(iter(record["miou"].values())), record.get("worker_seconds", 0.0)
         else:
             row.eta, row.images_per_second = record["eta_seconds"], record["images_per_second"]
 

@@ -13,31 +13,35 @@ from typing import Any
 
 from pipeline import cluster, storage
 from pipeline.checkpoint import LOG_FILE
-from pipeline.config import Config, as_dict, build
+from pipeline.config import Config, as_dict
 from pipeline.errors import RunError, UserError
 from pipeline.sweep.trials import Trial
-from pipeline.training.launch import CPUS_PER_WORKER, launch, spare_cpus, worker_count
+from pipeline.training.launch import launch
+from pipeline.training.scaling import workers_of
+from pipeline.typed import build
 
 
 def sized(trials: Sequence[Trial]) -> tuple[list[Trial], int]:
     """The trials with their number of workers, and how many of them fit the connected cluster at a time.
 
-    Without `run.workers` a trial gets all GPUs, or one worker on a cluster of CPUs: the rest runs other trials.
+    With `scaling.workers auto` a trial gets all GPUs that are up, or one worker on a cluster of CPUs: the rest runs
+    other trials. GPUs shared by `scaling.gpus_per_worker` below 1 hold as many trials as that.
 
     Raises:
         UserError: not even one fits.
     """
-    cpus, gpus = cluster.cpus_and_gpus()
+    cpus, gpus = cluster.capacity()
     done, fit = [], []
     for trial in trials:
-        run = trial.config.run
-        workers = worker_count(trial.config) if run.workers or gpus else 1
-        needed = workers * (run.cpus_per_worker or CPUS_PER_WORKER) + spare_cpus(trial.config)
-        fit.append(int(gpus // workers) if gpus else int(cpus // needed))
-        done.append(replace(trial, config=replace(trial.config, run=replace(run, workers=workers))))
-    if min(fit) < 1:
-        raise UserError(f"{trials[fit.index(0)].name} does not fit {cpus:g} CPUs and {gpus:g} GPUs: lower run.workers")
-    return done, min(fit)
+        config = trial.config
+        if config.scaling.workers == "auto" and not gpus:
+            config = replace(config, scaling=replace(config.scaling, workers="1"))
+        workers = workers_of(config)
+        fewest = workers.counts[0]
+        by_cpus = cpus // (fewest * workers.cpus + workers.spare_cpus)
+        fit.append(int(gpus // (fewest * workers.gpus) if workers.gpus else by_cpus))
+        done.append(replace(trial, config=config))
+    return done, max(1, min(fit))
 
 
 def sweep(trials: Sequence[Trial], at_once: int = 0) -> int:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 from ray.train import UserCallback
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import UserError
 
@@ -15,7 +17,8 @@ from pipeline.errors import UserError
 @contextmanager
 def relayed() -> Iterator[Queue]:
     """Prints what is put into the queue until the block ends."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # elsewhere it would die with its node
     ended = threading.Event()
     thread = threading.Thread(target=_print, args=(queue, ended), name="console", daemon=True)
     thread.start()

@@ -1,7 +1,9 @@
 """What the loop needs of the place it runs in: its device, the checkpoint to go on from, and where to hand new ones."""
 
+import logging
 import shutil
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +18,13 @@ from pipeline.ingest.readers import Reader, read_inline, read_ray
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
+
+
+log = logging.getLogger(__name__)
+NOTICE_STEPS = 10
+"""Steps between two questions whether a node is about to go: each costs some milliseconds, and all ranks wait."""
+NOTICE_SECONDS = 10.0
+"""Between checkpoints once a node is about to go: what is trained after the last of them is done again."""
 
 
 class Host(ABC):
@@ -33,6 +42,14 @@ class Host(ABC):
     @abstractmethod
     def latest(self) -> str | None:
         """URI of the newest whole checkpoint of this run, or None."""
+
+    def notice(self, step: int) -> bool:
+        """Whether a machine of this run is about to be taken away and a checkpoint should be written now.
+
+        Every rank calls it after every step and gets the same answer.
+        """
+        del step
+        return False
 
     @abstractmethod
     def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
@@ -88,6 +105,7 @@ class RayHost(Host):
     def __init__(self, out: str, threads: int) -> None:
         self._out = out
         self.threads = threads
+        self._noticed: float | None = None
 
     def device(self) -> torch.device:
         """The device that Ray gave this worker."""
@@ -101,6 +119,35 @@ class RayHost(Host):
 
         found = ray.train.get_checkpoint()
         return storage.join(self._out, Path(found.path).name) if found else None
+
+    def notice(self, step: int) -> bool:
+        """Asks Ray Train, which hears of drained nodes (`ray drain-node`, spot notices through the watcher).
+
+        After the first checkpoint the run goes on until the node is gone, with more of them in short intervals.
+        """
+        import ray.train
+        import ray.train.collective
+
+        if step % NOTICE_STEPS:
+            return False
+        found = ray.train.get_preemption_info()  # what rank 0 knows
+        if found is None:
+            return False
+        now = time.monotonic()
+        due = self._noticed is None or now - self._noticed >= NOTICE_SECONDS
+        due = ray.train.collective.broadcast_from_rank_zero(due)  # clocks differ
+        if due:
+            if self._noticed is None:
+                left = (found.deadline_ms or 0) / 1000 - time.time()
+                within = f" within {left:.0f} s" if found.deadline_ms else ""
+                log.info(
+                    "%d node(s) will be taken away%s: checkpoint at step %d",
+                    len(found.preempted_node_ids),
+                    within,
+                    step,
+                )
+            self._noticed = now
+        return due
 
     def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
         """A barrier over the ranks. The folder is Ray's after the call: it uploads and removes it."""

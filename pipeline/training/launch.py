@@ -14,12 +14,11 @@ from pipeline.datasets.pseudo import open_labels
 from pipeline.datasets.shapes import prepare_shapes
 from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
-from pipeline.ingest.decoders import DECODE_CPUS
 from pipeline.ingest.mixture import Source, open_sources, share_lanes
-from pipeline.ingest.readers import READ_CPUS
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
 from pipeline.training.meter import Diverged
+from pipeline.training.scaling import Workers, workers_of
 
 GENERATED = "generated"
 """Value of `data.root` that stands for the demo set."""
@@ -33,8 +32,6 @@ RUN_FILES = {
     ".validate_storage_marker",
 }
 """What a run leaves beside its checkpoints."""
-CPUS_PER_WORKER = 0.5
-"""Of a worker without a GPU, so that Ray Data keeps some."""
 BUILT_IN_WEIGHTS = ("none", "torchvision")
 """Values of `model.weights` that are no place."""
 
@@ -58,7 +55,7 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
         progress = Progress.from_dict(json.loads(storage.read_bytes(done)))
     else:
         cluster.connect()
-        workers = worker_count(config)
+        workers = workers_of(config)
         _announce(config, dataset, split, sources, workers)
         _warn_of_local_places(config)
         progress = Progress.from_dict(_fit(config, workers))
@@ -239,49 +236,21 @@ def _difference(before: dict[str, Any], after: dict[str, Any], path: str = "") -
     return ""
 
 
-def allowed_workers(config: Config) -> list[int]:
-    """Numbers of workers among which the batch divides; more than one need whole pairs of unlabeled images.
-
-    Mixing swaps boxes within pairs: cutting one would change what is trained.
-    """
-    optim = config.optim
-    pairs = optim.batch_unlabeled / 2 if METHODS[config.method].views.unlabeled else optim.batch_labeled
-    shared = [n for n in range(2, optim.batch_labeled + 1) if optim.batch_labeled % n == 0 and pairs % n == 0]
-    return [1, *shared]
-
-
-def worker_count(config: Config) -> int:
-    """Workers that share the global batch equally.
-
-    Raises:
-        UserError: the asked number does not divide the batch, or the cluster has not so many GPUs.
-    """
-    allowed = allowed_workers(config)
-    cpus, gpus = cluster.cpus_and_gpus()
-    if config.run.workers == 0:
-        limit = int(gpus) or min(2, max(1, int(cpus)))
-        return max(n for n in allowed if n <= limit)
-    if config.run.workers not in allowed:
-        raise UserError(
-            f"run.workers {config.run.workers} does not share the batch equally (unlabeled images in pairs)"
-            f"; choose from {', '.join(map(str, allowed))}"
-        )
-    if 0 < gpus < config.run.workers:
-        raise UserError(f"run.workers {config.run.workers}: the cluster has {int(gpus)} GPUs")
-    return config.run.workers
-
-
-def _announce(config: Config, dataset: Dataset, split: Split, sources: Sequence[Source], workers: int) -> None:
+def _announce(config: Config, dataset: Dataset, split: Split, sources: Sequence[Source], workers: Workers) -> None:
     optim = config.optim
     unlabeled = f" + {optim.batch_unlabeled} unlabeled" if METHODS[config.method].views.unlabeled else ""
     print(
         f"{config.method} on {dataset.info.name}, split {split.name}: {len(split.labeled)} labeled, "
         f"{len(split.unlabeled)} unlabeled images, list {split.digest}\n"
-        f"{workers} workers, global batch {optim.batch_labeled} labeled{unlabeled}, lr {optim.lr:g} "
+        f"{' or '.join(map(str, workers.counts))} workers, global batch {optim.batch_labeled} labeled{unlabeled}, "
+        f"lr {optim.lr:g} "
         f"(head x{optim.head_lr_mult:g}; not scaled by workers: the batch is global), {optim.steps} steps\n"
         f"results in {config.out}",
         flush=True,
     )
+    gpus = cluster.cpus_and_gpus()[1]
+    if workers.counts[0] * workers.gpus > gpus:
+        print(f"waiting for {workers.counts[0] * workers.gpus:g} GPUs: the cluster has {gpus:g} and starts more nodes")
     if config.data.unlabeled_pools:
         for source, lanes in zip(sources, share_lanes(sources, optim.batch_unlabeled) if sources else (), strict=True):
             pinned = f", generations 1 to {source.generations}" if source.generations else ""
@@ -296,58 +265,31 @@ def _warn_of_local_places(config: Config) -> None:
         print(f"warning: {', '.join(local)}: must be on a disk that all {cluster.nodes()} nodes share; else use s3://")
 
 
-def spare_cpus(config: Config) -> float:
-    """CPUs that a run needs beside its workers: for reading through Ray Data and for decoding tasks."""
-    reading = READ_CPUS if METHODS[config.method].views.unlabeled else 0.0
-    return reading + (DECODE_CPUS if config.run.decode == "cluster" else 0.0)
-
-
-def worker_cpus(config: Config, workers: int) -> float:
-    """CPUs to reserve per worker, so that some are left for reading through Ray Data and for decoding tasks.
-
-    Raises:
-        UserError: none would be left: the unlabeled stream would wait for ever.
-    """
-    cpus, gpus = cluster.cpus_and_gpus()
-    spare = spare_cpus(config)
-    room = (cpus - spare) / workers
-    wanted = config.run.cpus_per_worker or (min(4.0, room) if gpus else CPUS_PER_WORKER)
-    if wanted > room or wanted <= 0:
-        raise UserError(
-            f"{workers} workers with {wanted:g} CPUs each leave less than {spare:g} for reading "
-            f"on a cluster of {cpus:g} CPUs: lower run.workers or run.cpus_per_worker"
-        )
-    return wanted
-
-
-def _fit(config: Config, workers: int) -> dict[str, Any]:
+def _fit(config: Config, workers: Workers) -> dict[str, Any]:
     """Runs the workers under Ray Train; returns rank 0's progress."""
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     # these import Ray, which must not happen before `connect`
     from pipeline.training.console import LostWorkers, relayed
+    from pipeline.training.elastic import Trainer, failure_config
     from pipeline.training.worker import work
 
     assert config.out is not None
-    gpu = cluster.cpus_and_gpus()[1] > 0
-    cpus = worker_cpus(config, workers)
     filesystem, path = storage.resolve(config.out)
     parent, _, name = path.rpartition("/")
     with relayed() as console:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             work,
             train_loop_config={"config": as_dict(config), "console": console},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=300),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})}
-            ),
+            torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo", timeout_s=300),
+            workers=workers,
             run_config=ray.train.RunConfig(
                 name=name,
                 storage_path=parent,
                 storage_filesystem=filesystem,
                 callbacks=[LostWorkers(console)],
-                failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+                failure_config=failure_config(config.run.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="max"
                 ),

@@ -105,7 +105,7 @@ class Session:
                         tracker.log("train", done, record)
                         log.info(meter.line(done, record))
                 scored = done % config.eval.every == 0 or last
-                if scored or done % config.run.checkpoint_every == 0:
+                if scored or done % config.run.checkpoint_every == 0 or self.host.notice(done):
                     meter.check()  # a checkpoint after a bad step could never be resumed
                     with meter.paused():
                         if scored:

@@ -11,13 +11,14 @@ from dataclasses import replace
 
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import Progress
-from pipeline.config import Config, as_dict, convert
+from pipeline.config import Config, as_dict
 from pipeline.datasets import pseudo
 from pipeline.datasets.format import open_dataset
 from pipeline.datasets.splits import load_split
 from pipeline.inference.label import Recipe, label_pool
 from pipeline.methods.self_training import SelfTrainingOptions
 from pipeline.training.launch import launch, placed
+from pipeline.typed import convert
 
 
 def self_train(config: Config, *, fresh: bool = False) -> Progress:

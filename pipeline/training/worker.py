@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 
 from pipeline import storage
-from pipeline.config import Config, build
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.training.console import send_logs
 from pipeline.training.hosts import RayHost
 from pipeline.training.loop import Session
 from pipeline.training.meter import Diverged
+from pipeline.typed import build
 
 
 def work(values: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline import cli
 from pipeline.batch import Views, ViewSpec
-from pipeline.config import Config, as_dict, build
+from pipeline.config import Config, as_dict
 from pipeline.datasets.format import open_dataset
 from pipeline.datasets.images import encode_png
 from pipeline.datasets.pool_writer import make_pool
@@ -27,6 +27,7 @@ from pipeline.ingest.mixture import Mixture, open_sources
 from pipeline.ingest.readers import read_inline, read_ray
 from pipeline.ingest.sources import UnlabeledStream
 from pipeline.methods import OPTIONS
+from pipeline.typed import build
 from tests.processes import kill, named, wait_for
 
 STEPS, KILLED = 54, 23

@@ -17,7 +17,7 @@ import torch
 
 from pipeline import cli
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config, as_dict, build
+from pipeline.config import Config, as_dict
 from pipeline.datasets.format import open_dataset, read_group
 from pipeline.datasets.splits import load_split
 from pipeline.errors import UserError
@@ -26,6 +26,7 @@ from pipeline.ingest.plan import LanePlan, select_groups
 from pipeline.ingest.readers import read_inline, read_ray
 from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch
+from pipeline.typed import build
 
 BASE = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.tensorboard", "false"]
 
@@ -92,7 +93,7 @@ class TestLoader:
         for place in ("worker", "cluster"):
             run = tmp_path / place
             flags = ["--data", shapes, "--out", str(run), "--method", "fixmatch", "--optim.steps", "4"]
-            launch(configured(*flags, "--run.workers", "1", "--run.decode", place))
+            launch(configured(*flags, "--scaling.workers", "1", "--run.decode", place))
             lines = (run / "metrics.jsonl").read_text().splitlines()
             found.append([record for line in lines if (record := json.loads(line))["kind"] == "train"])
         assert [record["total"] for record in found[0]] == [record["total"] for record in found[1]]

@@ -162,7 +162,7 @@ def test_a_pool_of_plain_jpegs_trains(
     photos(raw, range(40))
     make_pool("images", raw, out)
     run = str(tmp_path / "run")
-    flags = ("--data", shapes, "--data.unlabeled_pools", out, "--out", run, "--run.workers", "2")
+    flags = ("--data", shapes, "--data.unlabeled_pools", out, "--out", run, "--scaling.workers", "2")
     progress = launch(configured(*flags, "--data.pool_weights", "1", "1", "--optim.steps", "6"))
     assert progress.step == 6
     assert f"from {out} (40 images, generations 1 to 1)" in capsys.readouterr().out

@@ -47,7 +47,7 @@ class TestWorkers:
             flags = ("--data", shapes, "--method", method, "--optim.steps", "10", *CALM, *extra)
             plain, ray_run = str(tmp_path / f"{method}-plain"), str(tmp_path / f"{method}-ray")
             train(configured(*flags, "--out", plain), PlainHost(plain))
-            launch(configured(*flags, "--out", ray_run, "--run.workers", "2"))
+            launch(configured(*flags, "--out", ray_run, "--scaling.workers", "2"))
             losses = [[record["total"] for record in records(run)] for run in (plain, ray_run)]
             assert len(losses[0]) == len(losses[1]) == 10
             assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -55,7 +55,7 @@ class TestWorkers:
     def test_a_killed_worker_costs_nothing_but_time(
         self, shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        flags = ["--optim.steps", "60", "--u2pl.warmup_steps", "5", "--run.workers", "2"]
+        flags = ["--optim.steps", "60", "--u2pl.warmup_steps", "5", "--scaling.workers", "2"]
         flags += ["--run.checkpoint_every", "10"]
         calm, hurt = str(tmp_path / "calm"), str(tmp_path / "hurt")
         launch(configured(*flags, "--data", shapes, "--out", calm))
@@ -125,7 +125,7 @@ class TestWorkers:
 def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
     run = "s3://runs/killed"
     flags = ["--data", shapes, "--out", run, "--optim.steps", "60", "--u2pl.warmup_steps", "5"]
-    command = train_command(*flags, "--run.workers", "2", "--run.checkpoint_every", "10")
+    command = train_command(*flags, "--scaling.workers", "2", "--run.checkpoint_every", "10")
     env = environment(ray_folder, s3)
     with Job(command, env, tmp_path / "first.log") as job:
         wait_for("a registered checkpoint", lambda: has_checkpoint(run))

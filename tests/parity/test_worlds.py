@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.cli import resolve
-from pipeline.config import Config, as_dict, build
+from pipeline.config import Config, as_dict
 from pipeline.ingest.loader import Loader
 from pipeline.methods import METHODS, OPTIONS, Method, build_method
 from pipeline.training import loop
 from pipeline.training.hosts import PlainHost
+from pipeline.typed import build
 
 STEPS = 20
 COMPARED = 7

@@ -8,9 +8,10 @@ import yaml
 
 from pipeline import config as configs
 from pipeline.cli import field_docs, resolve
-from pipeline.config import Config, as_dict, build, convert, identity, merge, presets, to_yaml
+from pipeline.config import Config, as_dict, identity, merge, presets, to_yaml
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
+from pipeline.typed import build, convert
 from pipeline.yaml12 import parse_yaml
 
 SECTIONS = [kind for _, kind in inspect.getmembers(configs, inspect.isclass) if dataclasses.is_dataclass(kind)]
@@ -221,7 +222,7 @@ def test_field_docs_belong_to_the_field_above():
 
 def test_identity_leaves_out_place_and_machines():
     base = resolve({}, OPTIONS)
-    elsewhere = dataclasses.replace(base, out="x", run=dataclasses.replace(base.run, workers=3))
+    elsewhere = dataclasses.replace(base, out="x", scaling=dataclasses.replace(base.scaling, workers="3"))
     assert identity(base) == identity(elsewhere)
     assert identity(base) == identity(elsewhere)
     assert identity(base) != identity(dataclasses.replace(base, seed=1))

@@ -11,7 +11,7 @@ from pipeline.sweep.trials import make_trials
 
 @pytest.fixture
 def trials(shapes, tmp_path):
-    flags = ["--preset", "demo", "--data", shapes, "--out", str(tmp_path), "--run.workers", "2"]
+    flags = ["--preset", "demo", "--data", shapes, "--out", str(tmp_path), "--scaling.workers", "2"]
     base = cli.parse_config([*flags, "--optim.steps", "3600"], "", OPTIONS)[0]
     return make_trials(base, ["suponly", "u2pl"], ["1_8"], 2, {})
 
@@ -19,10 +19,10 @@ def trials(shapes, tmp_path):
 def test_hours_and_money(trials):
     lines = plan(trials, parse_step_seconds(["0.5", "u2pl=2"]), parse_node(["4", "8", "32"]))
     assert [line.split() for line in lines[1:5]] == [
-        ["suponly-1_8-s0", "3600", "0.5", "0.50"],
-        ["suponly-1_8-s1", "3600", "0.5", "0.50"],
-        ["u2pl-1_8-s0", "3600", "2", "2.00"],
-        ["u2pl-1_8-s1", "3600", "2", "2.00"],
+        ["suponly-1_8-s0", "3600", "0.5", "12", "0.50"],
+        ["suponly-1_8-s1", "3600", "0.5", "12", "0.50"],
+        ["u2pl-1_8-s0", "3600", "2", "12", "2.00"],
+        ["u2pl-1_8-s1", "3600", "2", "12", "2.00"],
     ]
     # (0.5 + 0.5 + 2 + 2) hours of 2 workers each, 8 workers to a node
     assert "4 trials, 10.0 worker hours: 1.2 node hours of 8 workers, 40.00 at 32 an hour" in lines[5]
@@ -30,13 +30,25 @@ def test_hours_and_money(trials):
 
 
 def test_what_ran_already_tells_the_time_of_a_step(trials):
-    record = {"kind": "train", "step": 900, "eta_seconds": 10.0, "images_per_second": 48.0}
-    storage.write_bytes(f"{trials[2].out}/metrics.jsonl", f"{json.dumps(record)}\n".encode())
+    train = {"kind": "train", "step": 900, "eta_seconds": 10.0, "images_per_second": 48.0}
+    scored = {"kind": "eval", "step": 900, "miou": {"student": 0.5}, "worker_seconds": 300.0}
+    _record(trials[2], train)
     with pytest.raises(UserError, match=r"no step of suponly was timed.* --step_seconds suponly=SECONDS"):
         plan(trials, {}, Node(count=1, workers=1, price=0))
     lines = plan(trials, {"suponly": 1.0}, Node(count=1, workers=1, price=0))
-    assert lines[3].split()[1:] == ["3600", "0.25", "0.25"]  # 12 images a step at 48 a second
+    assert lines[3].split()[1:] == ["3600", "0.25", "12", "0.25"]  # 12 images a step at 48 a second
     assert "at 0" not in lines[5]
+    assert "evaluations that nobody has timed" in lines[5]
+    _record(trials[2], train, scored)
+    _record(trials[0], train, scored)
+    lines = plan(trials, {}, Node(count=1, workers=1, price=0))
+    assert lines[3].split()[1:] == ["3600", "0.25", "12", "0.75"]  # 12 x 300 worker seconds shared by 2 workers
+    assert "nobody has timed" not in lines[5]
+
+
+def _record(trial, *records):
+    lines = "".join(f"{json.dumps(record)}\n" for record in records)
+    storage.write_bytes(f"{trial.out}/metrics.jsonl", lines.encode())
 
 
 @pytest.mark.parametrize("text", ["x", "u2pl=", "u2pl=-1", "0"])

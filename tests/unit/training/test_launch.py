@@ -19,55 +19,6 @@ def _config(*flags: str) -> Config:
     return cli.parse_config(["--preset", "demo", *flags], "", OPTIONS)[0]
 
 
-@pytest.mark.parametrize(
-    ("method", "labeled", "unlabeled", "allowed"),
-    [
-        ("suponly", 4, 7, [1, 2, 4]),
-        ("u2pl", 4, 8, [1, 2, 4]),
-        ("u2pl", 4, 4, [1, 2]),  # four workers would cut the CutMix pairs
-        ("u2pl", 4, 6, [1]),
-        ("u2pl", 16, 16, [1, 2, 4, 8]),
-        ("u2pl", 3, 5, [1]),
-    ],
-)
-def test_workers_share_the_batch(method: str, labeled: int, unlabeled: int, allowed: list[int]) -> None:
-    sizes = ("--optim.batch_labeled", str(labeled), "--optim.batch_unlabeled", str(unlabeled))
-    assert launch.allowed_workers(_config("--method", method, *sizes)) == allowed
-
-
-@pytest.mark.parametrize(
-    ("asked", "cpus", "gpus", "count"),
-    [(0, 2, 0, 2), (0, 1, 0, 1), (0, 64, 0, 2), (0, 64, 3, 2), (0, 64, 8, 4), (4, 2, 0, 4)],
-)
-def test_worker_count(monkeypatch: pytest.MonkeyPatch, asked: int, cpus: float, gpus: float, count: int) -> None:
-    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (cpus, gpus))
-    assert launch.worker_count(_config("--run.workers", str(asked))) == count
-
-
-@pytest.mark.parametrize(
-    ("method", "workers", "cpus", "gpus", "share"),
-    [("u2pl", 2, 2, 0, 0.5), ("suponly", 4, 2, 0, 0.5), ("u2pl", 8, 64, 8, 4.0), ("u2pl", 4, 16, 4, 3.9375)],
-)
-def test_workers_leave_cpus_for_reading(
-    monkeypatch: pytest.MonkeyPatch, method: str, workers: int, cpus: float, gpus: float, share: float
-) -> None:
-    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (cpus, gpus))
-    assert launch.worker_cpus(_config("--method", method), workers) == share
-
-
-def test_workers_that_take_every_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (2.0, 0.0))
-    with pytest.raises(UserError, match=r"lower run\.workers"):
-        launch.worker_cpus(_config(), 4)
-
-
-def test_decoding_tasks_need_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (2.0, 0.0))
-    assert launch.worker_cpus(_config("--run.decode", "cluster"), 1) == 0.5
-    with pytest.raises(UserError, match=r"leave less than 1\.25 for reading"):
-        launch.worker_cpus(_config("--run.decode", "cluster"), 2)
-
-
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: str) -> None:
     monkeypatch.chdir(tmp_path)
     placed = launch.placed(_config("--data", shapes, "--out", "runs/a"))
@@ -80,13 +31,6 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: str) ->
     monkeypatch.chdir(job)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert launch.placed(_config("--data", shapes, "--out", "runs/a")).out == str(tmp_path / "home/u2pl-ray/runs/a")
-
-
-@pytest.mark.parametrize(("asked", "gpus", "named"), [(3, 0, "1, 2, 4"), (4, 2, "2 GPUs")])
-def test_impossible_worker_counts(monkeypatch: pytest.MonkeyPatch, asked: int, gpus: float, named: str) -> None:
-    monkeypatch.setattr(launch.cluster, "cpus_and_gpus", lambda: (8.0, gpus))
-    with pytest.raises(UserError, match=named):
-        launch.worker_count(_config("--run.workers", str(asked)))
 
 
 def test_fresh_deletes_runs_and_nothing_else(tmp_path: Path) -> None:
@@ -105,7 +49,11 @@ def test_fresh_deletes_runs_and_nothing_else(tmp_path: Path) -> None:
 def test_a_run_directory_keeps_its_settings(tmp_path: Path) -> None:
     config = _config("--out", str(tmp_path))
     launch._claim(config, fresh=False)
-    machines = dataclasses.replace(config, run=dataclasses.replace(config.run, workers=4, log_every=7))
+    machines = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, log_every=7),
+        scaling=dataclasses.replace(config.scaling, workers="4"),
+    )
     launch._claim(machines, fresh=False)  # other machines are no other run
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
     with pytest.raises(UserError, match=r"optim\.lr 0\.003 instead of 0\.5"):
