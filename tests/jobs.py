@@ -48,6 +48,10 @@ class Job:
         return self._process.wait(seconds)
 
     @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
     def said(self) -> str:
         return self.log.read_text()
 

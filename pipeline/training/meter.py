@@ -84,6 +84,7 @@ class Meter:
             "total": sum(means.values()),
             "loss": means,
             "lr": lr,
+            "workers": self._world.size,
             "images_per_second": round(images / elapsed, 2),
             "worker_seconds": round(elapsed * self._world.size, 3),
             "eta_seconds": round((self._config.optim.steps - step) * elapsed / self._steps, 1),

@@ -20,6 +20,7 @@ from pipeline.training.hosts import PlainHost
 from pipeline.training.launch import launch
 from pipeline.training.loop import train
 from tests.jobs import SHORT, Job, environment, has_checkpoint, load, records, train_command
+from tests.nodes import head_command
 from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server, free_ports
 
@@ -150,16 +151,8 @@ def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, ray_folder: 
 
 def test_a_submitted_job_succeeds(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
     env = environment(ray_folder, s3)
-    gcs, dashboard, *others = free_ports(6)
-    names = [
-        "dashboard-agent-listen-port",
-        "dashboard-agent-grpc-port",
-        "runtime-env-agent-port",
-        "ray-client-server-port",
-    ]
-    head = ["ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    head += [f"--{name}={port}" for name, port in zip(names, others, strict=True)]
-    head += ["--node-ip-address=127.0.0.1", "--object-store-memory=300000000", "--disable-usage-stats"]
+    gcs, dashboard = free_ports(2)
+    head = head_command(gcs, cpus=2, dashboard=dashboard)
     flags = ["--data", shapes, "--out", "s3://runs/submitted", "--optim.steps", "8", "--u2pl.warmup_steps", "2"]
     submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
     submit += ["python", "jobs/train.py", *SHORT, *flags]
