@@ -95,6 +95,9 @@ def _environment(*, token: bool) -> None:
         "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "-1",  # a long evaluation is no hang
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",
+        "TUNE_FORCE_TRIAL_CLEANUP_S": "5",  # a trial that is stopped early has workers that must end, too
+        "RAY_AIR_NEW_OUTPUT": "0",  # Tune's: it prints tables even when told not to
+        "RAY_worker_maximum_startup_concurrency": "16",  # of processes that mostly wait; beyond 4 x it Ray warns
     }.items():
         os.environ.setdefault(name, value)
     if token and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":

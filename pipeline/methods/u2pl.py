@@ -87,6 +87,9 @@ class U2PLOptions:
     CPUs and noisier, with the same expectation."""
     keys: int = 256
     """New keys per class, step and worker at most."""
+    keys_in_all: int = 2048
+    """New keys per class and step of all workers together: beyond eight workers each gives fewer, as what all exchange
+    would grow with their number (2 GB a step at 512) and a queue would be overwritten every few steps."""
     queue: int = 30000
     """Capacity of a class's memory bank."""
     queue_background: int = 50000
@@ -97,7 +100,7 @@ class U2PLOptions:
     """Smooth the positives over the steps (the release's anchor_ema, which it leaves off)."""
 
     def __post_init__(self) -> None:
-        sizes = ("temperature", "r_l", "anchors", "negatives", "keys", "queue", "queue_background")
+        sizes = ("temperature", "r_l", "anchors", "negatives", "keys", "keys_in_all", "queue", "queue_background")
         require_positive("u2pl", self, *sizes)
         require_share("u2pl", self, "ema_decay", "alpha_0", "delta_p", "mix_share")
         if self.r_l >= self.r_h:
@@ -109,6 +112,10 @@ class U2PLOptions:
     def groups(self) -> int:
         """Sets of negatives per class."""
         return self.negative_groups or self.anchors
+
+    def keys_of(self, workers: int) -> int:
+        """New keys per class and step of each of so many workers."""
+        return max(1, min(self.keys, self.keys_in_all // workers))
 
 
 class _Change(NamedTuple):
@@ -337,7 +344,7 @@ def make_draws(options: U2PLOptions, step: Step, num_classes: int, device: torch
     """The random numbers of a step's contrast."""
     return Draws(
         anchors=step.uniform("anchors", (num_classes, options.anchors), device),
-        keys=step.uniform("keys", (num_classes, options.keys), device),
+        keys=step.uniform("keys", (num_classes, options.keys_of(step.world.size)), device),
         negatives=step.uniform("negatives", (num_classes, options.groups, options.negatives), device),
     )
 

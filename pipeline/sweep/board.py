@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import tune
@@ -19,8 +19,15 @@ QUIET_SECONDS = 60.0
 class Board(tune.Callback):
     """Follows the trials of a sweep; Tune tells what begins and ends, the runs' own records how far they are."""
 
-    def __init__(self, trials: Sequence[Trial]) -> None:
-        """Args: trials: all of the sweep; those that are finished count as done."""
+    def __init__(self, trials: Sequence[Trial], find: Callable[[Mapping[str, Any]], Trial], total: int) -> None:
+        """Begins with what is known.
+
+        Args:
+            trials: those that are known beforehand; finished ones count as done.
+            find: the trial of what Tune chose.
+            total: how many there will be.
+        """
+        self._find, self._total = find, total
         self.rows = {trial.name: Row(trial) for trial in trials}
         for row in self.rows.values():
             done = row.trial.finished()
@@ -52,14 +59,16 @@ class Board(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune."""
-        self._change(trial, "failed" if trial.last_result.get("problem") else "done")
+        problem = trial.last_result.get("problem")  # said by a run that came to its end
+        self._change(trial, "stopped" if problem is None else "failed" if problem else "done")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune."""
         self._change(trial, "failed")
 
     def _change(self, trial: Any, state: str) -> None:
-        row = self.rows[trial.config["trial"]]
+        found = self._find(trial.config)
+        row = self.rows.setdefault(found.name, Row(found))
         row.state = state
         look(row)
         if not self._live:
@@ -68,7 +77,7 @@ class Board(tune.Callback):
     def _follow(self) -> None:
         quiet = 0.0
         while not self._ended.wait(LOOK_SECONDS):
-            for row in self.rows.values():
+            for row in [*self.rows.values()]:
                 if row.state == "running":
                     look(row)
             quiet += LOOK_SECONDS
@@ -85,4 +94,4 @@ class Board(tune.Callback):
         states = [row.state for row in self.rows.values()]
         running = ", ".join(" ".join(row.cells()[::2]) for row in self.rows.values() if row.state == "running")
         failed = f", {states.count('failed')} failed" * ("failed" in states)
-        print(f"{states.count('done')} of {len(states)} done{failed}" + f"; {running}" * bool(running), flush=True)
+        print(f"{states.count('done')} of {self._total} done{failed}" + f"; {running}" * bool(running), flush=True)

@@ -1,24 +1,12 @@
-"""Runs the trials of a sweep on Ray Tune, each on Ray Train.
+"""Runs the trials of a sweep, as many at a time as the cluster holds."""
 
-Nothing of Tune's has to be kept: a trial is a run directory, so the same command goes on where it was cut off, as
-`launch` does, and passes over what is finished.
-"""
-
-import contextlib
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, storage
-from pipeline.checkpoint import LOG_FILE
-from pipeline.config import Config, as_dict
-from pipeline.errors import RunError, UserError
+from pipeline import cluster
 from pipeline.sweep.trials import Trial
-from pipeline.training.launch import launch
 from pipeline.training.scaling import workers_of
-from pipeline.typed import build
 
 
 def sized(trials: Sequence[Trial]) -> tuple[list[Trial], int]:
@@ -58,78 +46,23 @@ def sweep(trials: Sequence[Trial], at_once: int = 0) -> int:
         UserError: not even one trial fits the cluster.
     """
     cluster.connect()
-    from pipeline.sweep.board import Board  # imports Ray, which must not happen before `connect`
+    from ray import tune
+
+    # these import Ray, which must not happen before `connect`
+    from pipeline.sweep.board import Board
+    from pipeline.sweep.tuner import run_tuner
 
     trials, fit = sized(trials)
-    todo = [trial for trial in trials if not trial.finished()]
-    failed = {}
-    with Board(trials) as board:
+    named = {trial.name: trial for trial in trials}
+
+    def find(params: Mapping[str, Any]) -> Trial:
+        return named[params["trial"]]
+
+    todo = [trial.name for trial in trials if not trial.finished()]
+    how, failed = tune.TuneConfig(max_concurrent_trials=min(at_once or fit, fit)), {}
+    with Board(trials, find, len(trials)) as board:
         if todo:
-            failed = run_trials(todo, min(at_once or fit, fit), board)
+            failed = run_tuner(find, {"trial": tune.grid_search(todo)}, how, board)
     for name, why in failed.items():
         print(f"{name} failed: {why}")
     return len(failed)
-
-
-def run_trials(trials: Sequence[Trial], at_once: int, watch: Any) -> dict[str, str]:
-    """Runs trials on Ray Tune; one that fails stops no other.
-
-    Args:
-        trials: that are not finished.
-        at_once: how many at a time.
-        watch: a `tune.Callback` that shows what happens.
-
-    Returns:
-        Why each failed trial did, by name.
-    """
-    from ray import tune
-
-    configs = {trial.name: as_dict(trial.config) for trial in trials}
-
-    def train(params: dict[str, str]) -> dict[str, Any]:
-        return _train(configs[params["trial"]])
-
-    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:  # of no use once the sweep has ended
-        results = tune.Tuner(
-            tune.with_resources(train, {"CPU": 0.01}),  # it waits for its workers
-            param_space={"trial": tune.grid_search([*configs])},
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=at_once, trial_dirname_creator=lambda trial: trial.trial_id
-            ),
-            run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[watch]),
-        ).fit()
-    failed = {}
-    for result in results:
-        if result.error is not None and result.config is not None:
-            failed[result.config["trial"]] = str(result.error).strip().splitlines()[-1]
-        elif result.metrics is not None and result.metrics["problem"]:
-            failed[result.metrics["config"]["trial"]] = result.metrics["problem"]
-    return failed
-
-
-def _train(values: dict[str, Any]) -> dict[str, Any]:
-    """Runs in an actor of Tune: a whole run, with what it says in its own log."""
-    config: Config = build(Config, values)
-    problem, score = "", -1.0
-    with _logged(config):
-        try:
-            progress = launch(config)
-            score = progress.last.value if progress.last else score
-        except (UserError, RunError) as error:
-            problem = " ".join(str(error).split())
-            print(problem)
-    return {"problem": problem, "score": score}
-
-
-@contextlib.contextmanager
-def _logged(config: Config) -> Iterator[None]:
-    """Appends what is printed inside to the log of a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / LOG_FILE
-        try:
-            with path.open("w") as log, contextlib.redirect_stdout(log):
-                yield
-        finally:
-            uri = storage.join(str(config.out), LOG_FILE)
-            before = storage.read_bytes(uri) if storage.exists(uri) else b""
-            storage.write_bytes(uri, before + path.read_bytes())

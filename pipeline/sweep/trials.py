@@ -11,6 +11,7 @@ from pipeline.config import Config, as_dict, merge
 from pipeline.errors import UserError
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.training.launch import check, check_same, placed
+from pipeline.training.self_training import STUDENT, check_recipe
 
 TRIALS = "trials"
 """Folder of the run directories below a sweep."""
@@ -36,9 +37,14 @@ class Trial:
     """Placed and checked; `out` is its run directory."""
 
     @property
+    def staged(self) -> bool:
+        """Whether it makes its pseudo-labels itself: a recipe of several runs."""
+        return METHODS[self.config.method].views.pseudo and self.config.data.pseudo_labels is None
+
+    @property
     def out(self) -> str:
-        """Its run directory."""
-        return str(self.config.out)
+        """The run directory with its result."""
+        return storage.join(str(self.config.out), STUDENT) if self.staged else str(self.config.out)
 
     def finished(self) -> Progress | None:
         """Its result, once there is one."""
@@ -100,15 +106,32 @@ def make_trials(base: Config, methods: Sequence[str], splits: Sequence[str], see
         for values in itertools.product(*(grid[key] for key in keys)):
             chosen = dict(zip(keys, values, strict=True))
             name = "-".join([method, split, f"s{config.seed}", *(f"{key}-{value}" for key, value in chosen.items())])
-            trials.append(Trial(name, _varied(config, chosen, storage.join(str(base.out), TRIALS, name))))
+            trials.append(make_trial(config, name, chosen))
     for trial in trials:
-        check_same(check(trial.config).config)
+        check_trial(trial)
     return trials
 
 
-def _varied(config: Config, chosen: Mapping[str, str], out: str) -> Config:
-    values = as_dict(replace(config, out=out))
+def check_trial(trial: Trial) -> None:
+    """Whether a trial can be run, and its directory is its own.
+
+    Raises:
+        UserError: what `launch.check` raises.
+    """
+    if trial.staged:
+        check_recipe(trial.config)
+    else:
+        check_same(check(trial.config).config)
+
+
+def make_trial(config: Config, name: str, chosen: Mapping[str, str]) -> Trial:
+    """One trial below the directory `config.out`, with chosen values by dotted key.
+
+    Raises:
+        UserError: an unknown key or value.
+    """
+    values = as_dict(replace(config, out=storage.join(str(config.out), TRIALS, name)))
     for key, value in chosen.items():
         section, dot, field = key.partition(".")
         values = merge(values, {section: {field: value}} if dot else {section: value})
-    return cli.resolve(values, OPTIONS)
+    return Trial(name, cli.resolve(values, OPTIONS))

@@ -36,12 +36,13 @@ BUILT_IN_WEIGHTS = ("none", "torchvision")
 """Values of `model.weights` that are no place."""
 
 
-def launch(config: Config, *, fresh: bool = False) -> Progress:
+def launch(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()) -> Progress:
     """Runs a config on the cluster and prints the result; a run that was cut off goes on where it was.
 
     Args:
         config: checked config; without a dataset the demo set is made first.
         fresh: delete what is in the run directory and start anew.
+        callbacks: `ray.train.UserCallback`s that are told of checkpoints.
 
     Raises:
         UserError: something in the config, the data or the run directory cannot be used; found before any worker
@@ -58,7 +59,7 @@ def launch(config: Config, *, fresh: bool = False) -> Progress:
         workers = workers_of(config)
         _announce(config, dataset, split, sources, workers)
         _warn_of_local_places(config)
-        progress = Progress.from_dict(_fit(config, workers))
+        progress = Progress.from_dict(_fit(config, workers, callbacks))
         summary = json.dumps(asdict(progress), indent=1).encode()
         storage.retried(lambda: storage.write_bytes(done, summary))
     _print_result(config, dataset, progress)
@@ -265,7 +266,7 @@ def _warn_of_local_places(config: Config) -> None:
         print(f"warning: {', '.join(local)}: must be on a disk that all {cluster.nodes()} nodes share; else use s3://")
 
 
-def _fit(config: Config, workers: Workers) -> dict[str, Any]:
+def _fit(config: Config, workers: Workers, callbacks: Sequence[Any]) -> dict[str, Any]:
     """Runs the workers under Ray Train; returns rank 0's progress."""
     import ray.train
     from ray.train.torch import TorchConfig
@@ -288,7 +289,7 @@ def _fit(config: Config, workers: Workers) -> dict[str, Any]:
                 name=name,
                 storage_path=parent,
                 storage_filesystem=filesystem,
-                callbacks=[LostWorkers(console)],
+                callbacks=[LostWorkers(console), *callbacks],
                 failure_config=failure_config(config.run.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="max"

@@ -7,7 +7,9 @@ Each stage leaves its result below the run directory, so a recipe that was cut o
     RUN/student          the run of method `self_training`: the result
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import Progress
@@ -15,13 +17,17 @@ from pipeline.config import Config, as_dict
 from pipeline.datasets import pseudo
 from pipeline.datasets.format import open_dataset
 from pipeline.datasets.splits import load_split
+from pipeline.errors import UserError
 from pipeline.inference.label import Recipe, label_pool
 from pipeline.methods.self_training import SelfTrainingOptions
-from pipeline.training.launch import launch, placed
+from pipeline.training.launch import check, check_same, launch, placed
 from pipeline.typed import convert
 
+STUDENT = "student"
+"""Where the result lies below the run directory."""
 
-def self_train(config: Config, *, fresh: bool = False) -> Progress:
+
+def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()) -> Progress:
     """Runs the recipe; `config.method` does not matter.
 
     The teacher is its *last* checkpoint: the best one would already be chosen on the validation set.
@@ -29,22 +35,40 @@ def self_train(config: Config, *, fresh: bool = False) -> Progress:
     Args:
         config: of teacher and student alike.
         fresh: delete what the stages left and start anew.
+        callbacks: `ray.train.UserCallback`s that are told of the student's checkpoints.
 
     Raises:
         UserError: as `launch`, or other pseudo-labels are in the way.
     """
     config = placed(replace(config, method="self_training"))
-    teacher, labels, student = (storage.join(str(config.out), part) for part in ("teacher", "pseudo_labels", "student"))
+    labels, student = (storage.join(str(config.out), part) for part in ("pseudo_labels", STUDENT))
     print("stage 1 of 3: the teacher")
-    unasked = {**config.methods, "self_training": as_dict(SelfTrainingOptions())}  # other ones make no other teacher
-    launch(replace(config, method="suponly", out=teacher, methods=unasked), fresh=fresh)
+    teacher = _teacher(config)
+    launch(teacher, fresh=fresh)
     print("\nstage 2 of 3: the teacher's labels of the pool")
     if fresh:
         pseudo.delete_labels(labels)
     options: SelfTrainingOptions = convert(SelfTrainingOptions, config.methods["self_training"], "self_training")
-    newest = checkpoint.find(teacher)
+    newest = checkpoint.find(str(teacher.out))
     dataset = open_dataset(str(config.data.root))
     split = load_split(dataset, config.split, config.data.protocol)
     info = label_pool(Recipe(dataset.root, newest, options.tta, options.keep), split, labels)
     print(f"{info.images} images labeled in {labels}\n\nstage 3 of 3: the student")
-    return launch(replace(config, out=student, data=replace(config.data, pseudo_labels=labels)), fresh=fresh)
+    config = replace(config, out=student, data=replace(config.data, pseudo_labels=labels))
+    return launch(config, fresh=fresh, callbacks=callbacks)
+
+
+def check_recipe(config: Config) -> None:
+    """Whether the recipe can be run, as far as can be seen before its first stage; changes nothing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if config.data.unlabeled_pools:
+        raise UserError("data.unlabeled_pools: self-training labels the dataset's own images; leave the pools out")
+    check_same(check(_teacher(config)).config)
+
+
+def _teacher(config: Config) -> Config:
+    unasked = {**config.methods, "self_training": as_dict(SelfTrainingOptions())}  # other ones make no other teacher
+    return replace(config, method="suponly", out=storage.join(str(config.out), "teacher"), methods=unasked)

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.batch import Batch, Views
 from pipeline.errors import UserError
-from pipeline.methods.u2pl import U2PL
+from pipeline.methods.u2pl import U2PL, U2PLOptions
 from pipeline.models import Prediction, upsample
 from pipeline.ops.mixing import cutmix_masks
 from pipeline.ops.world import World
@@ -335,3 +335,8 @@ class _Overflow:
         if features is not None:
             features[-1, :, 3, 3] = self.value
         return Prediction(logits, features, None)
+
+
+def test_many_workers_give_fewer_keys_each():
+    options = U2PLOptions()
+    assert [options.keys_of(workers) for workers in (1, 4, 8, 16, 64, 512, 4096)] == [256, 256, 256, 128, 32, 4, 1]

@@ -75,3 +75,13 @@ def test_another_sweep_in_the_same_place_is_refused(shapes, tmp_path):
     assert make_trials(_base(shapes, tmp_path), ["suponly"], ["1_8"], 1, {})[0].name == trial.name
     with pytest.raises(UserError, match=r"holds a run with optim\.steps 900 instead of 30"):
         make_trials(_base(shapes, tmp_path, "--optim.steps", "30"), ["suponly"], ["1_8"], 1, {})
+
+
+def test_self_training_is_a_recipe_whose_student_counts(shapes, tmp_path):
+    (trial,) = make_trials(_base(shapes, tmp_path), ["self_training"], ["1_8"], 1, {})
+    assert trial.staged
+    assert trial.out == f"{tmp_path}/trials/self_training-1_8-s0/student"
+    (plain,) = make_trials(_base(shapes, tmp_path), ["suponly"], ["1_8"], 1, {})
+    assert not plain.staged
+    with pytest.raises(UserError, match="leave the pools out"):
+        make_trials(_base(shapes, tmp_path, "--data.unlabeled_pools", shapes), ["self_training"], ["1_8"], 1, {})

@@ -1,0 +1,180 @@
+"""A search for good options of one method, on Ray Tune: random or Optuna's choice, with or without early stops.
+
+Never for a protocol table: there every method gets the same steps and options that were chosen beforehand.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline import cluster
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.sweep.run import sized
+from pipeline.sweep.trials import Trial, check_trial, make_trial
+from pipeline.training.launch import placed
+
+DEFAULT_OUT = "runs/search"
+DIGITS = 3
+"""Of a drawn number: enough to tell samples apart, and few enough to read."""
+REDUCTION = 3
+"""ASHA goes on with the best third of what has come to each of its rungs."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers between two ends: evenly by logarithm if they are a factor of ten apart, else evenly."""
+
+    low: float
+    high: float
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether orders of magnitude count."""
+        return self.low > 0 and self.high / self.low >= 10
+
+    @property
+    def whole(self) -> bool:
+        """Whether both ends were given as whole numbers, and so are all between."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+Space = Mapping[str, Range | tuple[str, ...]]
+"""What to draw from, by dotted key."""
+
+
+def parse_space(texts: Sequence[str]) -> dict[str, Range | tuple[str, ...]]:
+    """Reads `section.key=low..high` and `section.key=a,b,c`.
+
+    Raises:
+        UserError: neither, or a key twice.
+    """
+    space: dict[str, Range | tuple[str, ...]] = {}
+    for text in texts:
+        key, _, values = text.partition("=")
+        choices = tuple(filter(None, values.split(",")))
+        found = _range(values) if ".." in values else choices
+        if not key or not found or key in space:
+            raise UserError(f"--space {text}: expected section.key=low..high or section.key=a,b,c, each key once")
+        space[key] = found
+    if not space:
+        raise UserError("--space: name what to draw, such as optim.lr=0.001..0.1 u2pl.lambda_c=0.05,0.1,0.2")
+    return space
+
+
+def _range(text: str) -> Range | None:
+    low, _, high = text.partition("..")
+    for number in (int, float):
+        try:
+            found = Range(number(low), number(high))
+        except ValueError:
+            continue
+        return found if found.low < found.high and math.isfinite(found.high) else None
+    return None
+
+
+def sample(base: Config, drawn: Mapping[str, Any]) -> Trial:
+    """The run of drawn values, a directory below that of the search; the same values are always the same run.
+
+    Args:
+        base: placed; its `out` is the search's directory.
+        drawn: values by dotted key.
+    """
+    chosen = {key: f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value) for key, value in drawn.items()}
+    name = "-".join(["trial", *(f"{key}-{value}" for key, value in chosen.items())])
+    return make_trial(base, name, chosen)
+
+
+def prepare(base: Config, space: Space) -> Config:
+    """The config that all samples have in common, checked with both ends of every range.
+
+    Raises:
+        UserError: an unknown key, an end that is no value of it, or what `launch.check` raises.
+    """
+    base = placed(replace(base, out=base.out or DEFAULT_OUT))
+    for end in (0, -1):
+        ends = {
+            key: (each.low, each.high)[end] if isinstance(each, Range) else each[end] for key, each in space.items()
+        }
+        check_trial(sample(base, ends))
+    return base
+
+
+def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool, at_once: int = 0) -> list[Trial]:
+    """Runs the samples and shows how far they are; what an earlier search of the same name has finished is taken.
+
+    Args:
+        base: from `prepare`.
+        space: what to draw.
+        samples: how many.
+        optuna: draw where earlier samples did well instead of at random.
+        asha: stop samples that do worse than two thirds of the others at their evaluations.
+        at_once: how many at a time; 0: as many as the cluster holds.
+
+    Returns:
+        The samples that have at least one evaluation, the best last one first.
+
+    Raises:
+        UserError: a sample does not fit the cluster, or Optuna is not installed.
+    """
+    cluster.connect()
+    from ray import tune
+
+    # these import Ray, which must not happen before `connect`
+    from pipeline.sweep.board import Board
+    from pipeline.sweep.tuner import run_tuner
+
+    (sized_trial,), fit = sized([Trial("search", base)])
+    base = sized_trial.config
+
+    def find(params: Mapping[str, Any]) -> Trial:
+        return sample(base, params)
+
+    at_once = min(at_once or fit, fit)
+    config = tune.TuneConfig(
+        metric="score",
+        mode="max",
+        num_samples=samples,
+        search_alg=_optuna(base.seed, at_once) if optuna else _random(base.seed, at_once),
+        scheduler=_scheduler(base) if asha else None,
+    )
+    with Board([], find, samples) as board:
+        run_tuner(find, {key: _domain(each) for key, each in space.items()}, config, board)
+    scored = [row for row in board.rows.values() if row.miou is not None]
+    return [row.trial for row in sorted(scored, key=lambda row: -(row.miou or 0.0))]
+
+
+def _domain(values: Range | tuple[str, ...]) -> Any:
+    from ray import tune
+
+    if not isinstance(values, Range):
+        return tune.choice(list(values))
+    if values.whole:
+        draw: Callable[..., Any] = tune.lograndint if values.logarithmic else tune.randint
+        return draw(int(values.low), int(values.high) + 1)
+    return (tune.loguniform if values.logarithmic else tune.uniform)(values.low, values.high)
+
+
+def _random(seed: int, at_once: int) -> Any:
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    return BasicVariantGenerator(random_state=seed, max_concurrent=at_once)
+
+
+def _optuna(seed: int, at_once: int) -> Any:
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    try:
+        return ConcurrencyLimiter(OptunaSearch(seed=seed), max_concurrent=at_once)
+    except (ImportError, AssertionError) as error:
+        raise UserError("--optuna: not installed; pip install 'u2pl-ray[search]'") from error
+
+
+def _scheduler(config: Config) -> Any:
+    from ray.tune.schedulers import ASHAScheduler
+
+    steps, every = config.optim.steps, config.eval.every
+    # one step more than there are: what has come to its end shall end by itself
+    return ASHAScheduler(time_attr="step", max_t=steps + 1, grace_period=min(steps, every), reduction_factor=REDUCTION)

@@ -1,0 +1,99 @@
+"""Runs trials on Ray Tune, each on Ray Train; imports Ray.
+
+Nothing of Tune's has to be kept: a trial is a run directory, so the same command goes on where it was cut off, as
+`launch` does, and passes over what is finished.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from pipeline import storage
+from pipeline.checkpoint import LOG_FILE, Progress
+from pipeline.config import Config, as_dict
+from pipeline.errors import RunError, UserError
+from pipeline.sweep.board import Board
+from pipeline.sweep.trials import Trial
+from pipeline.training.launch import launch
+from pipeline.training.self_training import self_train
+from pipeline.typed import build
+
+Find = Callable[[Mapping[str, Any]], Trial]
+"""The trial of what Tune chose."""
+
+
+def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Board) -> dict[str, str]:
+    """Runs what Tune chooses; one trial that fails stops no other.
+
+    Args:
+        find: the trial of a choice.
+        space: what Tune chooses from.
+        how: how it chooses, and how many run at a time.
+        board: shows what happens.
+
+    Returns:
+        Why each failed trial did, by name.
+    """
+
+    def train(params: dict[str, Any]) -> dict[str, Any]:
+        trial = find(params)
+        return _train(as_dict(trial.config), self_train if trial.staged else launch, trial.out)
+
+    how.trial_dirname_creator = lambda trial: trial.trial_id
+    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:  # of no use once the sweep has ended
+        results = tune.Tuner(
+            # beside the driver, as it only waits for its workers: they may be lost with their nodes, it should not
+            tune.with_resources(train, {"node:__internal_head__": 0.001}),
+            param_space=space,
+            tune_config=how,
+            run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[board]),
+        ).fit()
+    failed = {}
+    for result in results:
+        name = find(result.config or {}).name
+        if result.error is not None:
+            failed[name] = str(result.error).strip().splitlines()[-1]
+        elif result.metrics is not None and result.metrics.get("problem"):
+            failed[name] = result.metrics["problem"]
+    return failed
+
+
+class Scores(TuneReportCallback):
+    """Tells Tune of the evaluations of a run, not of its other checkpoints."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Called by Ray Train's controller."""
+        if metrics[0]["score"] >= 0:
+            super().after_report(run_context, metrics, checkpoint)
+
+
+def _train(values: dict[str, Any], run: Callable[..., Progress], out: str) -> dict[str, Any]:
+    """Runs in an actor of Tune: a whole run, with what it says in its own log."""
+    problem, step, score = "", 0, -1.0
+    with _logged(out):
+        try:
+            progress = run(build(Config, values), callbacks=[Scores()])
+            step, score = progress.step, progress.last.value if progress.last else score
+        except (UserError, RunError) as error:
+            problem = " ".join(str(error).split())
+            print(problem)
+    return {"problem": problem, "step": step, "score": score}
+
+
+@contextlib.contextmanager
+def _logged(out: str) -> Iterator[None]:
+    """Appends what is printed inside to the log of the run in `out`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / LOG_FILE
+        try:
+            with path.open("w") as log, contextlib.redirect_stdout(log):
+                yield
+        finally:
+            uri = storage.join(out, LOG_FILE)
+            before = storage.read_bytes(uri) if storage.exists(uri) else b""
+            storage.write_bytes(uri, before + path.read_bytes())

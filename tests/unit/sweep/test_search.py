@@ -1,0 +1,66 @@
+from collections.abc import Callable
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.methods import OPTIONS
+from pipeline.sweep.search import Range, parse_space, prepare, sample
+
+
+@pytest.fixture
+def base(shapes, tmp_path) -> Callable[..., Config]:
+    flags = ["--preset", "demo", "--data", shapes, "--out", str(tmp_path)]
+    return lambda *more: cli.parse_config([*flags, *more], "", OPTIONS)[0]
+
+
+def test_what_a_space_says():
+    space = parse_space(["optim.lr=1e-4..0.1", "u2pl.lambda_c=0.05,0.1", "optim.power=0.5..1", "optim.steps=100..900"])
+    assert space == {
+        "optim.lr": Range(1e-4, 0.1),
+        "u2pl.lambda_c": ("0.05", "0.1"),
+        "optim.power": Range(0.5, 1),
+        "optim.steps": Range(100, 900),
+    }
+    ranges = {key: each for key, each in space.items() if isinstance(each, Range)}
+    assert {key: (each.logarithmic, each.whole) for key, each in ranges.items()} == {
+        "optim.lr": (True, False),
+        "optim.power": (False, False),
+        "optim.steps": (False, True),
+    }
+
+
+@pytest.mark.parametrize("text", ["x", "a.b=", "=1..2", "a.b=2..1", "a.b=1..inf", "a.b=x..y", "a.b=1..", "a.b=1..1"])
+def test_a_space_that_is_none(text):
+    with pytest.raises(UserError, match="--space"):
+        parse_space([text])
+
+
+def test_a_key_twice_or_none():
+    with pytest.raises(UserError, match="each key once"):
+        parse_space(["a.b=1,2", "a.b=1..2"])
+    with pytest.raises(UserError, match="name what to draw"):
+        parse_space([])
+
+
+def test_equal_values_are_the_same_run(base):
+    prepared = prepare(base(), {"optim.lr": Range(1e-4, 0.1)})
+    one, same, other = (sample(prepared, {"optim.lr": value}) for value in (0.0123456, 0.0123499, 0.0124))
+    assert (one.name, one.config.optim.lr) == ("trial-optim.lr-0.0123", 0.0123)
+    assert same == one
+    assert other.out != one.out
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"optim.lrr": Range(0.1, 1)}, "did you mean lr"),
+        ({"optim.optimizer": ("sgd", "adamm")}, "adamm"),
+        ({"data.scale": Range(0.5, 2)}, "data.scale"),
+        ({"model.dropout": Range(0.5, 2.0)}, "model.dropout: must be between 0 and 1, got 2"),
+    ],
+)
+def test_both_ends_are_checked_before_anything_starts(base, space, words):
+    with pytest.raises(UserError, match=words):
+        prepare(base(), space)
