@@ -12,19 +12,22 @@ from pipeline.errors import UserError
 _CURRENT_CLUSTER = "ray/ray_current_cluster"
 
 
-def connect() -> None:
+def connect(*, state_api: bool = False) -> None:
     """Connects to Ray once.
 
     A submitted job and a machine with a running head join that cluster; otherwise a private one starts in this
     process. That one is guarded by a token that only this process and its children know, so nothing is left on disk
     and nobody else on the machine can submit to it.
+
+    Args:
+        state_api: let a private cluster answer questions about itself, which takes a dashboard process.
     """
     private = not os.environ.get("RAY_ADDRESS") and not _running()
     _environment(token=private and "ray" not in sys.modules)  # Ray reads it when it is imported
     import ray
 
     if not ray.is_initialized():
-        options = {"address": "local", "include_dashboard": False} if private else {}
+        options = {"address": "local", "include_dashboard": state_api} if private else {}
         try:
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
         except (ConnectionError, RuntimeError) as error:

@@ -19,12 +19,12 @@ QUIET_SECONDS = 60.0
 class Board(tune.Callback):
     """Follows the trials of a sweep; Tune tells what begins and ends, the runs' own records how far they are."""
 
-    def __init__(self, trials: Sequence[Trial], find: Callable[[Mapping[str, Any]], Trial], total: int) -> None:
+    def __init__(self, trials: Sequence[Trial], find: Callable[[Mapping[str, Any], int], Trial], total: int) -> None:
         """Begins with what is known.
 
         Args:
             trials: those that are known beforehand; finished ones count as done.
-            find: the trial of what Tune chose.
+            find: the trial of what Tune chose, and of its place in Tune's order.
             total: how many there will be.
         """
         self._find, self._total = find, total
@@ -67,7 +67,7 @@ class Board(tune.Callback):
         self._change(trial, "failed")
 
     def _change(self, trial: Any, state: str) -> None:
-        found = self._find(trial.config)
+        found = self._find(trial.config, place_of(trial.trial_id))
         row = self.rows.setdefault(found.name, Row(found))
         row.state = state
         look(row)
@@ -95,3 +95,8 @@ class Board(tune.Callback):
         running = ", ".join(" ".join(row.cells()[::2]) for row in self.rows.values() if row.state == "running")
         failed = f", {states.count('failed')} failed" * ("failed" in states)
         print(f"{states.count('done')} of {self._total} done{failed}" + f"; {running}" * bool(running), flush=True)
+
+
+def place_of(trial_id: str) -> int:
+    """The place in Tune's order that its name of a trial ends with."""
+    return int(trial_id.rpartition("_")[2])

@@ -55,7 +55,8 @@ def sweep(trials: Sequence[Trial], at_once: int = 0) -> int:
     trials, fit = sized(trials)
     named = {trial.name: trial for trial in trials}
 
-    def find(params: Mapping[str, Any]) -> Trial:
+    def find(params: Mapping[str, Any], place: int) -> Trial:
+        del place
         return named[params["trial"]]
 
     todo = [trial.name for trial in trials if not trial.finished()]

@@ -74,15 +74,18 @@ def _range(text: str) -> Range | None:
     return None
 
 
-def sample(base: Config, drawn: Mapping[str, Any]) -> Trial:
-    """The run of drawn values, a directory below that of the search; the same values are always the same run.
+def sample(base: Config, drawn: Mapping[str, Any], place: int) -> Trial:
+    """The run of drawn values, a directory below that of the search.
+
+    The same search draws the same values in the same order (Optuna: if one sample runs at a time) and so goes on.
 
     Args:
         base: placed; its `out` is the search's directory.
         drawn: values by dotted key.
+        place: in the order of the samples.
     """
     chosen = {key: f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value) for key, value in drawn.items()}
-    name = "-".join(["trial", *(f"{key}-{value}" for key, value in chosen.items())])
+    name = "-".join([f"{place:03d}", *(f"{key}-{value}" for key, value in chosen.items())])
     return make_trial(base, name, chosen)
 
 
@@ -97,7 +100,7 @@ def prepare(base: Config, space: Space) -> Config:
         ends = {
             key: (each.low, each.high)[end] if isinstance(each, Range) else each[end] for key, each in space.items()
         }
-        check_trial(sample(base, ends))
+        check_trial(sample(base, ends, 0))
     return base
 
 
@@ -118,7 +121,8 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
     Raises:
         UserError: a sample does not fit the cluster, or Optuna is not installed.
     """
-    cluster.connect()
+    # what ASHA stops has workers, whose place is only freed by a process of Ray Train's that asks the state API
+    cluster.connect(state_api=asha)
     from ray import tune
 
     # these import Ray, which must not happen before `connect`
@@ -128,8 +132,8 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
     (sized_trial,), fit = sized([Trial("search", base)])
     base = sized_trial.config
 
-    def find(params: Mapping[str, Any]) -> Trial:
-        return sample(base, params)
+    def find(params: Mapping[str, Any], place: int) -> Trial:
+        return sample(base, params, place)
 
     at_once = min(at_once or fit, fit)
     config = tune.TuneConfig(

@@ -17,14 +17,14 @@ from pipeline import storage
 from pipeline.checkpoint import LOG_FILE, Progress
 from pipeline.config import Config, as_dict
 from pipeline.errors import RunError, UserError
-from pipeline.sweep.board import Board
+from pipeline.sweep.board import Board, place_of
 from pipeline.sweep.trials import Trial
 from pipeline.training.launch import launch
 from pipeline.training.self_training import self_train
 from pipeline.typed import build
 
-Find = Callable[[Mapping[str, Any]], Trial]
-"""The trial of what Tune chose."""
+Find = Callable[[Mapping[str, Any], int], Trial]
+"""The trial of what Tune chose, and of its place in the order in which Tune did."""
 
 
 def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Board) -> dict[str, str]:
@@ -41,7 +41,7 @@ def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Bo
     """
 
     def train(params: dict[str, Any]) -> dict[str, Any]:
-        trial = find(params)
+        trial = find(params, place_of(tune.get_context().get_trial_id()))
         return _train(as_dict(trial.config), self_train if trial.staged else launch, trial.out)
 
     how.trial_dirname_creator = lambda trial: trial.trial_id
@@ -55,7 +55,7 @@ def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Bo
         ).fit()
     failed = {}
     for result in results:
-        name = find(result.config or {}).name
+        name = find(result.config or {}, place_of(Path(result.path).name)).name
         if result.error is not None:
             failed[name] = str(result.error).strip().splitlines()[-1]
         elif result.metrics is not None and result.metrics.get("problem"):

@@ -44,10 +44,10 @@ def test_a_key_twice_or_none():
         parse_space([])
 
 
-def test_equal_values_are_the_same_run(base):
+def test_equal_draws_are_the_same_run(base):
     prepared = prepare(base(), {"optim.lr": Range(1e-4, 0.1)})
-    one, same, other = (sample(prepared, {"optim.lr": value}) for value in (0.0123456, 0.0123499, 0.0124))
-    assert (one.name, one.config.optim.lr) == ("trial-optim.lr-0.0123", 0.0123)
+    one, same, other = (sample(prepared, {"optim.lr": value}, 7) for value in (0.0123456, 0.0123499, 0.0124))
+    assert (one.name, one.config.optim.lr) == ("007-optim.lr-0.0123", 0.0123)
     assert same == one
     assert other.out != one.out
 

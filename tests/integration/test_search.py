@@ -1,0 +1,39 @@
+"""A search as a user starts it: samples of real runs, early stops that free their workers."""
+
+import sys
+from pathlib import Path
+
+from pipeline import storage
+from tests.jobs import Job, environment, records
+from tests.s3 import S3Server
+
+SEARCH = ["jobs/search.py", "--preset", "demo", "--method", "suponly", "--split", "1_8", "--optim.steps", "40"]
+SEARCH += ["--eval.every", "10", "--run.log_every", "5", "--run.tensorboard", "false", "--scaling.cpus_per_worker", "1"]
+
+
+def test_bad_samples_are_stopped_and_make_room(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
+    """On two CPUs two runs of one CPU each fit: the later samples start only if the stopped ones have left."""
+    env, out = environment(ray_folder, s3), "s3://runs/search"
+    flags = ["--data", shapes, "--out", out, "--space", "optim.lr=1e-9,0.003", "--samples", "5", "--asha"]
+    command = [sys.executable, *SEARCH, *flags, "--at_once", "2", "--optuna"]
+    with Job(command, env, tmp_path / "first.log") as job:
+        assert job.wait(480) == 0, job.said
+        assert "Traceback" not in job.said
+    trials = sorted({file.split("/")[1] for file in storage.list_files(out)})
+    assert len(trials) == 5
+    last = {name: records(f"{out}/trials/{name}", "eval")[-1]["step"] for name in trials}
+    done = [name for name in trials if storage.exists(f"{out}/trials/{name}/summary.json")]
+    assert any(name.endswith("lr-0.003") for name in done)
+    assert min(last.values()) < 40
+    assert job.said.splitlines()[-1].startswith("best: ")
+    assert "lr-0.003," in job.said.splitlines()[-1]
+
+
+def test_mistakes_end_it_before_anything_starts(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
+    env, out = environment(ray_folder, s3), str(tmp_path / "search")
+    with Job(
+        [sys.executable, *SEARCH, "--data", shapes, "--out", out, "--space", "optim.lrr=1..2"], env, tmp_path / "log"
+    ) as job:
+        assert job.wait() == 2, job.said
+    assert "did you mean lr" in job.said.splitlines()[-1]
+    assert not storage.list_files(out)
