@@ -67,7 +67,7 @@ class Board(tune.Callback):
         self._change(trial, "failed")
 
     def _change(self, trial: Any, state: str) -> None:
-        found = self._find(trial.config, place_of(trial.trial_id))
+        found = self._find(trial.config, int(trial.custom_trial_name))
         row = self.rows.setdefault(found.name, Row(found))
         row.state = state
         look(row)
@@ -95,8 +95,3 @@ class Board(tune.Callback):
         running = ", ".join(" ".join(row.cells()[::2]) for row in self.rows.values() if row.state == "running")
         failed = f", {states.count('failed')} failed" * ("failed" in states)
         print(f"{states.count('done')} of {self._total} done{failed}" + f"; {running}" * bool(running), flush=True)
-
-
-def place_of(trial_id: str) -> int:
-    """The place in Tune's order that its name of a trial ends with."""
-    return int(trial_id.rpartition("_")[2])

@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.checkpoint import LOG_FILE, Progress
 from pipeline.config import Config, as_dict
 from pipeline.errors import RunError, UserError
-from pipeline.sweep.board import Board, place_of
+from pipeline.sweep.board import Board
 from pipeline.sweep.trials import Trial
 from pipeline.training.launch import launch
 from pipeline.training.self_training import self_train
@@ -41,10 +41,15 @@ def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Bo
     """
 
     def train(params: dict[str, Any]) -> dict[str, Any]:
-        trial = find(params, place_of(tune.get_context().get_trial_id()))
+        trial = find(params, int(tune.get_context().get_trial_name()))
         return _train(as_dict(trial.config), self_train if trial.staged else launch, trial.out)
 
-    how.trial_dirname_creator = lambda trial: trial.trial_id
+    places: dict[str, int] = {}
+
+    def name(trial: Any) -> str:
+        return f"{places.setdefault(trial.trial_id, len(places)):03d}"
+
+    how.trial_name_creator = how.trial_dirname_creator = name
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:  # of no use once the sweep has ended
         results = tune.Tuner(
             # beside the driver, as it only waits for its workers: they may be lost with their nodes, it should not
@@ -55,11 +60,11 @@ def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Bo
         ).fit()
     failed = {}
     for result in results:
-        name = find(result.config or {}, place_of(Path(result.path).name)).name
+        failing = find(result.config or {}, int(Path(result.path).name)).name
         if result.error is not None:
-            failed[name] = str(result.error).strip().splitlines()[-1]
+            failed[failing] = str(result.error).strip().splitlines()[-1]
         elif result.metrics is not None and result.metrics.get("problem"):
-            failed[name] = result.metrics["problem"]
+            failed[failing] = result.metrics["problem"]
     return failed
 
 
