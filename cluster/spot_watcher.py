@@ -122,7 +122,7 @@ def raylets(proc: Path = Path("/proc"), temp_dir: str | None = None) -> list[tup
         except OSError:  # it has ended meanwhile
             continue
         if Path(program).name == "raylet":
-            flags = dict(each.partition("=")[::2] for each in arguments)
+            flags = {name: value for name, _, value in (each.partition("=") for each in arguments)}
             if temp_dir in (None, flags.get("--temp_dir")):
                 found.append((flags.get("--node_id", ""), flags.get("--gcs-address", "")))
     return found

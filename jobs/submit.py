@@ -10,15 +10,15 @@ from pipeline.submit import LOCAL, submit
 
 def main(argv: list[str]) -> None:
     """Entry point; exits with the job's own code."""
-    own, dashes, command = argv, "", []
+    own, command = argv, []
     if "--" in argv:
         place = argv.index("--")
-        own, dashes, command = argv[:place], "--", argv[place + 1 :]
+        own, command = argv[:place], argv[place + 1 :]
     parser = cli.Parser(description=__doc__, usage="%(prog)s [--address URL] -- jobs/train.py [FLAGS]")
     parser.add_argument("--address", metavar="URL", help=f"job server (default: RAY_API_SERVER_ADDRESS, or {LOCAL})")
     args = parser.parse(own)
     if not command:
-        raise UserError(f"no job given{'' if dashes else ' after --'}: python jobs/submit.py -- jobs/train.py --split 1_2")
+        raise UserError("no job given after --, such as: python jobs/submit.py -- jobs/train.py --split 1_2")
     sys.exit(submit(command, args.address, Path(__file__).parents[1]))
 
 

@@ -50,7 +50,8 @@ def submit(command: list[str], address: str | None, root: Path) -> int:
 def _connect(address: str | None) -> Any:
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for quiet in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(quiet).setLevel(logging.ERROR)
     if address or not any(os.environ.get(name) for name in _SETTINGS):
         os.environ[_SETTINGS[0]] = address or LOCAL
     try:
@@ -68,7 +69,7 @@ def _call(method: Any, *args: Any, **options: Any) -> Any:
         return method(*args, **options)
     except AuthenticationError as error:
         raise UserError(
-            "the cluster refuses this token: export RAY_AUTH_MODE=token, with the cluster's token in "
+            "the cluster wants its token: export RAY_AUTH_MODE=token, with the cluster's token in "
             "~/.ray/auth_token (or in RAY_AUTH_TOKEN_PATH)"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
