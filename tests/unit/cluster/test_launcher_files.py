@@ -1,0 +1,171 @@
+"""aws.yaml, gcp.yaml and local.yaml: sound, and no typo in them passes."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster_rules import CHECKS, CLUSTER, DELETE, ROOT, faults, load, mutated
+
+SPOT, HEAD, DEMAND = (f"available_node_types/{name}" for name in ("gpu_spot", "head", "gpu_ondemand"))
+START = "head_start_ray_commands/1"
+
+
+def without(text: str) -> Callable[[str], str]:
+    def change(old: str) -> str:
+        assert text in old
+        return old.replace(text, "")
+
+    return change
+
+
+def renamed(old: str, new: str) -> Callable[[dict], dict]:
+    return lambda values: {new if key == old else key: value for key, value in values.items()}
+
+
+COMMON = [
+    ("cluster_nam", "u2pl", "'cluster_nam' was unexpected"),
+    ("provider/type", "awz", "awz"),
+    ("auth/ssh_usr", "me", "auth: .*'ssh_usr' was unexpected"),
+    (START, without("RAY_AUTH_MODE=token"), "head_start_ray_commands: `ray start` without RAY_AUTH_MODE"),
+    ("worker_start_ray_commands/1", without("RAY_AUTH_MODE=token"), "worker_start_ray_commands: `ray start` without"),
+    (START, without("--dashboard-host=127.0.0.1"), "head_start_ray_commands: dashboard not on loopback"),
+    (START, lambda old: old.replace("127.0.0.1", "0.0.0.0"), "head_start_ray_commands: dashboard not on loopback"),
+    (START, without("--num-cpus=0"), "head_start_ray_commands: work on the head"),
+    (START, without("ulimit -n 65536;"), "head_start_ray_commands: files per process"),
+    ("file_mounts", renamed("~/.ray/auth_token", "~/.ray/token"), "file_mounts: no token"),
+    ("file_mounts", {"~/u2pl-ray/cluster": "clutser"}, "file_mounts/~/u2pl-ray/cluster: clutser is not there"),
+    ("setup_commands", [], "setup_commands: token not of mode 600"),
+]
+CLOUD = [
+    ("idle_timeout_minutes", -1, "idle_timeout_minutes: -1 is less than the minimum"),
+    ("idle_timeout_minutes", 600, "idle_timeout_minutes: idle machines are to go"),
+    ("max_workers", 3, "max_workers: fewer than"),
+    ("head_node_type", "haed", "head_node_type"),
+    (f"{SPOT}/max_worker", 8, "available_node_types/gpu_spot: .*'max_worker' was unexpected"),
+    (f"{SPOT}/resources/GPU", "4", "available_node_types/gpu_spot/resources/GPU: '4' is not of type 'integer'"),
+    (f"{SPOT}/min_workers", 9, "available_node_types/gpu_spot: min_workers 9, max_workers 8"),
+    (f"{SPOT}/min_workers", 99, "smaller than the sum of `min_workers`"),
+    (f"{SPOT}/min_workers", DELETE, "available_node_types/gpu_spot: min_workers None"),
+    (f"{HEAD}/resources/CPU", 8, "available_node_types/head/resources: the head is to have none"),
+    ("docker/worker_image", "rayproject/ray:latest-gpu", "docker/worker_image: .* not pinned"),
+    ("docker/worker_image", "rayproject/ray:2.59.0-py311-gpu", "docker/worker_image: .* not pinned"),
+    ("docker/worker_image", "rayproject/ray:2.60.0-py311", "docker/worker_image: no GPU image"),
+    ("docker/worker_image", DELETE, "Must provide a container & image name"),
+    ("docker/container", "u2pl", "docker: .*'container' was unexpected"),
+    ("docker/head_run_options/0", "--shm=8g", "docker/head_run_options: no --shm-size="),
+    ("docker/worker_run_options/1", "--ulimit=core=0", "docker/worker_run_options: no --ulimit=nofile="),
+    ("docker/worker_run_options/2", "--volume=/mnt:/mnt", "docker/worker_run_options: no scratch folder"),
+    ("provider/availability_zone", DELETE, "provider/availability_zone: one zone"),
+    ("provider/cache_stopped_nodes", DELETE, "provider/cache_stopped_nodes"),
+    ("initialization_commands", [], "initialization_commands: no scratch disk"),
+    ("worker_start_ray_commands/1", without("--object-spilling-directory=/mnt/scratch/spill"), "no --object-spilling"),
+    ("worker_start_ray_commands/2", DELETE, "worker_start_ray_commands: no spot watcher"),
+    ("worker_start_ray_commands/2", without("&"), "worker_start_ray_commands: no spot watcher"),
+    ("worker_start_ray_commands/2", without("export RAY_AUTH_MODE=token;"), "`spot_watcher.py` without RAY_AUTH_MODE"),
+]
+AWS = [
+    (f"{SPOT}/node_config", renamed("InstanceType", "InstanceTyp"), "gpu_spot/node_config: .*InstanceTyp"),
+    (f"{SPOT}/node_config/InstanceMarketOptions", {"MarketTyp": "spot"}, "gpu_spot/node_config: .*MarketTyp"),
+    (f"{SPOT}/node_config/InstanceMarketOptions/MarketType", "sport", "gpu_spot/node_config/InstanceMarketOptions"),
+    (f"{SPOT}/node_config/InstanceMarketOptions", DELETE, "gpu_spot/node_config/InstanceMarketOptions"),
+    (f"{DEMAND}/node_config/InstanceMarketOptions", {"MarketType": "spot"}, "gpu_ondemand/node_config/InstanceMark"),
+    (f"{HEAD}/node_config/BlockDeviceMappings/0/Ebs/VolumeSize", "200", "head/node_config: .*VolumeSize"),
+    (f"{HEAD}/node_config/BlockDeviceMappings/0/Ebs/Encrypted", False, "head/node_config/BlockDeviceMappings"),
+    (f"{SPOT}/node_config/BlockDeviceMappings/0/Ebs/VolumeType", "gp2", "gpu_spot/node_config/BlockDeviceMappings"),
+    (f"{SPOT}/node_config/MetadataOptions/HttpTokens", "optional", "gpu_spot/node_config/MetadataOptions"),
+    (f"{HEAD}/node_config/MetadataOptions", DELETE, "head/node_config/MetadataOptions: missing"),
+    (f"{HEAD}/node_config/IamInstanceProfile", DELETE, "head/node_config/IamInstanceProfile: missing"),
+    (f"{SPOT}/node_config/IamInstanceProfile", {"Nam": "x"}, "gpu_spot/node_config: .*IamInstanceProfile.*Nam"),
+    (f"{SPOT}/node_config/SecurityGroupIds", DELETE, "gpu_spot/node_config/SecurityGroupIds: missing"),
+    (f"{HEAD}/node_config/ImageId", DELETE, "head/node_config/ImageId: missing"),
+    ("provider/security_group", {"GroupName": "u2pl"}, "provider/security_group: Ray adds ssh from 0.0.0.0/0"),
+    ("provider/availability_zone", "us-west-2a,us-west-2b", "provider/availability_zone: one zone"),
+    ("worker_start_ray_commands/2", lambda old: old.replace("aws", "gcp"), "no spot watcher"),
+]
+GCP = [
+    (
+        f"{SPOT}/node_config",
+        renamed("machineType", "machinetype"),
+        "machineType|gpu_spot/node_config/machinetype: unknown",
+    ),
+    (f"{SPOT}/node_config/disks/0/initializeParams/diskSizeGb", [200], "initializeParams/diskSizeGb: .*is no string"),
+    (f"{SPOT}/node_config/disks/1/interfaces", "NVME", "gpu_spot/node_config/disks/1/interfaces: unknown"),
+    (f"{SPOT}/node_config/scheduling/provisioningModel", "SPOTS", "gpu_spot/node_config/scheduling/provisioningModel"),
+    (f"{SPOT}/node_config/scheduling", [{"preemptible": True}], "gpu_spot/node_config/scheduling: .*is no object"),
+    (f"{DEMAND}/node_config/scheduling/onHostMaintenance", "MIGRATE", "gpu_ondemand/node_config/scheduling"),
+    (f"{DEMAND}/node_config/serviceAccounts", DELETE, "gpu_ondemand/node_config/serviceAccounts: missing"),
+    (f"{HEAD}/node_config/networkInterfaces", DELETE, "head/node_config/networkInterfaces"),
+    (f"{SPOT}/node_config/disks/0/boot", "yes", "gpu_spot/node_config/disks/0/boot: 'yes' is no boolean"),
+]
+LOCAL = [
+    (START, without("RAY_enable_autoscaler_v2=0"), "head_start_ray_commands: without RAY_enable_autoscaler_v2=0"),
+    ("provider/worker_ips", DELETE, "head_ip"),
+    ("available_node_types", {"gpu": {}}, "not supported for on-premise"),
+]
+MUTATIONS = [
+    *[("aws.yaml", *each) for each in [*COMMON, *CLOUD, *AWS]],
+    *[("gcp.yaml", *each) for each in [*COMMON, *CLOUD, *GCP]],
+    *[("local.yaml", *each) for each in [*COMMON, *LOCAL]],
+]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_file_is_sound(name: str) -> None:
+    assert faults(name, load(name)) == []
+
+
+@pytest.mark.parametrize(("name", "path", "value", "told"), MUTATIONS)
+def test_a_typo_is_caught_and_its_place_told(
+    name: str, path: str, value: Any, told: str, capsys: pytest.CaptureFixture
+) -> None:
+    found = "\n".join(faults(name, mutated(load(name), path, value))) + "\n" + capsys.readouterr().out
+    assert re.search(told, found), found
+
+
+def test_requirements_are_those_of_the_project() -> None:
+    lines = [line for line in (CLUSTER / "requirements.txt").read_text().splitlines() if line[:1] not in ("#", "-")]
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert [line for line in lines if not line.startswith("boto3")] == wanted
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_shell_lines_are_sound(name: str, tmp_path: Path) -> None:
+    document = load(name)
+    keys = [key for key in document if key.endswith("_commands")]
+    assert keys
+    for key in keys:
+        for number, command in enumerate(document[key]):
+            script = tmp_path / f"{key}-{number}.sh"
+            script.write_text(f"export RAY_HEAD_IP=10.0.0.1\n{command}\n")
+            checker = [str(Path(sys.executable).parent / "shellcheck"), "--shell=bash", "--exclude=SC2088", str(script)]
+            done = subprocess.run(checker, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
+
+
+S3_ACTIONS = {"s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"}
+
+
+def test_the_s3_policy_gives_no_more_than_one_bucket() -> None:
+    policy = json.loads((CLUSTER / "s3-policy.json").read_text())
+    actions = {action for each in policy["Statement"] for action in each["Action"]}
+    assert actions == S3_ACTIONS
+    for each in policy["Statement"]:
+        assert each["Effect"] == "Allow"
+        objects = each["Action"] != ["s3:ListBucket"]
+        assert each["Resource"] == ["arn:aws:s3:::BUCKET" + "/*" * objects]
+
+
+def test_the_heads_policy_starts_and_ends_nodes_and_no_more() -> None:
+    policy = json.loads((CLUSTER / "head-policy.json").read_text())
+    by_action = {action: each for each in policy["Statement"] for action in each["Action"]}
+    assert not [action for action in by_action if "*" in action]
+    assert by_action["iam:PassRole"]["Resource"] == ["arn:aws:iam::ACCOUNT:role/u2pl-worker"]
+    own = {"StringEquals": {"aws:ResourceTag/ray-cluster-name": load("aws.yaml")["cluster_name"]}}
+    assert by_action["ec2:TerminateInstances"]["Condition"] == own
