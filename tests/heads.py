@@ -39,7 +39,7 @@ class Head:
     def __enter__(self) -> "Head":
         port, dashboard = self.gcs.rpartition(":")[2], self.url.rpartition(":")[2]
         self._start("head", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}")
-        wait_for("the job server", self._answers, 180)
+        wait_for("the job server", self._answers, 300)
         return self
 
     def add_node(self, name: str) -> str:

@@ -82,7 +82,7 @@ def test_outside_of_slurm_it_says_so() -> None:
 def test_it_trains_on_a_cluster_with_a_token_and_leaves_nothing(project: Path, ray_folder: str, tmp_path: Path) -> None:
     values = environment(project, ray_folder, CODE="3")
     with Job(["bash", str(SCRIPT), "--split", "1_2"], values, tmp_path / "log") as job:
-        code = job.wait()
+        code = job.wait(600)
         assert code == 3, job.said  # the training's own
     assert "token 0o600 64" in job.said
     assert "flags ['--split', '1_2'] nodes 2 cpus 1.0" in job.said
@@ -94,7 +94,7 @@ def test_it_trains_on_a_cluster_with_a_token_and_leaves_nothing(project: Path, r
 
 def test_before_its_time_is_over_it_queues_again(project: Path, ray_folder: str, tmp_path: Path) -> None:
     with Job(["bash", str(SCRIPT)], environment(project, ray_folder, HOLD="300"), tmp_path / "log") as job:
-        wait_for("the training", lambda: "flags" in job.said)
+        wait_for("the training", lambda: "flags" in job.said, 600)
         os.kill(job.pid, 10)  # USR1, as --signal=B:USR1@120 sends it
         assert job.wait(120) != 0
     assert f"requeue {os.getpid()}" in (project / "bin" / "scontrol.calls").read_text()
