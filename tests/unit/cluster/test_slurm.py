@@ -94,10 +94,15 @@ def test_it_trains_on_a_cluster_with_a_token_and_leaves_nothing(project: Path, r
 
 def test_before_its_time_is_over_it_queues_again(project: Path, ray_folder: str, tmp_path: Path) -> None:
     with Job(["bash", str(SCRIPT)], environment(project, ray_folder, HOLD="300"), tmp_path / "log") as job:
-        wait_for("the training", lambda: "flags" in job.said, 600)
+        wait_for("the training", lambda: trains(job), 600)
         os.kill(job.pid, 10)  # USR1, as --signal=B:USR1@120 sends it
         assert job.wait(120) != 0
     assert f"requeue {os.getpid()}" in (project / "bin" / "scontrol.calls").read_text()
+
+
+def trains(job: Job) -> bool:
+    assert "Traceback" not in job.said, job.said
+    return "flags" in job.said
 
 
 def running(folder: str) -> list[int]:

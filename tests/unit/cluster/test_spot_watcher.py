@@ -199,22 +199,35 @@ def test_a_real_node_is_draining_afterwards(metadata: Metadata, ray_folder: str)
         folder = head.add_node("worker")
         (node, gcs) = wait_for("the node", lambda: spot_watcher.raylets(temp_dir=folder))[0]
         assert gcs.endswith(head.gcs.rpartition(":")[2])
-        metadata.answers[ACTION] = interruption(60)
-        command = [*SCRIPT, "--cloud", "aws", "--metadata-url", metadata.url, "--temp-dir", folder]
-        done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        ((drained, deadline),) = draining(head).items()
+        with subprocess.Popen(
+            [sys.executable, "-c", WORK, head.gcs, node], env=head.environment, stdout=subprocess.PIPE, text=True
+        ) as work:
+            assert work.stdout is not None
+            assert work.stdout.readline() == "busy\n"  # an idle node may be gone before anyone looks
+            metadata.answers[ACTION] = interruption(100)
+            command = [*SCRIPT, "--cloud", "aws", "--metadata-url", metadata.url, "--temp-dir", folder]
+            done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=180)
+            assert done.returncode == 0, done.stderr
+            ((drained, deadline),) = json.loads(work.stdout.readline()).items()
         assert drained == node
-        assert 0 < deadline / 1000 - time.time() <= 60
+        assert deadline / 1000 - time.time() <= 100
 
 
-def draining(head: Head) -> dict[str, int]:
-    """Deadlines (ms) by node, from where Ray Train's workers get them."""
-    script = f"""
-import json, ray
-ray.init(address={head.gcs!r}, log_to_driver=False)
-print(json.dumps(ray._private.state.state.get_draining_nodes()))
+WORK = """
+import json, sys, time, ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+ray.init(address=sys.argv[1], log_to_driver=False)
+
+@ray.remote(num_cpus=1)
+class Work:
+    def start(self):
+        return "busy"
+
+work = Work.options(scheduling_strategy=NodeAffinitySchedulingStrategy(sys.argv[2], soft=False)).remote()
+print(ray.get(work.start.remote()), flush=True)
+deadline = time.time() + 180
+while not (found := ray._private.state.state.get_draining_nodes()) and time.time() < deadline:
+    time.sleep(0.2)
+print(json.dumps(found), flush=True)
 """
-    told = subprocess.run([sys.executable, "-c", script], env=head.environment, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    return json.loads(told.stdout.splitlines()[-1])
+"""Keeps a node busy, and tells what Ray Train's workers are told: deadlines (ms) by node that is draining."""
