@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temp-dir", help="only the Ray node with this temporary directory (default: all)")
     args = parser.parse_args(argv)
     if args.drain_now is not None:
-        notice: Notice | None = Notice("the pod is being stopped", time.time() + args.drain_now)
+        notice: Notice | None = Notice("this node is being taken down", time.time() + args.drain_now)
     else:
         base = (args.metadata_url or (AWS if args.cloud == "aws" else GCP)).rstrip("/")
         look = aws_notice if args.cloud == "aws" else gcp_notice

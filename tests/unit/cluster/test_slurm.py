@@ -41,6 +41,7 @@ def project(tmp_path: Path) -> Path:
     """A project's root with a job that tells what it finds, and SLURM's programs."""
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "train.py").write_text(JOB)
+    (tmp_path / "cluster").symlink_to(CLUSTER)
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -96,7 +97,8 @@ def test_before_its_time_is_over_it_queues_again(project: Path, ray_folder: str,
     with Job(["bash", str(SCRIPT)], environment(project, ray_folder, HOLD="300"), tmp_path / "log") as job:
         wait_for("the training", lambda: trains(job), 600)
         os.kill(job.pid, 10)  # USR1, as --signal=B:USR1@120 sends it
-        assert job.wait(120) != 0
+        assert job.wait(180) != 0
+    assert "spot_watcher: draining" in job.said  # which is what makes a training write a checkpoint
     assert f"requeue {os.getpid()}" in (project / "bin" / "scontrol.calls").read_text()
 
 
