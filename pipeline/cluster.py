@@ -6,10 +6,13 @@ import secrets
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import UserError
 
 _CURRENT_CLUSTER = "ray/ray_current_cluster"
+MOST_NODES = 4096
+"""Of a group that an autoscaler may start without limit."""
 
 
 def connect(*, state_api: bool = False) -> None:
@@ -51,28 +54,34 @@ def quiet_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def cpus_and_gpus() -> tuple[float, float]:
-    """What the connected cluster has in all."""
+class Machine(NamedTuple):
+    """What a node has for tasks and workers."""
+
+    cpus: float
+    gpus: float
+
+
+def machines() -> list[Machine]:
+    """The nodes that are up and stay."""
     import ray
+    from ray._private.state import state  # no public way to the nodes that are about to be taken away
 
-    resources = ray.cluster_resources()
-    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    leaving = state.get_draining_nodes()
+    up = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    return [Machine(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in up]
 
 
-def capacity() -> tuple[float, float]:
-    """CPUs and GPUs that the cluster has, or can get where it starts nodes by itself."""
+def possible_machines() -> list[Machine]:
+    """The nodes that are up, or all that there may be where the cluster starts nodes by itself."""
     from ray._private.state import state  # no public way to what an autoscaler may start
 
-    most = state.get_max_resources_from_cluster_config() or {}
-    cpus, gpus = cpus_and_gpus()
-    return max(cpus, most.get("CPU", 0.0)), max(gpus, most.get("GPU", 0.0))
-
-
-def nodes() -> int:
-    """How many nodes the connected cluster has."""
-    import ray
-
-    return sum(1 for node in ray.nodes() if node["Alive"])
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config else ()
+    found = []
+    for group in groups:
+        count = MOST_NODES if group.max_count < 0 else min(group.max_count, MOST_NODES)
+        found += count * [Machine(group.resources.get("CPU", 0), group.resources.get("GPU", 0))]
+    return found or machines()
 
 
 def default_root() -> Path:
@@ -98,6 +107,7 @@ def _environment(*, token: bool) -> None:
         "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "-1",  # a long evaluation is no hang
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 s that some clouds leave, 5 are many
         "TUNE_FORCE_TRIAL_CLEANUP_S": "5",  # a trial that is stopped early has workers that must end, too
         "RAY_AIR_NEW_OUTPUT": "0",  # Tune's: it prints tables even when told not to
         "RAY_worker_maximum_startup_concurrency": "16",  # of processes that mostly wait; beyond 4 x it Ray warns

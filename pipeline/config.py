@@ -153,15 +153,14 @@ class ScalingConfig:
     cpus_per_worker: float = 0.0
     """CPUs reserved per worker; 0: 4 beside a GPU, else 0.5 so that Ray Data keeps some."""
     gpus_per_worker: float = 1.0
-    """GPUs of a worker on a cluster that has any; below 1 for a run of one worker that shares its GPU; 0: none."""
+    """Of a worker, on a cluster that has GPUs: 1, less for a run of one worker that shares its GPU, or 0."""
 
     def __post_init__(self) -> None:
         if self.workers != "auto":
             fewest, most = self.limits()
             if not 1 <= fewest <= most:
                 raise UserError(f"scaling.workers: expected such as 4, 2..8 or auto, got {self.workers}")
-        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
-            raise UserError(f"scaling.gpus_per_worker: above 1 only whole numbers, got {self.gpus_per_worker}")
+        require_share("scaling", self, "gpus_per_worker")
         if 0 < self.gpus_per_worker < 1 and self.workers not in ("1", "auto"):
             raise UserError(
                 f"scaling.gpus_per_worker {self.gpus_per_worker:g}: workers of one run cannot share a GPU: "

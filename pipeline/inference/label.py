@@ -82,7 +82,7 @@ def label_pool(recipe: Recipe, split: Split, out: str) -> LabelsInfo:
     for group in select_groups(dataset, split.unlabeled):
         jobs.setdefault(group.shard, ShardJob(out, digest, [])).groups.append(group)
     cluster.connect()
-    gpus = 1 if cluster.cpus_and_gpus()[1] else 0
+    gpus = 1 if any(machine.gpus for machine in cluster.machines()) else 0
     todo = [(recipe, job) for job in jobs.values()]
     for _ in tasks.run(_label, todo, len(todo), "label: %d of %d shards", gpus=gpus):
         pass

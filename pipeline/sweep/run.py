@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline import cluster
 from pipeline.sweep.trials import Trial
-from pipeline.training.scaling import workers_of
+from pipeline.training.scaling import EPSILON, gpu_slots, worker_gpus, workers_of
 
 
 def sized(trials: Sequence[Trial]) -> tuple[list[Trial], int]:
@@ -18,16 +18,16 @@ def sized(trials: Sequence[Trial]) -> tuple[list[Trial], int]:
     Raises:
         UserError: not even one fits.
     """
-    cpus, gpus = cluster.capacity()
-    done, fit = [], []
+    possible, done, fit = cluster.possible_machines(), [], []
+    cpus = sum(machine.cpus for machine in possible)
     for trial in trials:
         config = trial.config
-        if config.scaling.workers == "auto" and not gpus:
+        if config.scaling.workers == "auto" and not worker_gpus(config):
             config = replace(config, scaling=replace(config.scaling, workers="1"))
         workers = workers_of(config)
         fewest = workers.counts[0]
-        by_cpus = cpus // (fewest * workers.cpus + workers.spare_cpus)
-        fit.append(int(gpus // (fewest * workers.gpus) if workers.gpus else by_cpus))
+        by_cpus = int(cpus / (fewest * workers.cpus + workers.spare_cpus) + EPSILON)
+        fit.append(min(by_cpus, gpu_slots(possible, workers.gpus) // fewest) if workers.gpus else by_cpus)
         done.append(replace(trial, config=config))
     return done, max(1, min(fit))
 

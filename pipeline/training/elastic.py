@@ -4,14 +4,16 @@ import time
 from typing import Any
 
 import ray
-from ray._private.state import state as cluster_state  # no public way to the nodes that will be taken away
+from ray._private.state import state  # no public way to the nodes that are about to be taken away
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 
-from pipeline.training.scaling import Workers
+from pipeline import cluster
+from pipeline.cluster import Machine
+from pipeline.training.scaling import Workers, places
 
 RESIZE_SECONDS = 30.0
 """Least time between two looks at whether more workers would fit: each change starts all of them anew."""
@@ -65,12 +67,14 @@ class SharesPolicy(ElasticScalingPolicy):
         return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
-        leaving = cluster_state.get_draining_nodes()
-        staying = {node: found for node, found in reserved_resources.items() if node not in leaving}
-        cpus = sum(
-            node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving
-        )
-        room = min(super()._count_possible_workers(staying), (cpus - self._workers.spare_cpus) / self._workers.cpus)
+        leaving = state.get_draining_nodes()
+        reserved = [
+            Machine(found.get("CPU", 0.0), found.get("GPU", 0.0))
+            for node, found in reserved_resources.items()
+            if node not in leaving
+        ]
+        free = places(reserved, self._workers._replace(spare_cpus=0.0))
+        room = min(free, places(cluster.machines(), self._workers))
         return max((count for count in self._workers.counts if count <= room), default=0)
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:

@@ -18,7 +18,7 @@ from pipeline.ingest.mixture import Source, open_sources, share_lanes
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
 from pipeline.training.meter import Diverged
-from pipeline.training.scaling import Workers, workers_of
+from pipeline.training.scaling import Workers, places, workers_of
 
 GENERATED = "generated"
 """Value of `data.root` that stands for the demo set."""
@@ -249,9 +249,8 @@ def _announce(config: Config, dataset: Dataset, split: Split, sources: Sequence[
         f"results in {config.out}",
         flush=True,
     )
-    gpus = cluster.cpus_and_gpus()[1]
-    if workers.counts[0] * workers.gpus > gpus:
-        print(f"waiting for {workers.counts[0] * workers.gpus:g} GPUs: the cluster has {gpus:g} and starts more nodes")
+    if workers.counts[0] > places(cluster.machines(), workers):
+        print(f"waiting for nodes: {workers.counts[0]} workers need {workers.cpus:g} CPUs, {workers.gpus:g} GPUs each")
     if config.data.unlabeled_pools:
         for source, lanes in zip(sources, share_lanes(sources, optim.batch_unlabeled) if sources else (), strict=True):
             pinned = f", generations 1 to {source.generations}" if source.generations else ""
@@ -262,8 +261,8 @@ def _warn_of_local_places(config: Config) -> None:
     """Says which places other nodes may not see."""
     places = [config.data.root, config.out, config.model.weights, *config.data.unlabeled_pools]
     local = [place for place in places if place and place not in BUILT_IN_WEIGHTS and storage.is_local(place)]
-    if cluster.nodes() > 1 and local:
-        print(f"warning: {', '.join(local)}: must be on a disk that all {cluster.nodes()} nodes share; else use s3://")
+    if local and max(len(cluster.machines()), len(cluster.possible_machines())) > 1:
+        print(f"warning: {', '.join(local)}: must be on a disk that all nodes share; else use s3://")
 
 
 def _fit(config: Config, workers: Workers, callbacks: Sequence[Any]) -> dict[str, Any]:

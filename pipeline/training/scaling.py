@@ -1,8 +1,10 @@
 """How many workers a run gets and with what, and among which numbers it may change while it runs."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeline import cluster
+from pipeline.cluster import Machine
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.ingest.decoders import DECODE_CPUS
@@ -11,6 +13,10 @@ from pipeline.methods import METHODS
 
 CPUS_PER_WORKER = 0.5
 """Of a worker without a GPU, so that Ray Data keeps some."""
+
+
+EPSILON = 1e-6
+"""For whole parts of quotients: 1 / 0.1 workers are ten."""
 
 
 class Workers(NamedTuple):
@@ -23,7 +29,7 @@ class Workers(NamedTuple):
     gpus: float
     """Of each; 0: none."""
     spare_cpus: float
-    """That the cluster must keep beside them."""
+    """That one node must keep beside them."""
 
     @property
     def most(self) -> int:
@@ -42,9 +48,17 @@ def workers_of(config: Config) -> Workers:
     Raises:
         UserError: the asked numbers do not divide the batch, or the cluster has not so many GPUs or CPUs.
     """
-    gpus = worker_gpus(config)
-    counts = worker_counts(config)
-    return Workers(counts, worker_cpus(config, counts[-1]), gpus, spare_cpus(config))
+    possible, spare = cluster.possible_machines(), spare_cpus(config)
+    if not sum(machine.cpus for machine in possible):
+        raise UserError("no node of the cluster has CPUs for work yet: wait until `ray status` shows some")
+    counts, gpus = worker_counts(config), worker_gpus(config)
+    workers = Workers(counts, worker_cpus(config), gpus, spare)
+    if counts[0] > places(possible, workers):
+        raise UserError(
+            f"{counts[0]} workers with {workers.cpus:g} CPUs each leave no {spare:g} for reading on a cluster of "
+            f"{sum(machine.cpus for machine in possible):g} CPUs: lower scaling.workers or scaling.cpus_per_worker"
+        )
+    return workers
 
 
 def allowed_counts(config: Config) -> list[int]:
@@ -58,9 +72,26 @@ def allowed_counts(config: Config) -> list[int]:
     return [1, *shared]
 
 
+def places(machines: Sequence[Machine], workers: Workers) -> int:
+    """How many workers the nodes hold while one of them keeps the spare CPUs."""
+
+    def held(machine: Machine, spare: float = 0.0) -> int:
+        by_cpus = (machine.cpus - spare) / workers.cpus
+        return max(0, int((min(by_cpus, machine.gpus / workers.gpus) if workers.gpus else by_cpus) + EPSILON))
+
+    able = [machine for machine in machines if machine.cpus >= workers.spare_cpus]
+    given_up = min((held(machine) - held(machine, workers.spare_cpus) for machine in able), default=0)
+    return max(0, sum(map(held, machines)) - given_up)
+
+
+def gpu_slots(machines: Sequence[Machine], share: float) -> int:
+    """How many workers with a share of a GPU each the nodes hold."""
+    return sum(int(machine.gpus / share + EPSILON) for machine in machines)
+
+
 def worker_gpus(config: Config) -> float:
     """GPUs of each worker: none on a cluster that has none and cannot get any."""
-    return config.scaling.gpus_per_worker if cluster.capacity()[1] else 0.0
+    return config.scaling.gpus_per_worker if any(each.gpus for each in cluster.possible_machines()) else 0.0
 
 
 def worker_counts(config: Config) -> tuple[int, ...]:
@@ -79,9 +110,9 @@ def worker_counts(config: Config) -> tuple[int, ...]:
             f"scaling.workers {config.scaling.workers} does not share the batch equally (unlabeled images in pairs)"
             f"; choose from {', '.join(map(str, allowed))}"
         )
-    gpus = cluster.capacity()[1]
-    if share and counts[0] * share > gpus:
-        raise UserError(f"scaling.workers {config.scaling.workers}: the cluster has {gpus:g} GPUs")
+    slots = gpu_slots(cluster.possible_machines(), share) if share else counts[0]
+    if counts[0] > slots:
+        raise UserError(f"scaling.workers {config.scaling.workers}: the cluster has {slots * share:g} GPUs")
     return counts
 
 
@@ -91,14 +122,14 @@ def _natural_limit(share: float) -> int:
     Raises:
         UserError: GPUs will come when they are asked for, but how many is a matter of money.
     """
-    cpus, gpus = cluster.cpus_and_gpus()
-    if share and not gpus:
-        raise UserError(
-            f"the cluster has no GPU yet and can get {cluster.capacity()[1]:g}: say how many, as --scaling.workers 8"
-        )
-    if share:
-        return 1 if share < 1 else max(1, int(gpus // share))
-    return min(2, max(1, int(cpus)))
+    up = cluster.machines()
+    if not share:
+        return min(2, max(1, int(sum(machine.cpus for machine in up))))
+    slots = gpu_slots(up, share)
+    if not slots:
+        most = gpu_slots(cluster.possible_machines(), share)
+        raise UserError(f"the cluster has no GPU yet and can get {most}: say how many, as --scaling.workers 8")
+    return slots if share == 1 else 1
 
 
 def spare_cpus(config: Config) -> float:
@@ -107,18 +138,20 @@ def spare_cpus(config: Config) -> float:
     return reading + (DECODE_CPUS if config.run.decode == "cluster" else 0.0)
 
 
-def worker_cpus(config: Config, workers: int) -> float:
-    """CPUs to reserve per worker, so that some are left for reading through Ray Data and for decoding tasks.
+def worker_cpus(config: Config) -> float:
+    """CPUs to reserve per worker.
+
+    Beside a GPU at most 4, and at most what falls to that GPU on the node with the fewest, less what the run needs
+    beside its workers: so every GPU can have a worker of this run or of another one.
 
     Raises:
-        UserError: none would be left: the unlabeled stream would wait for ever.
+        UserError: none would be left.
     """
-    cpus, spare = cluster.capacity()[0], spare_cpus(config)
-    room = (cpus - spare) / workers
-    wanted = config.scaling.cpus_per_worker or (min(4.0, room) if worker_gpus(config) else CPUS_PER_WORKER)
-    if wanted > room or wanted <= 0:
-        raise UserError(
-            f"{workers} workers with {wanted:g} CPUs each leave less than {spare:g} for reading "
-            f"on a cluster of {cpus:g} CPUs: lower scaling.workers or scaling.cpus_per_worker"
-        )
-    return wanted
+    share, wanted = worker_gpus(config), config.scaling.cpus_per_worker
+    if not share:
+        return wanted or CPUS_PER_WORKER
+    nodes = [node for node in cluster.possible_machines() if node.gpus]
+    fair = min(node.cpus / max(1, gpu_slots([node], share)) for node in nodes) - spare_cpus(config)
+    if not wanted and fair <= 0:
+        raise UserError(f"the nodes have too few CPUs for their GPUs: {fair + spare_cpus(config):g} for each worker")
+    return wanted or min(4.0, fair)

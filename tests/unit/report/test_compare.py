@@ -103,7 +103,7 @@ class TestVariants:
     def test_place_and_machines_do_not_count(self, tmp_path):
         write_run(tmp_path / "a", seed=0)
         write_run(
-            tmp_path / "b", seed=1, config={"run": {"workers": 4}, "out": "/else", "data": {"root": "s3://b/toy"}}
+            tmp_path / "b", seed=1, config={"scaling": {"workers": 4}, "out": "/else", "data": {"root": "s3://b/toy"}}
         )
         assert labels(tmp_path) == ["suponly"]
 

@@ -1,6 +1,7 @@
 import pytest
 
 from pipeline import cli, cluster
+from pipeline.cluster import Machine
 from pipeline.config import Config, as_dict
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
@@ -13,18 +14,22 @@ def _base(shapes: str, out: object, *flags: str) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "workers", "expected"),
+    ("nodes", "workers", "expected"),
     [
-        (2.0, 0.0, "auto", ("1", 2)),
-        (8.0, 0.0, "2", ("2", 6)),
-        (96.0, 8.0, "auto", ("auto", 2)),
-        (96.0, 8.0, "1", ("1", 8)),
-        (96.0, 8.0, "1 --scaling.gpus_per_worker 0.5", ("1", 16)),
-        (96.0, 8.0, "2..4", ("2..4", 4)),
+        ("2:0", "auto", ("1", 2)),
+        ("8:0", "2", ("2", 6)),
+        ("96:8", "auto", ("auto", 2)),
+        ("96:8", "1", ("1", 8)),
+        ("16:4", "1", ("1", 4)),  # each with less than 4 CPUs, so that it can also read
+        ("96:8", "1 --scaling.gpus_per_worker 0.5", ("1", 16)),
+        ("8:1", "1 --scaling.gpus_per_worker 0.1", ("1", 10)),
+        ("16:4", "1 --scaling.cpus_per_worker 4", ("1", 3)),
+        ("96:8", "2..4", ("2..4", 4)),
+        ("96:8", "auto --scaling.gpus_per_worker 0", ("1", 128)),
     ],
 )
-def test_how_many_fit(shapes, tmp_path, monkeypatch, cpus, gpus, workers, expected):
-    _pretend(monkeypatch, cpus, gpus)
+def test_how_many_fit(shapes, tmp_path, monkeypatch, nodes, workers, expected):
+    _pretend(monkeypatch, nodes)
     base = _base(shapes, tmp_path, "--scaling.workers", *workers.split())
     trials = make_trials(base, ["suponly", "u2pl"], ["1_8"], 1, {})
     done, at_once = sized(trials)
@@ -36,13 +41,14 @@ def test_how_many_fit(shapes, tmp_path, monkeypatch, cpus, gpus, workers, expect
 
 
 def test_a_trial_that_fits_nowhere(shapes, tmp_path, monkeypatch):
-    _pretend(monkeypatch, 1.0, 0.0)
+    _pretend(monkeypatch, "1:0")
     trials = make_trials(_base(shapes, tmp_path, "--scaling.workers", "2"), ["u2pl"], ["1_8"], 1, {})
     with pytest.raises(UserError, match=r"lower scaling\.workers"):
         sized(trials)
 
 
-def _pretend(monkeypatch, cpus, gpus):
-    """A cluster of that size."""
-    for name in ("cpus_and_gpus", "capacity"):
-        monkeypatch.setattr(cluster, name, lambda: (cpus, gpus))
+def _pretend(monkeypatch, nodes):
+    """A cluster of nodes `CPUS:GPUS`."""
+    found = [Machine(*map(float, node.split(":"))) for node in nodes.split()]
+    for name in ("machines", "possible_machines"):
+        monkeypatch.setattr(cluster, name, lambda: found)

@@ -3,20 +3,25 @@
 import pytest
 
 from pipeline import cli, cluster
+from pipeline.cluster import Machine
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
-from pipeline.training.scaling import allowed_counts, worker_counts, worker_cpus, worker_gpus, workers_of
+from pipeline.training.scaling import Workers, allowed_counts, places, worker_cpus, workers_of
 
 
 def _config(*flags: str) -> Config:
     return cli.parse_config(["--preset", "demo", *flags], "", OPTIONS)[0]
 
 
-def _pretend(monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, coming: float = 0.0) -> None:
-    """A cluster of that size, and the GPUs that it could start."""
-    monkeypatch.setattr(cluster, "cpus_and_gpus", lambda: (cpus, gpus))
-    monkeypatch.setattr(cluster, "capacity", lambda: (cpus, max(gpus, coming)))
+def _pretend(monkeypatch: pytest.MonkeyPatch, up: str, coming: str = "") -> None:
+    """A cluster of nodes `CPUS:GPUS CPUS:GPUS ...`, and the nodes that it may have."""
+    nodes = {
+        name: [Machine(*map(float, node.split(":"))) for node in text.split()]
+        for name, text in (("machines", up), ("possible_machines", coming or up))
+    }
+    for name, found in nodes.items():
+        monkeypatch.setattr(cluster, name, lambda found=found: found)
 
 
 @pytest.mark.parametrize(
@@ -36,33 +41,41 @@ def test_workers_share_the_batch(method: str, labeled: int, unlabeled: int, allo
 
 
 @pytest.mark.parametrize(
-    ("asked", "cpus", "gpus", "counts"),
+    ("asked", "up", "counts"),
     [
-        ("auto", 2, 0, (2,)),
-        ("auto", 1, 0, (1,)),
-        ("auto", 64, 0, (2,)),
-        ("auto", 64, 3, (2,)),
-        ("auto", 64, 8, (4,)),
-        ("4", 2, 0, (4,)),
-        ("1..4", 2, 0, (1, 2, 4)),
-        ("2..3", 8, 3, (2,)),
-        ("2..4", 8, 2, (2, 4)),  # two more may come
+        ("auto", "2:0", (2,)),
+        ("auto", "1:0", (1,)),
+        ("auto", "0:0 1:0 1:0", (2,)),
+        ("auto", "64:0", (2,)),
+        ("auto", "64:3", (2,)),
+        ("auto", "0:0 32:4 32:4", (4,)),
+        ("4", "4:0", (4,)),
+        ("1..4", "2:0", (1, 2, 4)),  # more CPUs may come
+        ("2..3", "8:3", (2,)),
+        ("2..4", "8:2", (2, 4)),
     ],
 )
-def test_worker_counts(
-    monkeypatch: pytest.MonkeyPatch, asked: str, cpus: float, gpus: float, counts: tuple[int, ...]
-) -> None:
-    _pretend(monkeypatch, cpus, gpus)
-    assert worker_counts(_config("--scaling.workers", asked)) == counts
+def test_worker_counts(monkeypatch: pytest.MonkeyPatch, asked: str, up: str, counts: tuple[int, ...]) -> None:
+    _pretend(monkeypatch, up)
+    assert workers_of(_config("--scaling.workers", asked)).counts == counts
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpus", "named"), [("3", 0, "1, 2, 4"), ("3..3", 0, "1, 2, 4"), ("4", 2, "2 GPUs"), ("4..8", 2, "2 GPUs")]
+    ("asked", "up", "named"),
+    [
+        ("3", "8:0", "1, 2, 4"),
+        ("3..3", "8:0", "1, 2, 4"),
+        ("4", "8:2", "2 GPUs"),
+        ("4..8", "8:2", "2 GPUs"),
+        ("4", "2:0", r"4 workers with 0\.5 CPUs each leave no 0\.25 for reading on a cluster of 2 CPUs"),
+        ("1", "0:0", "no node of the cluster has CPUs"),
+        ("1", "0.25:1", "too few CPUs for their GPUs"),
+    ],
 )
-def test_impossible_worker_counts(monkeypatch: pytest.MonkeyPatch, asked: str, gpus: float, named: str) -> None:
-    _pretend(monkeypatch, 8.0, gpus)
+def test_what_a_cluster_cannot_do(monkeypatch: pytest.MonkeyPatch, asked: str, up: str, named: str) -> None:
+    _pretend(monkeypatch, up)
     with pytest.raises(UserError, match=named):
-        worker_counts(_config("--scaling.workers", asked))
+        workers_of(_config("--scaling.workers", asked))
 
 
 @pytest.mark.parametrize("asked", ["0", "4..2", "..4", "2..", "-1", "two", "1.5", "\u00b2"])
@@ -73,43 +86,61 @@ def test_what_is_no_number_of_workers(asked: str) -> None:
 
 def test_gpus_that_are_not_up_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that has scaled its GPU nodes to none is no cluster of CPUs."""
-    _pretend(monkeypatch, 8.0, 0.0, coming=8.0)
+    _pretend(monkeypatch, "0:0", coming="0:0 48:4 48:4 16:0")
     workers = workers_of(_config("--scaling.workers", "4"))
-    assert workers.resources == {"CPU": pytest.approx(1.9375), "GPU": 1.0}
+    assert workers.resources == {"CPU": 4.0, "GPU": 1.0}
     with pytest.raises(UserError, match=r"no GPU yet and can get 8: say how many"):
-        worker_counts(_config())
-    assert worker_gpus(_config("--scaling.gpus_per_worker", "0")) == 0
+        workers_of(_config())
+    assert workers_of(_config("--scaling.gpus_per_worker", "0")).resources == {"CPU": 0.5}
 
 
 def test_a_share_of_a_gpu_is_for_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    _pretend(monkeypatch, 8.0, 1.0)
+    _pretend(monkeypatch, "8:1")
     workers = workers_of(_config("--scaling.gpus_per_worker", "0.5"))
-    assert (workers.counts, workers.gpus) == ((1,), 0.5)
+    assert (workers.counts, workers.gpus, workers.cpus) == ((1,), 0.5, 3.75)
     with pytest.raises(UserError, match="cannot share a GPU"):
         _config("--scaling.gpus_per_worker", "0.5", "--scaling.workers", "2")
-    with pytest.raises(UserError, match="whole numbers"):
-        _config("--scaling.gpus_per_worker", "1.5")
+    with pytest.raises(UserError, match="between 0 and 1"):
+        _config("--scaling.gpus_per_worker", "2")
 
 
 @pytest.mark.parametrize(
-    ("method", "workers", "cpus", "gpus", "share"),
-    [("u2pl", 2, 2, 0, 0.5), ("suponly", 4, 2, 0, 0.5), ("u2pl", 8, 64, 8, 4.0), ("u2pl", 4, 16, 4, 3.9375)],
+    ("method", "up", "cpus"),
+    [
+        ("u2pl", "2:0", 0.5),
+        ("u2pl", "64:8", 4.0),
+        ("u2pl", "16:4 16:4", 3.75),  # some is left on each node: a reading task needs it on one
+        ("suponly", "16:4 16:4", 4.0),
+        ("u2pl", "8:4 32:0", 1.75),  # the CPUs of other nodes are no use to workers beside GPUs
+        ("u2pl", "64:4 8:4", 1.75),
+    ],
 )
-def test_workers_leave_cpus_for_reading(
-    monkeypatch: pytest.MonkeyPatch, method: str, workers: int, cpus: float, gpus: float, share: float
-) -> None:
-    _pretend(monkeypatch, cpus, gpus)
-    assert worker_cpus(_config("--method", method), workers) == share
+def test_cpus_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, method: str, up: str, cpus: float) -> None:
+    _pretend(monkeypatch, up)
+    assert worker_cpus(_config("--method", method)) == cpus
 
 
-def test_workers_that_take_every_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _pretend(monkeypatch, 2.0, 0.0)
-    with pytest.raises(UserError, match=r"lower scaling\.workers"):
-        worker_cpus(_config(), 4)
+@pytest.mark.parametrize(
+    ("up", "cpus", "gpus", "spare", "held"),
+    [
+        ("2:0", 0.5, 0, 0.25, 3),
+        ("1:0 1:0", 0.75, 0, 0.25, 2),
+        ("1:0 1:0", 1, 0, 0.25, 1),  # one of the nodes is needed for reading
+        ("1:0 1:0 0.25:0", 1, 0, 0.25, 2),
+        ("16:4 16:4", 4, 1, 0.25, 7),
+        ("16:4 16:4", 3.75, 1, 0.25, 8),
+        ("4:1", 0.1, 0.1, 0, 10),
+        ("0:0", 1, 0, 0.25, 0),
+        ("32:0", (32 - 1.25) / 14, 0, 1.25, 14),
+    ],
+)
+def test_places(up: str, cpus: float, gpus: float, spare: float, held: int) -> None:
+    nodes = [Machine(*map(float, node.split(":"))) for node in up.split()]
+    assert places(nodes, Workers((1,), cpus, gpus, spare)) == held
 
 
 def test_decoding_tasks_need_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    _pretend(monkeypatch, 2.0, 0.0)
-    assert worker_cpus(_config("--run.decode", "cluster"), 1) == 0.5
-    with pytest.raises(UserError, match=r"leave less than 1\.25 for reading"):
-        worker_cpus(_config("--run.decode", "cluster"), 2)
+    _pretend(monkeypatch, "2:0")
+    assert workers_of(_config("--run.decode", "cluster", "--scaling.workers", "1")).spare_cpus == 1.25
+    with pytest.raises(UserError, match=r"leave no 1\.25 for reading"):
+        workers_of(_config("--run.decode", "cluster", "--scaling.workers", "2"))
