@@ -17,6 +17,7 @@ def _flags(parser: cli.Parser) -> None:
 def main(argv: list[str]) -> None:
     """Entry point."""
     config, args = cli.parse_config(argv, __doc__ or "", OPTIONS, _flags)
+    from pipeline.sweep.follow import table
     from pipeline.sweep.search import parse_space, prepare, search
 
     if args.samples < 1 or args.at_once < 0:
@@ -26,7 +27,8 @@ def main(argv: list[str]) -> None:
     found = search(base, space, args.samples, optuna=args.optuna, asha=args.asha, at_once=args.at_once)
     if not found:
         raise RunError("no trial came to an evaluation; their directories say why")
-    print(f"best: {found[0].name}, {found[0].out}")
+    print(*table([("sample", "state", "step", "mIoU"), *(row.cells()[:4] for row in found)]), sep="\n")
+    print(f"best: {found[0].trial.name}, {found[0].trial.out}")
 
 
 if __name__ == "__main__":

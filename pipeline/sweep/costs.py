@@ -9,6 +9,7 @@ from pipeline.errors import UserError
 from pipeline.methods import METHODS
 from pipeline.sweep.follow import Row, look, table
 from pipeline.sweep.trials import Trial
+from pipeline.training.scaling import allowed_counts
 
 
 @dataclass(frozen=True)
@@ -59,38 +60,53 @@ def parse_step_seconds(texts: Sequence[str]) -> dict[str, float]:
 def plan(trials: Sequence[Trial], step_seconds: Mapping[str, float], node: Node) -> list[str]:
     """The trials with their steps, evaluations and hours, as lines. The start of a trial comes on top.
 
-    The time of a step is the given one, or that of the sweep's own records of the method: the same number of workers is
-    taken for granted. Evaluations count as far as one of the method is on record.
+    The time of a step is the given one, with the workers that `scaling.workers` asks for, or that of the sweep's own
+    records of the method, with the workers of that record. Evaluations count as far as one of the method is on record.
 
     Raises:
         UserError: a method whose steps nobody has timed.
     """
     measured = _measured(trials)
-    rows, hours, timed = [("trial", "steps left", "s/step", "evaluations", "hours")], 0.0, True
+    rows, hours, missing = [("trial", "workers", "steps left", "s/step", "evaluations", "hours")], 0.0, set[str]()
     for trial in trials:
         method = trial.config.method
         row = measured.get(method, Row(trial))
         known = images_per_step(trial.config) / row.images_per_second if row.images_per_second else 0.0
-        seconds = step_seconds.get(method) or known or step_seconds.get("", 0.0)
+        given = step_seconds.get(method, 0.0)
+        seconds = given or known or step_seconds.get("", 0.0)
         if not seconds:
             raise UserError(f"no step of {method} was timed: run one trial, or pass --step_seconds {method}=SECONDS")
-        left = 0 if trial.finished() else trial.config.optim.steps - trial.steps()
-        scored, workers = math.ceil(left / trial.config.eval.every), workers_asked(trial.config)
+        workers = (row.workers if known and not given else 0) or workers_asked(trial.config, node)
+        left = _steps_left(trial)
+        scored = math.ceil(left / trial.config.eval.every)
         took = left * seconds + scored * row.eval_seconds / workers
-        rows.append((trial.name, str(left), f"{seconds:.3g}", str(scored), f"{took / 3600:.2f}"))
+        rows.append((trial.name, str(workers), str(left), f"{seconds:.3g}", str(scored), f"{took / 3600:.2f}"))
         hours += took / 3600 * workers
-        timed = timed and bool(row.eval_seconds)
+        missing |= ({"evaluations"} if scored and not row.eval_seconds else set()) | (
+            {"labelling"} if trial.staged else set()
+        )
     nodes = hours / node.workers
     money = f", {nodes * node.price:.2f} at {node.price:g} an hour" if node.price else ""
     whole = f"{len(trials)} trials, {hours:.1f} worker hours: {nodes:.1f} node hours of {node.workers} workers{money}"
-    if not timed:
-        whole += "; evaluations that nobody has timed come on top"
+    if missing:
+        whole += f"; {' and '.join(sorted(missing))} that nobody has timed come on top"
     return [*table(rows), whole, f"about {nodes / node.count:.1f} hours on {node.count} nodes if trials fill them"]
 
 
-def workers_asked(config: Config) -> int:
-    """Workers of a run as far as its config says: one for `auto`."""
-    return 1 if config.scaling.workers == "auto" else config.scaling.limits()[1]
+def workers_asked(config: Config, node: Node) -> int:
+    """Workers of a run: the most of a range; for `auto` as many as all nodes hold and the batch allows."""
+    if config.scaling.workers != "auto":
+        return max(n for n in allowed_counts(config) if n <= config.scaling.limits()[1])
+    return max(n for n in allowed_counts(config) if n <= node.count * node.workers)
+
+
+def _steps_left(trial: Trial) -> int:
+    """Of a recipe's teacher as well, at the price of the student's."""
+    whole = trial.config.optim.steps
+    if trial.finished():
+        return 0
+    student = whole - trial.steps()
+    return student + whole if trial.staged and student == whole else student
 
 
 def images_per_step(config: Config) -> int:

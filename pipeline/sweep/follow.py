@@ -24,6 +24,8 @@ class Row:
     """Seconds."""
     images_per_second: float = 0.0
     """Of the newest record."""
+    workers: int = 0
+    """Of the newest record."""
     eval_seconds: float = 0.0
     """Of the newest evaluation, summed over the workers."""
 
@@ -46,6 +48,7 @@ def look(row: Row) -> None:
             row.miou, row.eval_seconds = next(iter(record["miou"].values())), record.get("worker_seconds", 0.0)
         else:
             row.eta, row.images_per_second = record["eta_seconds"], record["images_per_second"]
+            row.workers = record.get("workers", 0)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

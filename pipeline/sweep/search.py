@@ -11,12 +11,13 @@ from typing import Any
 from pipeline import cluster
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.sweep.follow import Row
 from pipeline.sweep.run import sized
 from pipeline.sweep.trials import Trial, check_trial, make_trial
 from pipeline.training.launch import placed
 
 DEFAULT_OUT = "runs/search"
-DIGITS = 3
+DIGITS = 4
 """Of a drawn number: enough to tell samples apart, and few enough to read."""
 REDUCTION = 3
 """ASHA goes on with the best third of what has come to each of its rungs."""
@@ -38,6 +39,10 @@ class Range:
     def whole(self) -> bool:
         """Whether both ends were given as whole numbers, and so are all between."""
         return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def text(self, value: float) -> str:
+        """A drawn number as it is used, short, and never rounded past an end."""
+        return str(value) if self.whole else f"{min(max(float(f'{value:.{DIGITS}g}'), self.low), self.high):g}"
 
 
 Space = Mapping[str, Range | tuple[str, ...]]
@@ -74,19 +79,26 @@ def _range(text: str) -> Range | None:
     return None
 
 
-def sample(base: Config, drawn: Mapping[str, Any], place: int) -> Trial:
-    """The run of drawn values, a directory below that of the search.
+def sample(base: Config, space: Space, drawn: Mapping[str, Any], place: int) -> Trial:
+    """The run of drawn values, a directory below that of the search; `problem` says if they do not go together.
 
     The same search draws the same values in the same order (Optuna: if one sample runs at a time) and so goes on.
 
     Args:
         base: placed; its `out` is the search's directory.
+        space: that the values were drawn from.
         drawn: values by dotted key.
         place: in the order of the samples.
     """
-    chosen = {key: f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value) for key, value in drawn.items()}
+    chosen = {}
+    for key, value in drawn.items():
+        values = space[key]
+        chosen[key] = values.text(value) if isinstance(values, Range) else str(value)
     name = "-".join([f"{place:03d}", *(f"{key}-{value}" for key, value in chosen.items())])
-    return make_trial(base, name, chosen)
+    try:
+        return make_trial(base, name, chosen)
+    except UserError as error:
+        return replace(make_trial(base, name, {}), problem=str(error))
 
 
 def prepare(base: Config, space: Space) -> Config:
@@ -100,12 +112,15 @@ def prepare(base: Config, space: Space) -> Config:
         ends = {
             key: (each.low, each.high)[end] if isinstance(each, Range) else each[end] for key, each in space.items()
         }
-        check_trial(sample(base, ends, 0))
+        trial = sample(base, space, ends, 0)
+        if trial.problem:
+            raise UserError(trial.problem)
+        check_trial(trial)
     return base
 
 
-def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool, at_once: int = 0) -> list[Trial]:
-    """Runs the samples and shows how far they are; what an earlier search of the same name has finished is taken.
+def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool, at_once: int = 0) -> list[Row]:
+    """Runs the samples and shows how far they are and why any failed; what an earlier search has finished is taken.
 
     Args:
         base: from `prepare`.
@@ -133,7 +148,7 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
     base = sized_trial.config
 
     def find(params: Mapping[str, Any], place: int) -> Trial:
-        return sample(base, params, place)
+        return sample(base, space, params, place)
 
     at_once = min(at_once or fit, fit)
     config = tune.TuneConfig(
@@ -144,9 +159,11 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
         scheduler=_scheduler(base) if asha else None,
     )
     with Board([], find, samples) as board:
-        run_tuner(find, {key: _domain(each) for key, each in space.items()}, config, board)
+        failed = run_tuner(find, {key: _domain(each) for key, each in space.items()}, config, board)
+    for name, why in failed.items():
+        print(f"{name} failed: {why}")
     scored = [row for row in board.rows.values() if row.miou is not None]
-    return [row.trial for row in sorted(scored, key=lambda row: -(row.miou or 0.0))]
+    return sorted(scored, key=lambda row: -(row.miou or 0.0))
 
 
 def _domain(values: Range | tuple[str, ...]) -> Any:

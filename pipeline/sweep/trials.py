@@ -35,6 +35,8 @@ class Trial:
     """METHOD-SPLIT-sSEED, and what the grid sets; the name of its directory."""
     config: Config
     """Placed and checked; `out` is its run directory."""
+    problem: str = ""
+    """Why it cannot be run: values that a search has drawn need not go together."""
 
     @property
     def staged(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray.util
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -42,6 +43,8 @@ def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Bo
 
     def train(params: dict[str, Any]) -> dict[str, Any]:
         trial = find(params, int(tune.get_context().get_trial_name()))
+        if trial.problem:
+            return {"problem": trial.problem, "step": 0, "score": -1.0}
         return _train(as_dict(trial.config), self_train if trial.staged else launch, trial.out)
 
     places: dict[str, int] = {}
@@ -52,8 +55,8 @@ def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Bo
     how.trial_name_creator = how.trial_dirname_creator = name
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:  # of no use once the sweep has ended
         results = tune.Tuner(
-            # beside the driver, as it only waits for its workers: they may be lost with their nodes, it should not
-            tune.with_resources(train, {"node:__internal_head__": 0.001}),
+            # on the driver's node, as it only waits for its workers: they may be lost with their nodes, it should not
+            tune.with_resources(train, {f"node:{ray.util.get_node_ip_address()}": 0.001}),
             param_space=space,
             tune_config=how,
             run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[board]),

@@ -46,8 +46,10 @@ def test_a_key_twice_or_none():
 
 def test_equal_draws_are_the_same_run(base):
     prepared = prepare(base(), {"optim.lr": Range(1e-4, 0.1)})
-    one, same, other = (sample(prepared, {"optim.lr": value}, 7) for value in (0.0123456, 0.0123499, 0.0124))
-    assert (one.name, one.config.optim.lr) == ("007-optim.lr-0.0123", 0.0123)
+    space = {"optim.lr": Range(1e-4, 0.1)}
+    values = (0.012346, 0.012354, 0.0124)
+    one, same, other = (sample(prepared, space, {"optim.lr": value}, 7) for value in values)
+    assert (one.name, one.config.optim.lr) == ("007-optim.lr-0.01235", 0.01235)
     assert same == one
     assert other.out != one.out
 
@@ -64,3 +66,15 @@ def test_equal_draws_are_the_same_run(base):
 def test_both_ends_are_checked_before_anything_starts(base, space, words):
     with pytest.raises(UserError, match=words):
         prepare(base(), space)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.99962, "0.9996"), (0.999999, "0.9999"), (0.98, "0.99")])
+def test_no_draw_is_rounded_past_an_end(value, text):
+    assert Range(0.99, 0.9999).text(value) == text
+
+
+def test_values_that_do_not_go_together_are_that_samples_problem(base):
+    space = parse_space(["u2pl.r_l=1..15", "u2pl.r_h=10..21"])
+    prepared = prepare(base("--method", "u2pl"), space)
+    assert "r_l" in sample(prepared, space, {"u2pl.r_l": 14, "u2pl.r_h": 11}, 0).problem
+    assert sample(prepared, space, {"u2pl.r_l": 3, "u2pl.r_h": 11}, 1).problem == ""
