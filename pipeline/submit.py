@@ -12,8 +12,10 @@ from pipeline.errors import RunError, UserError
 
 LOCAL = "http://127.0.0.1:8265"
 """Where the job server is, on the head node or at the near end of a tunnel to it."""
-PULSE_S = 20.0
+PULSE_S = 10.0
 """Seconds between two questions whether the job is still there."""
+MISSES = 3
+"""Questions without an answer, one after the other, after which the cluster counts as gone."""
 _SETTINGS = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to any address that it is given
 
 
@@ -102,12 +104,16 @@ async def _tail(client: Any, name: str) -> None:
 
 async def _pulse(client: Any, name: str) -> None:
     """Notices a head that has vanished without closing the connection."""
+    missed = 0
     while True:
         await asyncio.sleep(PULSE_S)
         try:
             await asyncio.to_thread(_call, client.get_job_status, name)
+            missed = 0
         except RunError as error:
-            raise RunError(_lost(name)) from error
+            missed += 1
+            if missed == MISSES:
+                raise RunError(_lost(name)) from error
 
 
 def _lost(name: str) -> str:
@@ -122,5 +128,6 @@ def _outcome(details: Any) -> int:
     if details.status == "SUCCEEDED":
         return 0
     if code is None:
-        raise RunError(f"the job ended as {details.status}: {(details.message or '').strip().splitlines()[-1:]}")
+        why = (details.message or "without a message").strip().splitlines()[-1]
+        raise RunError(f"the job ended as {details.status}: {why}")
     return code if code >= 0 else 128 - code

@@ -89,7 +89,7 @@ class U2PLOptions:
     """New keys per class, step and worker at most."""
     keys_in_all: int = 2048
     """New keys per class and step of all workers together: beyond eight workers each gives fewer, as what all exchange
-    would grow with their number (2 GB a step at 512) and a queue would be overwritten every few steps."""
+    would grow with their number (2.8 GB a step at 512) and a queue would be overwritten every few steps."""
     queue: int = 30000
     """Capacity of a class's memory bank."""
     queue_background: int = 50000

@@ -169,3 +169,6 @@ def test_the_heads_policy_starts_and_ends_nodes_and_no_more() -> None:
     assert by_action["iam:PassRole"]["Resource"] == ["arn:aws:iam::ACCOUNT:role/u2pl-worker"]
     own = {"StringEquals": {"aws:ResourceTag/ray-cluster-name": load("aws.yaml")["cluster_name"]}}
     assert by_action["ec2:TerminateInstances"]["Condition"] == own
+    # whoever may name any instance may end it: only new ones, and those of the cluster
+    naming = [each["Condition"] for each in policy["Statement"] if "ec2:CreateTags" in each["Action"]]
+    assert naming == [{"StringEquals": {"ec2:CreateAction": "RunInstances"}}, own]
