@@ -6,7 +6,6 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import torch
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import META_FILE
 from pipeline.ingest.readers import Reader, read_inline, read_ray
+from pipeline.training.claim import Claim
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -34,6 +34,8 @@ class Host(ABC):
     """How the unlabeled stream is read here."""
     threads: int = 1
     """CPU threads for decoding."""
+    claim: Claim
+    """This attempt's right to write; rank 0 takes it."""
 
     @abstractmethod
     def device(self) -> torch.device:
@@ -62,14 +64,15 @@ class Host(ABC):
         """
 
 
-def _upload(folder: Path, uri: str) -> None:
+def _upload(folder: Path, uri: str, claim: Claim) -> None:
     """Copies a checkpoint; checkpoint.json goes last, as it makes it whole. Brief trouble of the storage is waited for.
 
     Raises:
+        Superseded: a later attempt has begun.
         UserError: the storage stays away, or refuses.
     """
     for file in sorted(folder.iterdir(), key=lambda file: file.name == META_FILE):
-        storage.retried(partial(storage.write_bytes, storage.join(uri, file.name), file.read_bytes()))
+        claim.write(storage.join(uri, file.name), file.read_bytes())
 
 
 class PlainHost(Host):
@@ -78,7 +81,7 @@ class PlainHost(Host):
     reader = staticmethod(read_inline)
 
     def __init__(self, out: str) -> None:
-        self._out = out
+        self._out, self.claim = out, Claim(out)
 
     def device(self) -> torch.device:
         """A GPU if there is one."""
@@ -94,7 +97,7 @@ class PlainHost(Host):
             return
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
-            _upload(Path(folder), storage.join(self._out, checkpoint.name(step)))
+            _upload(Path(folder), storage.join(self._out, checkpoint.name(step)), self.claim)
 
 
 class RayHost(Host):
@@ -103,7 +106,7 @@ class RayHost(Host):
     reader = staticmethod(read_ray)
 
     def __init__(self, out: str, threads: int) -> None:
-        self._out = out
+        self._out, self.claim = out, Claim(out)
         self.threads = threads
         self._noticed: float | None = None
 
@@ -180,6 +183,6 @@ class RayHost(Host):
         from ray.train import Checkpoint
 
         uri = storage.join(self._out, name)
-        _upload(Path(handed.path), uri)
+        _upload(Path(handed.path), uri, self.claim)
         filesystem, path = storage.resolve(uri)
         return Checkpoint(path, filesystem)

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.ingest.mixture import Source, open_sources, share_lanes
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
+from pipeline.training.claim import CLAIM_FILE
 from pipeline.training.meter import Diverged
 from pipeline.training.scaling import Workers, places, workers_of
 
@@ -27,6 +28,7 @@ RUN_FILES = {
     METRICS_FILE,
     SUMMARY_FILE,
     LOG_FILE,
+    CLAIM_FILE,
     "tensorboard",
     "checkpoint_manager_snapshot.json",
     ".validate_storage_marker",

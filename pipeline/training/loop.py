@@ -88,7 +88,10 @@ class Session:
         if self.world.size > 1:  # buffers are equal on all ranks by construction; broadcasting a bank would be slow
             self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
         rank0 = self.world.rank == 0
-        tracker = Tracker(str(config.out), start, tensorboard=config.run.tensorboard) if rank0 else None
+        tracker = None
+        if rank0:
+            self.host.claim.take()
+            tracker = Tracker(str(config.out), start, self.host.claim, tensorboard=config.run.tensorboard)
         meter = Meter(config, self.world, self.loader, self.device)
         try:
             for index, batch in zip(range(start, config.optim.steps), self.loader, strict=False):

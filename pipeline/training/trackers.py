@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoint import METRICS_FILE
+from pipeline.training.claim import Claim
 
 FLUSH_SECONDS = 10.0
 
@@ -17,8 +18,16 @@ FLUSH_SECONDS = 10.0
 class Tracker:
     """Records of one run, written by rank 0 alone. After a resume, later records of the lost attempt are dropped."""
 
-    def __init__(self, out: str, start: int, *, tensorboard: bool) -> None:
-        """Args: out: run directory; start: steps done before this attempt; tensorboard: write events as well."""
+    def __init__(self, out: str, start: int, claim: Claim, *, tensorboard: bool) -> None:
+        """Begins with what earlier attempts have left.
+
+        Args:
+            out: run directory.
+            start: steps done before this attempt.
+            claim: that this attempt has taken.
+            tensorboard: write events as well.
+        """
+        self._claim = claim
         self._uri = storage.join(out, METRICS_FILE)
         self._lines = self._kept(start)
         self._flushed = time.monotonic()
@@ -39,9 +48,14 @@ class Tracker:
             self.flush()
 
     def flush(self) -> None:
-        """Makes all records durable. The file is replaced as a whole: object stores cannot append."""
+        """Makes all records durable. The file is replaced as a whole: object stores cannot append.
+
+        Raises:
+            Superseded: a later attempt has begun.
+            UserError: the storage stays away, or refuses.
+        """
         text = "".join(f"{line}\n" for line in self._lines).encode()
-        storage.retried(lambda: storage.write_bytes(self._uri, text))
+        self._claim.write(self._uri, text)
         if self._events:
             self._events.flush()
         self._flushed = time.monotonic()

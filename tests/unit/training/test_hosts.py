@@ -5,7 +5,15 @@ import pytest
 from pipeline import storage
 from pipeline.checkpoint import META_FILE, STATE_FILE
 from pipeline.training import hosts
+from pipeline.training.claim import Superseded
 from pipeline.training.hosts import PlainHost
+
+
+def _host(out: Path) -> PlainHost:
+    """That of an attempt which has begun."""
+    host = PlainHost(str(out))
+    host.claim.take()
+    return host
 
 
 def _write(folder: Path) -> None:
@@ -14,12 +22,21 @@ def _write(folder: Path) -> None:
 
 
 def test_a_reported_checkpoint_is_the_latest(tmp_path):
-    host = PlainHost(str(tmp_path))
+    host = _host(tmp_path)
     assert host.latest() is None
     for step in (5, 10):
         host.report(step, None, _write)
     assert host.latest() == f"{tmp_path}/step_0000010"
     assert storage.list_files(f"{tmp_path}/step_0000010") == [META_FILE, STATE_FILE]
+
+
+def test_a_checkpoint_of_an_attempt_that_comes_back_is_refused(tmp_path):
+    late, now = _host(tmp_path), _host(tmp_path)
+    with pytest.raises(Superseded):
+        late.report(5, None, _write)
+    now.report(10, None, _write)
+    assert now.latest() == f"{tmp_path}/step_0000010"
+    assert storage.list_files(f"{tmp_path}/step_0000005") == []
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -28,7 +45,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 
 def test_brief_trouble_costs_no_checkpoint(tmp_path, monkeypatch):
-    write, failed = storage.write_bytes, []
+    host, write, failed = _host(tmp_path), storage.write_bytes, []
 
     def flaky(uri: str, data: bytes) -> None:
         if uri not in failed:
@@ -38,7 +55,6 @@ def test_brief_trouble_costs_no_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hosts.storage, "write_bytes", flaky)
     monkeypatch.setattr(hosts.storage.time, "sleep", lambda seconds: None)
-    host = PlainHost(str(tmp_path))
     host.report(5, None, _write)
     assert host.latest() == f"{tmp_path}/step_0000005"
     assert len(failed) == 2
@@ -53,7 +69,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(uri, data)
 
-    host = PlainHost(str(tmp_path))
+    host = _host(tmp_path)
     host.report(5, None, _write)
     monkeypatch.setattr(hosts.storage, "write_bytes", dies_at_the_description)
     with pytest.raises(KeyboardInterrupt):

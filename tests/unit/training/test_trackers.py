@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
+from pipeline.training.claim import Claim, Superseded
 from pipeline.training.trackers import Tracker, duration
 from tests.s3 import S3Server
 
@@ -12,15 +13,21 @@ def _lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def _claimed(out: str) -> Claim:
+    claim = Claim(out)
+    claim.take()
+    return claim
+
+
 def _run(out: str, start: int, steps: list[int], *, tensorboard: bool = False) -> None:
-    tracker = Tracker(out, start, tensorboard=tensorboard)
+    tracker = Tracker(out, start, _claimed(out), tensorboard=tensorboard)
     for step in steps:
         tracker.log("train", step, {"total": step / 2, "loss": {"supervised": 1.0}})
     tracker.close()
 
 
 def test_records_are_json_with_null_for_what_is_not_finite(tmp_path):
-    tracker = Tracker(str(tmp_path), 0, tensorboard=False)
+    tracker = Tracker(str(tmp_path), 0, _claimed(str(tmp_path)), tensorboard=False)
     tracker.log("train", 1, {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": -float("inf"), "e": 2}})
     tracker.log("eval", 1, {"iou": [0.5, None]})
     tracker.close()
@@ -84,3 +91,15 @@ def test_on_s3(s3: S3Server, tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [(45.9, "45s"), (60, "1m00s"), (200, "3m20s"), (3720, "1h02m")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_an_attempt_that_comes_back_changes_nothing(tmp_path):
+    """The first attempt's machine was cut off, a second one went on without it."""
+    late = Tracker(str(tmp_path), 0, _claimed(str(tmp_path)), tensorboard=False)
+    late.log("train", 2, {"total": 1.0})
+    late.flush()
+    _run(str(tmp_path), 2, [4, 6])
+    late.log("train", 4, {"total": 1.0})
+    with pytest.raises(Superseded, match="another job has begun to train this run"):
+        late.close()
+    assert [line["step"] for line in _lines(tmp_path)] == [2, 4, 6]
