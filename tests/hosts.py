@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from tests.processes import kill
 
@@ -148,8 +147,10 @@ class Network:
 
     def __enter__(self) -> "Network":
         self._names.write_text("127.0.0.1 localhost\n")
-        self._switch = subprocess.Popen(["unshare", "--net", "sh", "-c", "echo ready; exec cat"], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        self._switch = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "echo ready; exec cat"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
         _expect(self._switch, "ready")
         self._ip(self._switch.pid, "link", "add", "bridge", "up", "type", "bridge")
         return self
@@ -158,6 +159,11 @@ class Network:
         for host in self._hosts:
             host.power_off()
         _close(self._switch)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that hold its namespaces."""
+        return [self._switch.pid, *(host.init for host in self._hosts)]
 
     def host(self, name: str, *, visible: Sequence[Path] = ()) -> Host:
         """Switches on a new host.
@@ -171,8 +177,8 @@ class Network:
         others = [line for line in self._names.read_text().splitlines() if line.split()[1] != name]
         self._names.write_text("\n".join([*others, f"{address} {name}", ""]))
         init = subprocess.Popen(
-            ["unshare", *NAMESPACES, "--fork", "--kill-child", "sh", "-c", _boot(name, self._names, visible)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            ["unshare", *NAMESPACES, "--fork", "sh", "-c", _boot(name, self._names, visible)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         _expect(init, "ready")
         link = Link(init, lambda *words: self._ip(self._switch.pid, *words), port)
@@ -207,27 +213,27 @@ def _boot(name: str, names: Path, visible: Sequence[Path]) -> str:
         "mkdir /tmp/home",
         f"hostname {name}",
         "ip link set lo up",
-        "trap '' CHLD",
         "echo ready",
-        "exec cat",
+        "exec env --ignore-signal=CHLD cat",
     ]
     return "\n".join(lines)
 
 
 def _expect(process: subprocess.Popen[str], word: str) -> None:
-    stdout: IO[str] | None = process.stdout
-    assert stdout is not None
-    if stdout.readline().strip() != word:
-        raise RuntimeError(f"{process.args} ended with {process.wait(10)}")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    if process.stdout.readline().strip() != word:
+        raise RuntimeError(f"{process.args} ended with {process.wait(10)}: {process.stderr.read().strip()}")
 
 
 def _close(process: subprocess.Popen[str]) -> None:
     """Ends a process that ends with its stdin."""
     assert process.stdin is not None
-    assert process.stdout is not None
     process.stdin.close()
     process.wait(30)
-    process.stdout.close()
+    for pipe in (process.stdout, process.stderr):
+        assert pipe is not None
+        pipe.close()
 
 
 def _children(pid: int) -> list[int]:
@@ -240,7 +246,7 @@ def _pids() -> list[int]:
 
 def _namespace(pid: int) -> str:
     try:
-        return os.readlink(f"/proc/{pid}/ns/pid")
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
     except OSError:  # it has ended meanwhile
         return ""
 

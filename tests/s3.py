@@ -52,35 +52,15 @@ class S3Server:
     def start(self, ports: list[int]) -> None:
         """Starts the server process."""
         self._ports = ports
-        config = self._folder / "s3.json"
-        config.write_text(json.dumps({"identities": [_identity("trainer", KEY, SECRET), _reader()]}))
-        config.chmod(0o600)
-        names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"]
-        names += ["s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc"]
-        flags = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
-        flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self._folder}", "-master.telemetry=false"]
-        flags += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-admin.ui=false", "-webdav=false"]
-        flags += ["-s3.autoCreateBucket=false", "-bucket=data"]
         self.endpoint = f"http://127.0.0.1:{ports[6]}"
         log = (self._folder / "weed.log").open("ab")
-        self._process = subprocess.Popen([_weed(), "-logtostderr=true", "mini", *flags], stdout=log, stderr=log)
+        self._process = subprocess.Popen(server_command(self._folder, "127.0.0.1", ports), stdout=log, stderr=log)
 
     def _wait(self) -> bool:
-        """Ready means that a signed write and read succeed; the health page answers too early."""
         deadline = time.monotonic() + 60
-        client = pafs.S3FileSystem(
-            endpoint_override=self.endpoint.removeprefix("http://"), scheme="http", access_key=KEY, secret_key=SECRET,
-            region="us-east-1", allow_bucket_creation=True, connect_timeout=2, request_timeout=5,
-        )  # fmt: skip
         while time.monotonic() < deadline and self._process is not None and self._process.poll() is None:
-            with contextlib.suppress(OSError):
-                client.create_dir("data")
-                client.create_dir("runs")
-                with client.open_output_stream("data/.probe") as stream:
-                    stream.write(b"ready")
-                with client.open_input_stream("data/.probe") as stream:
-                    if stream.read() == b"ready":
-                        return True
+            if is_ready(self.endpoint):
+                return True
             time.sleep(0.1)
         return False
 
@@ -100,6 +80,36 @@ class S3Server:
             self._process.terminate()
             self._process.wait(30)
             self._process = None
+
+
+def server_command(folder: Path, address: str, ports: list[int]) -> list[str]:
+    """The command line of a server that keeps its data in `folder` and listens at `address`; S3 is at the 7th port."""
+    config = folder / "s3.json"
+    config.write_text(json.dumps({"identities": [_identity("trainer", KEY, SECRET), _reader()]}))
+    config.chmod(0o600)
+    names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"]
+    names += ["s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc"]
+    flags = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
+    flags += [f"-ip={address}", f"-ip.bind={address}", f"-dir={folder}", "-master.telemetry=false"]
+    flags += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-admin.ui=false", "-webdav=false"]
+    flags += ["-s3.autoCreateBucket=false", "-bucket=data"]
+    return [_weed(), "-logtostderr=true", "mini", *flags]
+
+
+def is_ready(endpoint: str) -> bool:
+    """Whether a signed write and read succeed, in buckets made for that; the health page answers too early."""
+    client = pafs.S3FileSystem(
+        endpoint_override=endpoint.removeprefix("http://"), scheme="http", access_key=KEY, secret_key=SECRET,
+        region="us-east-1", allow_bucket_creation=True, connect_timeout=2, request_timeout=5,
+    )  # fmt: skip
+    with contextlib.suppress(OSError):
+        client.create_dir("data")
+        client.create_dir("runs")
+        with client.open_output_stream("data/.probe") as stream:
+            stream.write(b"ready")
+        with client.open_input_stream("data/.probe") as stream:
+            return stream.read() == b"ready"
+    return False
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,10 +1,11 @@
 """The hosts themselves: apart from each other and from this machine, and gone when they should be."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,16 +28,17 @@ def answers(host: Host) -> bool:
     return host.run(*GET, check=False).stdout.strip() == "200"
 
 
-def namespaces() -> set[str]:
-    """All network namespaces that any process is in."""
+def spaces(pids: Iterable[int]) -> set[Path]:
+    """The network namespaces that the processes are in."""
     found = set()
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                found.add(os.readlink(folder / "ns" / "net"))
-            except OSError:
-                continue
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found.add(Path(f"/proc/{pid}/ns/net").readlink())
     return found
+
+
+def all_pids() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
 
 
 def test_hosts_reach_each_other_and_nothing_else(network: Network, tmp_path: Path) -> None:
@@ -86,33 +88,32 @@ def test_orphans_are_reaped(network: Network) -> None:
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    before = namespaces()
     with Network(tmp_path) as network:
-        hosts = [network.host(name) for name in ("one", "two")]
-        sleeper = hosts[0].start("sleep", "1000", log=tmp_path / "log")
-        assert len(namespaces()) == len(before) + 3
+        host = network.host("one")
+        sleeper = host.start("sleep", "1000", log=tmp_path / "log")
+        made = spaces(network.pids)
+        assert len(made) == 2
+        assert len(made - spaces([os.getpid()])) == 2
     assert sleeper.returncode is not None
-    assert not any(Path(f"/proc/{host.init}").exists() for host in hosts)
-    assert namespaces() <= before
+    assert not spaces(network.pids)
+    assert not made & spaces(all_pids())
 
 
 def test_nothing_outlives_killed_tests(tmp_path: Path) -> None:
-    before = namespaces()
     script = f"""
 from pathlib import Path
 from tests.hosts import Network
 with Network(Path({str(tmp_path)!r})) as network:
-    host = network.host("one")
-    host.start("sleep", "1000", log=Path({str(tmp_path / "log")!r}))
-    print("ready", flush=True)
+    network.host("one").start("sleep", "1000", log=Path({str(tmp_path / "log")!r}))
+    print(*network.pids, flush=True)
     input()
 """
     tests = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert tests.stdin is not None
     assert tests.stdout is not None
     with tests.stdin, tests.stdout:
-        assert tests.stdout.readline() == b"ready\n"
-        assert len(namespaces() - before) == 2
+        made = spaces(map(int, tests.stdout.readline().split()))
+        assert len(made) == 2
         tests.send_signal(signal.SIGKILL)
         tests.wait(10)
-        wait_for("their end", lambda: namespaces() <= before, 10)
+        wait_for("their end", lambda: not made & spaces(all_pids()), 10)
