@@ -132,7 +132,7 @@ def _reader() -> dict[str, object]:
 
 
 def _weed() -> str:
-    beside = Path(sys.executable).parent / "weed"
+    beside = Path(sys.executable).parent.resolve() / "weed"
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which("weed")
     if not found:
         raise RuntimeError("no `weed`: install the package with its dev extra (make test does)")
