@@ -47,6 +47,10 @@ class Host:
         """Its first process, as numbered on the outside."""
         return self._link.init
 
+    @property
+    def off(self) -> bool:
+        return self._link.ended
+
     def enter(self, *command: str, cwd: str = "/tmp/home") -> list[str]:
         """The command line that runs `command` in this host when run outside of it."""
         return ["nsenter", "--target", str(self.init), *NAMESPACES, "--", "env", f"--chdir={cwd}", *command]
@@ -89,8 +93,10 @@ class Host:
 
     def find(self, text: str) -> list[int]:
         """This host's processes whose command line holds `text`, as numbered on the outside."""
+        if self.off:
+            return []
         space = _namespace(self.init)
-        return [pid for pid in _pids() if space and _namespace(pid) == space and text in _command(pid)]
+        return [pid for pid in _pids() if _namespace(pid) == space and text in _command(pid)]
 
     def unplug(self) -> None:
         """Pulls the cable: packets vanish in both directions."""
@@ -102,8 +108,9 @@ class Host:
 
     def power_off(self) -> None:
         """Ends the host at once, without a word to anybody else on the network."""
-        if not self._link.ended:
-            self.unplug()
+        if self.off:
+            return
+        self.unplug()
         self._link.end()
         for process in self._processes:
             process.wait(30)

@@ -1,12 +1,12 @@
 """A Ray cluster on hosts of its own: a head without work, workers, an S3 server, and a client that submits."""
 
 import base64
+import itertools
 import json
-import os
+import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tests.s3 import KEY, SECRET, server_command
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent.resolve()
 DATA = "s3://data/shapes"
+TRAIN_WORKER = "RayTrainWorker"
 MEMORY = "--object-store-memory=150000000"
 CPUS = 2
 """Of a worker host. A train worker takes 1.5, so that no two of a run fit on one, and some is left for reading."""
@@ -52,6 +53,7 @@ class Fleet:
         self.token = secrets.token_hex(32)
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         self.network = Network(folder, {**ENVIRONMENT, **QUICK, **auth})
+        self._numbers = itertools.count(1)
         self.workers: list[Host] = []
 
     def __enter__(self) -> "Fleet":
@@ -85,11 +87,25 @@ class Fleet:
 
     def start_workers(self, count: int) -> list[Host]:
         """Adds new hosts, at the same time."""
-        hosts = [self._host(f"worker-{len(self.workers) + number}") for number in range(1, count + 1)]
+        hosts = [self._host(f"worker-{next(self._numbers)}") for _ in range(count)]
         self.workers += hosts
+        join = (f"--address={self.head.address}:6379", f"--num-cpus={CPUS}")
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda host: self._ray(host, f"--address={self.head.address}:6379", f"--num-cpus={CPUS}"), hosts))
+            list(pool.map(lambda host: self._ray(host, *join), hosts))
         return hosts
+
+    def replace_lost(self) -> None:
+        """Takes the hosts without a node off, and fills up with new ones."""
+        for host in self.workers:
+            if not host.find("raylet/raylet"):
+                host.power_off()
+        self.workers = [host for host in self.workers if not host.off]
+        self.start_workers(self._count - len(self.workers))
+
+    @property
+    def training(self) -> list[Host]:
+        """The hosts on which train workers are."""
+        return [host for host in self.workers if host.find(TRAIN_WORKER)]
 
     def _host(self, name: str, *visible: Path) -> Host:
         return self.network.host(name, visible=[BIN.parent, *visible])
@@ -139,6 +155,15 @@ class Submitted:
     @property
     def said(self) -> str:
         return self.log.read_text()
+
+    @property
+    def over(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def step(self) -> int:
+        """The last one that the log tells of."""
+        return max(map(int, re.findall(r"^step +(\d+)/", self.said, re.MULTILINE)), default=0)
 
     def wait(self, seconds: float = 300) -> int:
         """Its exit code."""

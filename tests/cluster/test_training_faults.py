@@ -1,0 +1,204 @@
+"""A training on real hosts loses workers, hosts, cables, its storage and its head, and ends as if nothing had been.
+
+All runs are one run: same config, same data. The curve of each must be that of the undisturbed one, to the last bit.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import name
+from tests.cluster.fleet import DATA, ROOT, TRAIN_WORKER, Fleet, Submitted
+from tests.hosts import Host
+from tests.processes import kill, wait_for
+
+STEPS, EVERY = 120, 10
+FLAGS = ["--optim.steps", str(STEPS), "--u2pl.warmup_steps", "5", "--run.checkpoint_every", str(EVERY)]
+TWO = [*FLAGS, "--scaling.workers", "2", "--scaling.cpus_per_worker", "1.5"]
+NOTICE = 30
+"""Seconds between the notice and the end of a preempted host."""
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """The hosts, and the demo data in their storage."""
+    with Fleet(tmp_path_factory.mktemp("fleet")) as fleet:
+        prepare = ("python", "jobs/prepare.py", "--source", "shapes", "--out", DATA)
+        fleet.client.run(*prepare, cwd=str(ROOT), seconds=300)
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def calm(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What the undisturbed run tells of its steps."""
+    job = fleet.train(tmp_path_factory.mktemp("calm") / "log", "s3://runs/calm", *TWO)
+    wait_for("two workers on two hosts", lambda: len(fleet.training) == 2 or job.over, 300)
+    assert job.wait(600) == 0, job.said
+    return curve(fleet, "s3://runs/calm")
+
+
+@pytest.fixture
+def whole(fleet: Fleet) -> Fleet:
+    """The fleet with three workers again."""
+    fleet.replace_lost()
+    return fleet
+
+
+def curve(fleet: Fleet, run: str) -> list[dict]:
+    """Step and losses of a run, as they stand in the storage."""
+    text = fleet.read(f"{run}/metrics.jsonl")
+    assert text is not None
+    records = [record for line in text.splitlines() if (record := json.loads(line))["kind"] == "train"]
+    return [{key: record[key] for key in ("step", "total", "loss", "lr")} for record in records]
+
+
+def registered(fleet: Fleet, run: str) -> bool:
+    """Whether a run has a checkpoint to go on from."""
+    return b"step_" in (fleet.read(f"{run}/checkpoint_manager_snapshot.json") or b"")
+
+
+def begun(fleet: Fleet, log: Path, run: str, *flags: str) -> Submitted:
+    """A job that has a checkpoint and is far from its end."""
+    job = fleet.train(log, run, *(flags or TWO))
+    wait_for("a checkpoint", lambda: registered(fleet, run) or job.over, 300)
+    assert not job.over, job.said
+    assert job.step < STEPS * 2 / 3, "the fault would come too late"
+    return job
+
+
+def ended_well(fleet: Fleet, job: Submitted, run: str, calm: list[dict]) -> None:
+    """As the undisturbed run: no step left out, none twice."""
+    assert job.wait(600) == 0, job.said
+    assert "Traceback" not in job.said, job.said
+    assert curve(fleet, run) == calm
+    summary = fleet.read(f"{run}/summary.json")
+    assert summary is not None
+    assert json.loads(summary)["step"] == STEPS
+    assert fleet.read(f"{run}/{name(STEPS)}/state.pt")
+
+
+def resumed_from(job: Submitted) -> list[int]:
+    """The steps from which the job went on."""
+    return [int(step) for step in re.findall(r"resuming from \S+, step (\d+)", job.said)]
+
+
+class TestRefused:
+    URL = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], headers=dict([sys.argv[2].split(': ')])))"
+
+    @pytest.mark.parametrize(("header", "code"), [("X-Other: x", 401), ("Authorization: Bearer wrong", 403)])
+    def test_requests(self, fleet: Fleet, header: str, code: int) -> None:
+        url = f"http://{fleet.head.address}:8265/api/jobs/"
+        done = fleet.client.run("python", "-c", self.URL, url, header, check=False)
+        assert f"HTTP Error {code}" in done.stdout
+        fleet.client.run("python", "-c", self.URL, url, f"Authorization: Bearer {fleet.token}")
+
+    @pytest.mark.parametrize(
+        ("environment", "message"),
+        [
+            ({"RAY_AUTH_MODE": "disabled"}, "Missing authentication token"),
+            ({"RAY_AUTH_TOKEN": "f" * 64}, "Invalid authentication token"),
+        ],
+    )
+    def test_jobs(self, fleet: Fleet, tmp_path: Path, environment: dict[str, str], message: str) -> None:
+        job = fleet.submit(tmp_path / "log", "python", "-c", "print('it ran')", **environment)
+        assert job.wait() != 0
+        assert message.lower() in job.said.lower()
+        assert "it ran" not in job.said
+
+    def test_hosts(self, fleet: Fleet) -> None:
+        host = fleet.network.host("stranger")
+        join = ("ray", "start", f"--address={fleet.head.address}:6379", f"--node-ip-address={host.address}")
+        try:
+            done = host.run(*join, check=False, seconds=300, RAY_AUTH_TOKEN="f" * 64)
+            assert done.returncode != 0
+            assert "token" in done.stdout
+        finally:
+            host.power_off()
+
+
+def test_a_train_worker_is_killed(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
+    job = begun(whole, tmp_path / "log", run := "s3://runs/worker")
+    kill(whole.training[0].find(TRAIN_WORKER)[0])
+    ended_well(whole, job, run, calm)
+    assert "was lost" in job.said
+    assert len(resumed_from(job)) == 1
+
+
+def test_a_raylet_is_killed(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
+    job = begun(whole, tmp_path / "log", run := "s3://runs/raylet")
+    kill(whole.training[0].find("raylet/raylet")[0])
+    ended_well(whole, job, run, calm)
+    assert len(resumed_from(job)) == 1
+
+
+def test_a_host_loses_power(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
+    job = begun(whole, tmp_path / "log", run := "s3://runs/power")
+    whole.training[0].power_off()
+    ended_well(whole, job, run, calm)
+    assert len(resumed_from(job)) == 1
+
+
+def test_a_cable_is_pulled(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
+    job = begun(whole, tmp_path / "log", run := "s3://runs/cable")
+    cut = whole.training[0]
+    cut.unplug()
+    ended_well(whole, job, run, calm)
+    assert len(resumed_from(job)) == 1
+    files = whole.files(run)
+    cut.plug()  # what it was doing when it was cut off must not come after all
+    wait_for("the end of the host's node", lambda: not cut.find("raylet/raylet") and not cut.find(TRAIN_WORKER), 300)
+    assert whole.files(run) == files
+    assert curve(whole, run) == calm
+
+
+def test_the_storage_is_cut_off(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
+    job = begun(whole, tmp_path / "log", run := "s3://runs/storage")
+    whole.s3.unplug()
+    time.sleep(10)  # this is the scenario, not a wait for something
+    whole.s3.plug()
+    ended_well(whole, job, run, calm)
+    assert resumed_from(job) == []
+
+
+def test_a_host_is_drained(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
+    run = "s3://runs/drain"
+    job = begun(whole, tmp_path / "log", run, *TWO, "--run.max_failures", "0")
+    host = whole.training[0]
+    before, noticed = checkpoints(whole, run), time.monotonic()
+    drain(host)
+    step = job.step
+    written = wait_for("a checkpoint out of turn", lambda: [
+        step for step in checkpoints(whole, run) - before if step % EVERY], NOTICE)  # fmt: skip
+    assert max(written) - step <= 2 * EVERY
+    time.sleep(max(0, NOTICE - (time.monotonic() - noticed)))  # then the cloud takes it
+    host.power_off()
+    ended_well(whole, job, run, calm)
+    assert all(any(step <= again for step in written) for again in resumed_from(job))
+
+
+def drain(host: Host) -> None:
+    """The notice that a cloud gives before it takes a host."""
+    words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
+    host.run("ray", "drain-node", *words, "--deadline-remaining-seconds", str(NOTICE))
+
+
+def checkpoints(fleet: Fleet, run: str) -> set[int]:
+    """The steps of a run's whole checkpoints."""
+    return {int(found[1]) for file in fleet.files(run) if (found := re.match(r"step_(\d+)/checkpoint.json", file))}
+
+
+def test_the_head_is_lost(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
+    job = begun(whole, tmp_path / "first", run := "s3://runs/head")
+    whole.head.power_off()
+    assert job.wait(120) != 0
+    for host in whole.workers:
+        host.power_off()
+    whole.start_head()
+    whole.replace_lost()
+    again = whole.train(tmp_path / "second", run, *TWO)
+    ended_well(whole, again, run, calm)
+    assert len(resumed_from(again)) == 1
