@@ -91,6 +91,11 @@ class Host:
         self._processes.append(process)
         return process
 
+    def write(self, path: str, text: str) -> None:
+        """Makes a file that only its owner may read, and the folder it is in."""
+        script = 'umask 077; mkdir -p "$(dirname "$0")"; printf %s "$1" > "$0"'
+        self.run("sh", "-c", script, path, text)
+
     def find(self, text: str) -> list[int]:
         """This host's processes whose command line holds `text`, as numbered on the outside."""
         if self.off:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import name
-from tests.cluster.fleet import DATA, ROOT, TRAIN_WORKER, Fleet, Submitted
+from tests.cluster.fleet import TRAIN_WORKER, Fleet
+from tests.cluster.site import Submitted
 from tests.hosts import Host
 from tests.processes import kill, wait_for
 
@@ -28,10 +29,7 @@ NOTICE = 30
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """The hosts, and the demo data in their storage."""
     with Fleet(tmp_path_factory.mktemp("fleet")) as fleet:
-        prepare = ("python", "jobs/prepare.py", "--source", "shapes", "--out", DATA)
-        fleet.client.run(*prepare, cwd=str(ROOT), seconds=300)
         yield fleet
 
 
