@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,16 +17,18 @@ from tests.processes import kill
 
 PROGRAMS = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "mount": "mount"}
 """What a host needs, and the Debian packages it is in."""
+SSH_PROGRAMS = {"ssh": "openssh-client", "sshd": "openssh-server", "rsync": "rsync"}
+"""What hosts need that are reached by ssh."""
 NAMESPACES = ("--net", "--mount", "--uts", "--pid", "--ipc")
 SUBNET = "10.77.0"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def unavailable() -> str:
+def unavailable(programs: Mapping[str, str] = PROGRAMS) -> str:
     """Why there can be no hosts here, or an empty string."""
-    missing = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program)})
+    missing = sorted({package for program, package in programs.items() if not shutil.which(program, path=PATH)})
     if missing:
-        return f"hosts need {', '.join(missing)}"
+        return f"not installed: {', '.join(missing)}"
     if os.geteuid() != 0:
         return "hosts need root"
     tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "mount", "-t", "tmpfs", "none", "/mnt"],
@@ -268,3 +271,7 @@ def _command(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:
         return ""
+
+
+if __name__ == "__main__":
+    sys.exit(unavailable({**PROGRAMS, **SSH_PROGRAMS}) or 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import Host, Network
+from tests.hosts import Host, Network, unavailable
 from tests.processes import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +85,11 @@ def test_orphans_are_reaped(network: Network) -> None:
     host = network.host("one")
     host.run("sh", "-c", "sleep 0.2 & sleep 0.1 &")  # their parent is gone: the first process inherits them
     wait_for("their end", lambda: host.run("ps", "-e", "-o", "comm=").stdout.split() == ["cat", "ps"], 10)
+
+
+def test_what_is_missing_is_named() -> None:
+    assert unavailable({"no-such-program": "its-package", "ip": "iproute2"}) == "not installed: its-package"
+    assert not unavailable()
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

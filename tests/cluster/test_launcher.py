@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.checkpoint import name
 from tests.cluster.site import BIN, ROOT, Site
-from tests.hosts import Host
+from tests.hosts import SSH_PROGRAMS, Host, unavailable
 from tests.processes import wait_for
 
 MACHINES = ("head", "worker")
@@ -84,9 +84,9 @@ def home(host: Host) -> None:
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    missing = [program for program in ("/usr/sbin/sshd", "/usr/bin/rsync") if not Path(program).exists()]
-    if missing:
-        pytest.skip(f"needs openssh-server and rsync: no {' and '.join(missing)}")
+    reason = unavailable(SSH_PROGRAMS)
+    if reason:
+        pytest.skip(reason)
     with Machines(tmp_path_factory.mktemp("machines")) as machines:
         yield machines
 
