@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config
 
 from tests.cluster.site import BIN, ENVIRONMENT, ROOT
 from tests.hosts import Host, Network
@@ -28,21 +29,32 @@ AUTOSCALER = {
 }
 IDLE_MINUTES = 0.1
 DEMAND = """
-import sys, time, ray
+import time, ray
 ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+gpus = lambda: int(ray.cluster_resources().get("GPU", 0))
 
 @ray.remote(num_gpus=4)
-def hold():
+def hold(meeting):
+    ray.get(meeting.come.remote())
     return ray.get_runtime_context().get_node_id()
 
-def gpus():
-    print("gpus", int(ray.cluster_resources().get("GPU", 0)), flush=True)
+@ray.remote(num_cpus=0, max_concurrency=2)
+class Meeting:
+    def __init__(self):
+        import threading
+        self._both = threading.Barrier(2)
+    def come(self):
+        self._both.wait()
 
-gpus()
-print("used", len(set(ray.get([hold.remote(), hold.remote()]))), flush=True)
-for _ in sys.stdin:
-    gpus()
+print("gpus before", gpus(), flush=True)
+meeting = Meeting.remote()
+used = ray.get([hold.remote(meeting), hold.remote(meeting)])
+print("nodes used", len(set(used)), "gpus", gpus(), flush=True)
+while gpus():
+    time.sleep(0.5)
+print("gpus after 0", flush=True)
 """
+"""Two tasks that each need all GPUs of a machine, and wait for each other."""
 
 
 @pytest.fixture
@@ -55,30 +67,19 @@ def head(tmp_path: Path) -> Iterator[Host]:
 
 
 def faked() -> dict:
-    """The project's file with what makes machines replaced, and a short idle time; types and limits are its own."""
-    config = yaml.safe_load((ROOT / "cluster" / "aws.yaml").read_text())
+    """The project's file as Ray completes it, with another maker of machines and a short idle time."""
+    config = prepare_config(yaml.safe_load((ROOT / "cluster" / "aws.yaml").read_text()))
     types = config["available_node_types"]
     types["ray.head.default"] = types.pop(config["head_node_type"])  # a name that the fake provider insists on
-    kept = {key: config[key] for key in ("cluster_name", "max_workers")}
-    return {
-        **kept, "available_node_types": types, "head_node_type": "ray.head.default", "provider": FAKE,
-        "idle_timeout_minutes": IDLE_MINUTES, "file_mounts": {}, "auth": {}, "docker": {},
-    }  # fmt: skip
+    changes = {"provider": FAKE, "idle_timeout_minutes": IDLE_MINUTES, "file_mounts": {}, "docker": {}}
+    return {**config, "head_node_type": "ray.head.default", **changes}
 
 
 def test_from_none_to_two_and_back(head: Host, tmp_path: Path) -> None:
     start = ("ray", "start", "--head", "--port=6379", f"--node-ip-address={head.address}", "--num-cpus=0")
     start += ("--object-store-memory=100000000", "--autoscaling-config=/tmp/home/aws.yaml", "--disable-usage-stats")
     head.run("env", *(f"{key}={value}" for key, value in AUTOSCALER.items()), *start)
-    demand = head.start("python", "-c", DEMAND)
-    assert demand.stdin is not None
-    assert demand.stdout is not None
-    assert demand.stdout.readline() == "gpus 0\n"
-    assert demand.stdout.readline() == "used 2\n"  # two tasks that need a whole machine each
-
-    def gpus() -> int:
-        assert demand.stdout is not None
-        print(file=demand.stdin, flush=True)
-        return int(demand.stdout.readline().split()[1])
-
-    wait_for("the nodes to go when idle", lambda: gpus() == 0, 180)
+    log = tmp_path / "log"
+    demand = head.start("python", "-c", DEMAND, log=log)
+    wait_for("nodes that come and go", lambda: demand.poll() is not None, 400)
+    assert log.read_text().splitlines()[-3:] == ["gpus before 0", "nodes used 2 gpus 8", "gpus after 0"]
