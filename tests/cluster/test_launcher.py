@@ -28,6 +28,7 @@ class Machines(Site):
 
     def start(self) -> None:
         super().start()
+        self.client.run("mkdir", "--mode=700", "/tmp/home/.ssh")
         self.client.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", KEY)
         self.client.run("sh", "-c", "umask 077; mkdir -p ~/.ray; ray get-auth-token --generate > /dev/null")
         public = self.client.run("cat", f"{KEY}.pub").stdout
@@ -78,7 +79,7 @@ class Machines(Site):
 
 def home(host: Host) -> None:
     """Makes /tmp/home the home of root, also for those who look it up."""
-    host.run("sed", "s,:/root:,:/tmp/home:,w /tmp/passwd", "/etc/passwd")
+    host.run("sh", "-c", "sed s,:/root:,:/tmp/home:, /etc/passwd > /tmp/passwd")
     host.run("mount", "--bind", "/tmp/passwd", "/etc/passwd")
 
 
