@@ -223,6 +223,7 @@ def _boot(name: str, names: Path, visible: Sequence[Path]) -> str:
         "mount -t tmpfs -o mode=1777 tmpfs /mnt",
         *binds,
         f"mount --bind {names} /etc/hosts",
+        "mount --bind /dev/null /etc/resolv.conf",  # a name that is not there is so at once
         "mount --move /mnt /tmp",
         "mount -t tmpfs -o mode=1777 tmpfs /dev/shm",
         "mkdir /tmp/home",

@@ -75,13 +75,14 @@ class Site:
 
     def submit(self, log: Path, *command: str, **environment: str) -> "Submitted":
         """`ray job submit` on the client, from a checkout."""
-        submit = ["ray", "job", "submit", "--address", self.jobs, "--working-dir", "."]
-        process = self.client.start(*submit, "--", *command, log=log, cwd=str(ROOT), **environment)
-        return Submitted(process, log)
+        submit = ("ray", "job", "submit", "--address", self.jobs, "--working-dir", ".", "--")
+        return Submitted(self.client.start(*submit, *command, log=log, cwd=str(ROOT), **environment), log)
 
     def train(self, log: Path, run: str, *flags: str) -> "Submitted":
-        """Submits a short training."""
-        return self.submit(log, "python", "jobs/train.py", *SHORT, "--data", DATA, "--out", run, *flags)
+        """Submits a short training by jobs/submit.py."""
+        train = ("jobs/train.py", *SHORT, "--data", DATA, "--out", run, *flags)
+        submit = ("python", "jobs/submit.py", "--address", self.jobs, "--")
+        return Submitted(self.client.start(*submit, *train, log=log, cwd=str(ROOT)), log)
 
     def read(self, uri: str) -> bytes | None:
         """What is in the storage."""

@@ -1,5 +1,6 @@
 """`ray up cluster/local.yaml` makes a cluster of machines with nothing but ssh on them; `ray down` ends it."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ SSHD = ("/usr/sbin/sshd", "-D", "-e", "-o", "PidFile=none", "-o", "StrictModes=n
 SSH = ("-i", KEY, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes")
 STEPS = 20
 CLUSTER = "/tmp/home/cluster.yaml"
-RAY = ("raylet/raylet", "gcs_server", "monitor.py", "dashboard")
+RAY = ("raylet/raylet", "gcs_server", "monitor.py", "dashboard", "ray::")
 
 
 class Machines(Site):
@@ -71,10 +72,9 @@ class Machines(Site):
 
     def nodes(self) -> int:
         """How many nodes are in the cluster."""
-        count = "python -c \"import ray; ray.init(log_to_driver=False); print('nodes:', len(ray.nodes()))\""
-        with_ray = f"PATH=~/u2pl-ray/.venv/bin:$PATH RAY_AUTH_MODE=token {count}"
-        said = self.ray("exec", CLUSTER, with_ray)
-        return int(said.partition("nodes: ")[2].split()[0])
+        said = self.ray("exec", CLUSTER, "RAY_AUTH_MODE=token ray status")
+        active = said.partition("Active:")[2].partition("Pending:")[0]
+        return sum(map(int, re.findall(r"^ (\d+) ", active, re.MULTILINE)))
 
 
 def home(host: Host) -> None:
@@ -109,8 +109,9 @@ def test_up_train_down(machines: Machines, tmp_path: Path) -> None:
     assert tunnel.poll() is None
 
     machines.ray("down", "--yes", CLUSTER)
-    for machine in (head, worker):
-        wait_for(f"the end of Ray on {machine.name}", lambda host=machine: not running(host), 180)
+    wait_for("the end of Ray on the head", lambda: not running(head), 60)
+    machines.ssh(worker, "~/u2pl-ray/.venv/bin/ray stop")  # which `ray down` leaves to its user
+    wait_for("the end of Ray on the worker", lambda: not running(worker), 60)
 
 
 def running(host: Host) -> list[int]:

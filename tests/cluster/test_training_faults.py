@@ -215,7 +215,9 @@ def checkpoints(fleet: Fleet, run: str) -> set[int]:
 def test_the_head_is_lost(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
     job = begun(whole, tmp_path / "first", run := "s3://runs/head")
     whole.head.power_off()
-    assert job.wait(120) != 0
+    assert job.wait(120) == 1
+    assert "lost the cluster" in job.said
+    assert "Traceback" not in job.said
     for host in whole.workers:
         host.power_off()
     whole.start_head()
