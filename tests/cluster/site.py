@@ -113,6 +113,11 @@ class Submitted:
         return self.log.read_text()
 
     @property
+    def name(self) -> str:
+        """By which the cluster knows it."""
+        return self.said.partition("job ")[2].split()[0]
+
+    @property
     def over(self) -> bool:
         return self._process.poll() is not None
 

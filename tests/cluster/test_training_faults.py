@@ -4,33 +4,20 @@ All runs are one run: same config, same data. The curve of each must be that of 
 """
 
 import json
-import os
-import re
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from pipeline.checkpoint import name
 from tests.cluster.fleet import TRAIN_WORKER, Fleet
+from tests.cluster.runs import STEPS, TWO, checkpoints, curve, held, registered, repeated, resumed_from
 from tests.cluster.site import Submitted
 from tests.hosts import Host
 from tests.processes import kill, wait_for
 
-STEPS, EVERY = 120, 10
-FLAGS = ["--optim.steps", str(STEPS), "--u2pl.warmup_steps", "5", "--run.checkpoint_every", str(EVERY)]
-TWO = [*FLAGS, "--scaling.workers", "2", "--scaling.cpus_per_worker", "1.5"]
 NOTICE = 30
 """Seconds between the notice and the end of a preempted host."""
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet(tmp_path_factory.mktemp("fleet")) as fleet:
-        yield fleet
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +27,6 @@ def calm(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     wait_for("two workers on two hosts", lambda: len(fleet.training) == 2 or job.over, 300)
     assert job.wait(600) == 0, job.said
     return curve(fleet, "s3://runs/calm")
-
-
-@pytest.fixture
-def whole(fleet: Fleet) -> Fleet:
-    """The fleet with three workers again."""
-    fleet.replace_lost()
-    return fleet
-
-
-def curve(fleet: Fleet, run: str) -> list[dict]:
-    """Step and losses of a run, as they stand in the storage."""
-    text = fleet.read(f"{run}/metrics.jsonl")
-    assert text is not None
-    records = [record for line in text.splitlines() if (record := json.loads(line))["kind"] == "train"]
-    return [{key: record[key] for key in ("step", "total", "loss", "lr")} for record in records]
-
-
-def registered(fleet: Fleet, run: str) -> bool:
-    """Whether a run has a checkpoint to go on from."""
-    return b"step_" in (fleet.read(f"{run}/checkpoint_manager_snapshot.json") or b"")
 
 
 def begun(fleet: Fleet, log: Path, run: str, *flags: str) -> Submitted:
@@ -80,11 +47,6 @@ def ended_well(fleet: Fleet, job: Submitted, run: str, calm: list[dict]) -> None
     assert summary is not None
     assert json.loads(summary)["step"] == STEPS
     assert fleet.read(f"{run}/{name(STEPS)}/state.pt")
-
-
-def resumed_from(job: Submitted) -> list[int]:
-    """The steps from which the job went on."""
-    return [int(step) for step in re.findall(r"resuming from \S+, step (\d+)", job.said)]
 
 
 class TestRefused:
@@ -185,31 +147,10 @@ def test_a_host_is_drained(whole: Fleet, calm: list[dict], tmp_path: Path) -> No
     assert repeated(job) <= STEPS / 2  # without the notice it would have been all of them
 
 
-@contextmanager
-def held(pid: int) -> Iterator[None]:
-    """Stops a process until the end of the block."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def repeated(job: Submitted) -> int:
-    """How many steps were done again."""
-    steps = [int(step) for step in re.findall(r"^step +(\d+)/", job.said, re.MULTILINE)]
-    return len(steps) - len(set(steps))
-
-
 def drain(host: Host) -> None:
     """The notice that a cloud gives before it takes a host."""
     words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
     host.run("ray", "drain-node", *words, "--deadline-remaining-seconds", str(NOTICE))
-
-
-def checkpoints(fleet: Fleet, run: str) -> set[int]:
-    """The steps of a run's whole checkpoints."""
-    return {int(found[1]) for file in fleet.files(run) if (found := re.match(r"step_(\d+)/checkpoint.json", file))}
 
 
 def test_the_head_is_lost(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
