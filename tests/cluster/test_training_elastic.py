@@ -23,12 +23,14 @@ ELASTIC += ["--optim.lr", "0.005", "--u2pl.lambda_c", "0"]
 
 
 def test_what_is_left_goes_on_and_grows(whole: Fleet, shapes: str, tmp_path: Path) -> None:
-    whole.workers.pop().power_off()  # no spare host
     job = whole.train(tmp_path / "log", run := "s3://runs/elastic", *ELASTIC, "--scaling.workers", "1..2")
     wait_for("a checkpoint", lambda: registered(whole, run) or job.over, 300)
-    whole.training[0].power_off()
+    left = whole.training[0]
+    for host in whole.workers:
+        if host is not left:  # the spare one, too
+            host.power_off()
     wait_for("one worker", lambda: counts(whole, run) == [2, 1] or job.over, 300)
-    (left,) = whole.training
+    assert whole.training == [left]
     with held(left.find(TRAIN_WORKER)[0]):  # or hundreds of steps are done before it may grow
         whole.start_workers(1)
         time.sleep(RESIZE_SECONDS)
