@@ -26,7 +26,7 @@ def test_a_killed_recipe_goes_on_where_it_was(shapes: str, s3: S3Server, ray_fol
     command = [sys.executable, "jobs/self_training.py", *FLAGS, "--data", shapes, "--out", run]
     labels = f"{run}/pseudo_labels"
     with Job(command, env, tmp_path / "first.log") as job:
-        wait_for("labels of a shard", lambda: storage.list_files(labels))
+        wait_for("labels of a shard", lambda: storage.list_files(labels), 300)
         kill(job.pid, *descendants(job.pid))
         assert not storage.exists(f"{labels}/{LABELS_FILE}"), job.said
     first = _written(labels)
