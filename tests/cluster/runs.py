@@ -54,9 +54,3 @@ def held(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-def repeated(job: Submitted) -> int:
-    """How many steps were done again."""
-    steps = [int(step) for step in re.findall(r"^step +(\d+)/", job.said, re.MULTILINE)]
-    return len(steps) - len(set(steps))

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.checkpoint import name
 from tests.cluster.fleet import TRAIN_WORKER, Fleet
-from tests.cluster.runs import STEPS, TWO, checkpoints, curve, held, registered, repeated, resumed_from
+from tests.cluster.runs import STEPS, TWO, checkpoints, curve, held, registered, resumed_from
 from tests.cluster.site import Submitted
 from tests.hosts import Host
 from tests.processes import kill, wait_for
@@ -153,7 +153,6 @@ def test_a_host_is_drained(whole: Fleet, calm: list[dict], tmp_path: Path) -> No
     ended_well(whole, job, run, calm)
     (resumed,) = resumed_from(job)
     assert 0 < resumed < STEPS
-    assert repeated(job) <= STEPS / 2  # what was trained since the last checkpoint, not all
 
 
 def drain(host: Host) -> None:
