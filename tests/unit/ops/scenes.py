@@ -1,10 +1,12 @@
-"""Pixels for the contrastive loss, and the sums of it that are quick to check."""
+"""Pixels for the contrastive loss, and its sets and sums in a form that is slow and quick to check."""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops.contrast import Pixels
+from pipeline.ops.contrast import Draws, Pixels, Rule
 
 C, D, H, W = 5, 4, 6, 7
 
@@ -56,3 +58,37 @@ def binary(anchors: Tensor, positive: Tensor, negatives: Tensor, temperature: fl
     own = F.cosine_similarity(anchors, positive[None], dim=-1) / temperature
     others = F.cosine_similarity(anchors[:, None], negatives, dim=-1) / temperature
     return -(own.sigmoid().log() + (1 - others.sigmoid()).log().mean(-1)).mean()
+
+
+class Sets(NamedTuple):
+    """Who is what: bool [C,n] each."""
+
+    anchor: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+def slow_sets(pixels: Pixels, rule: Rule) -> Sets:
+    """Paper eq. 5, 6 and 9-12, one pixel and class at a time: bool [C,n] each."""
+    classes = pixels.logits.shape[1]
+    found = Sets(*(torch.zeros(classes, pixels.label.numel(), dtype=torch.bool) for _ in range(3)))
+    for n, (b, y, x) in enumerate(places(pixels.label)):
+        p, label = pixels.logits[b, :, y, x].double().softmax(0), int(pixels.label[b, y, x])
+        for c in range(classes):
+            rank = int((p > p[c]).sum())
+            of_class = label == c and bool(pixels.reliable[b, y, x])
+            found.positive[c, n] = of_class
+            found.anchor[c, n] = of_class and bool(p[c] > rule.delta_p)
+            if b < pixels.labeled:
+                found.negative[c, n] = label not in (255, c) and rank < rule.r_l
+            else:
+                found.negative[c, n] = bool(pixels.unreliable[b, y, x]) and rule.r_l <= rank < rule.r_h
+    return found
+
+
+def draws_of(classes: int = C, anchors: int = 6, keys: int = 8, groups: int | None = None) -> Draws:
+    """Random numbers of a step; every anchor has negatives of its own unless there are fewer groups."""
+    return Draws(torch.rand(classes, anchors), torch.rand(classes, keys), torch.rand(classes, groups or anchors, 5))
+
+
+# ---- who is what ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Candidates and loss against the equations, written out pixel by pixel and with autograd."""
+"""The loss against the equations and autograd, alone and on two ranks."""
 
 import copy
 import math
@@ -14,214 +14,15 @@ from pipeline.ops.contrast import (
     Candidates,
     Draws,
     Pixels,
-    Positives,
     Rule,
-    averaged,
     candidates,
     contrastive_loss,
-    kth_largest,
-    negative_mask,
     positives,
 )
-from pipeline.ops.selection import Members
 from pipeline.ops.world import World
 from tests.unit.ops.banks import ordered
-from tests.unit.ops.scenes import C, D, H, W, binary, drawn, flat, info_nce, places, scene
+from tests.unit.ops.scenes import C, D, H, W, binary, drawn, draws_of, flat, info_nce, scene, slow_sets
 from tests.unit.ops.worlds import on_ranks
-
-RULES = [Rule(0.3, *ranks) for ranks in [(1, 2), (2, 4), (3, 20), (1, 5), (4, 5)]]
-
-
-class _Sets(NamedTuple):
-    anchor: Tensor
-    positive: Tensor
-    negative: Tensor
-
-
-def _slow_sets(pixels: Pixels, rule: Rule) -> _Sets:
-    """Paper eq. 5, 6 and 9-12, one pixel and class at a time: bool [C,n] each."""
-    classes = pixels.logits.shape[1]
-    found = _Sets(*(torch.zeros(classes, pixels.label.numel(), dtype=torch.bool) for _ in range(3)))
-    for n, (b, y, x) in enumerate(places(pixels.label)):
-        p, label = pixels.logits[b, :, y, x].double().softmax(0), int(pixels.label[b, y, x])
-        for c in range(classes):
-            rank = int((p > p[c]).sum())
-            of_class = label == c and bool(pixels.reliable[b, y, x])
-            found.positive[c, n] = of_class
-            found.anchor[c, n] = of_class and bool(p[c] > rule.delta_p)
-            if b < pixels.labeled:
-                found.negative[c, n] = label not in (255, c) and rank < rule.r_l
-            else:
-                found.negative[c, n] = bool(pixels.unreliable[b, y, x]) and rule.r_l <= rank < rule.r_h
-    return found
-
-
-def _draws(classes: int = C, anchors: int = 6, keys: int = 8, groups: int | None = None) -> Draws:
-    return Draws(torch.rand(classes, anchors), torch.rand(classes, keys), torch.rand(classes, groups or anchors, 5))
-
-
-# ---- who is what ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("labels", [None, (0, 1, 3), (2,)])
-def test_candidates_are_those_of_the_equations(rule, labels):
-    pixels = scene(labels=labels)
-    sets, draws = _slow_sets(pixels, rule), _draws()
-    found = candidates(pixels, rule, draws)
-    teacher = flat(pixels.teacher).double()
-    assert torch.equal(found.anchor_count, sets.anchor.sum(1))
-    assert torch.equal(found.positive_count, sets.positive.sum(1))
-    assert torch.equal(found.negative_count, sets.negative.sum(1))
-    keys, valid = Members(sets.negative).stratified(draws.keys)
-    assert torch.equal(found.keys_valid, valid)
-    assert ((found.anchors >= 0) & (found.anchors < 3 * H * W)).all()
-    for c in range(C):
-        assert torch.equal(found.keys[c][valid[c]], keys[c][valid[c]])
-        torch.testing.assert_close(
-            found.positive_sum[c].double(), teacher[sets.positive[c]].sum(0), rtol=1e-5, atol=1e-5
-        )
-        if sets.anchor[c].any():
-            assert found.anchors[c].tolist() == drawn(sets.anchor[c], draws.anchors[c])
-    assert sets.anchor.any()
-    assert sets.negative.any()
-
-
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_negative_mask_is_that_of_the_equations(rule):
-    pixels = scene(seed=1)
-    found = negative_mask(pixels, rule)
-    assert found.dtype == torch.uint8
-    assert torch.equal(found.bool(), _slow_sets(pixels, rule).negative)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32])
-def test_labels_may_have_any_type(dtype):
-    pixels, rule, draws = scene(), RULES[1], _draws()
-    other = candidates(pixels._replace(label=pixels.label.to(dtype)), rule, draws)
-    for one, two in zip(candidates(pixels, rule, draws), other, strict=True):
-        assert torch.equal(one, two)
-
-
-def test_teacher_maps_may_be_half_precision_and_in_channels_last_layout():
-    pixels, rule, draws = scene(), RULES[1], _draws()
-    low = pixels._replace(logits=pixels.logits.bfloat16(), teacher=pixels.teacher.bfloat16())
-    high = pixels._replace(logits=low.logits.float(), teacher=low.teacher.float())
-    low = low._replace(teacher=low.teacher.to(memory_format=torch.channels_last))
-    for one, two in zip(candidates(low, rule, draws), candidates(high, rule, draws), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-2, atol=5e-2)
-    assert candidates(low, rule, draws).positive_sum.dtype == torch.float32
-
-
-@pytest.mark.parametrize("labeled", [0, 1, 3])
-def test_how_many_images_are_labeled(labeled):
-    pixels = scene()._replace(labeled=labeled)
-    assert torch.equal(negative_mask(pixels, RULES[1]).bool(), _slow_sets(pixels, RULES[1]).negative)
-
-
-def test_no_labeled_pixel_is_negative_and_anchor_of_one_class():
-    pixels, rule = scene(), Rule(0.0, 2, 5)
-    negative = negative_mask(pixels, rule).view(C, 3, H, W)[:, 0].bool()
-    own = pixels.label[0] == torch.arange(C).view(-1, 1, 1)
-    assert not (negative & own).any()
-    assert negative.any()
-
-
-def test_ignored_pixels_are_in_no_set():
-    """Even if the caller calls them reliable."""
-    pixels, draws = scene(), _draws(anchors=200, keys=200)
-    ignored = (pixels.label == 255).flatten()
-    reliable = pixels.reliable | (pixels.label == 255)
-    found = candidates(pixels._replace(reliable=reliable), RULES[2], draws)
-    assert torch.equal(found.positive_count, candidates(pixels, RULES[2], draws).positive_count)
-    assert not ignored[found.keys[found.keys_valid]].any()
-    assert not ignored[found.anchors[found.anchor_count > 0]].any()
-
-
-def test_a_pixel_without_a_probability_is_no_anchor():
-    pixels = scene(labels=(1,))
-    found = candidates(pixels._replace(logits=torch.full((3, C, H, W), torch.nan)), RULES[1], _draws())
-    assert not found.anchor_count.any()
-
-
-@pytest.mark.parametrize("classes", [*range(1, 22), 60, 150])
-def test_kth_largest_is_that_of_a_sort(classes):
-    """Both ways of finding it: up to 21 classes and at the ends of many, by insertion; else by `topk`."""
-    torch.manual_seed(classes)
-    ranks = range(1, classes + 1) if classes < 60 else (1, 3, 4, 8, 9, classes // 2, classes - 20, classes - 3, classes)
-    for values in (torch.randn(2, classes, 3, 4), torch.randint(0, 4, (2, classes, 3, 4)).float()):
-        ordered_values = values.sort(1, descending=True).values
-        for k in ranks:
-            assert torch.equal(kth_largest(values, k), ordered_values[:, k - 1])
-
-
-def test_classes_of_equal_scores_have_equal_ranks():
-    """Three classes lead together: none is outranked by another, so all of them are likely for r_l = 1."""
-    pixels = scene()
-    logits = torch.tensor([2.0, 2.0, 2.0, 1.0, 0.0]).view(1, C, 1, 1).expand(3, -1, H, W)
-    for rule in RULES:
-        tied = pixels._replace(logits=logits)
-        assert torch.equal(negative_mask(tied, rule).bool(), _slow_sets(tied, rule).negative)
-
-
-# ---- prototypes over ranks --------------------------------------------------------------------------------------
-
-
-def _found(counts: list[int], anchors: list[int], sums: Tensor) -> Candidates:
-    """What a rank found, as far as prototypes and weights go."""
-    nothing = torch.zeros(len(counts), 0, dtype=torch.long)
-    count, anchor = torch.tensor(counts), torch.tensor(anchors)
-    return Candidates(nothing, anchor, sums, count, nothing, nothing.bool(), anchor)
-
-
-def test_prototypes_are_the_means_over_all_ranks():
-    rule, draws = RULES[1], _draws()
-    scenes = [scene(seed=0, labels=(0, 1, 3)), scene(seed=1, labels=(1, 2))]
-    results = on_ranks(2, lambda w: positives(candidates(scenes[w.rank], rule, draws), w))
-    sets = [_slow_sets(pixels, rule).positive for pixels in scenes]
-    features = [flat(pixels.teacher) for pixels in scenes]
-    for found in results:
-        for c in range(C):
-            members = torch.cat([f[s[c]] for f, s in zip(features, sets, strict=True)])
-            assert found.pixels[c] == len(members)
-            expected = members.mean(0) if len(members) else torch.zeros(D)
-            torch.testing.assert_close(found.mean[c], expected, rtol=1e-5, atol=1e-6)
-    assert results[0].pixels[4] == 0
-    assert not results[0].mean[4].any()
-
-
-def test_alone_a_class_with_anchors_weighs_1():
-    found = positives(_found([5, 5, 0, 3], [2, 0, 0, 3], torch.zeros(4, D)), World())
-    assert found.weight.tolist() == [1, 0, 0, 1]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_mean_over_ranks_expects_what_one_draw_from_all_does(ranks):
-    """Each rank's mean over its own candidates, times its weight."""
-    torch.manual_seed(0)
-    counts = torch.tensor([[4, 0, 1, 0], [1, 3, 0, 0], [7, 5, 0, 0]])[:ranks]
-    values = [[torch.rand(int(n)) for n in own] for own in counts]
-    weights = [
-        p.weight
-        for p in on_ranks(ranks, lambda w: positives(_found([9] * 4, counts[w.rank].tolist(), torch.zeros(4, D)), w))
-    ]
-    for c in range(4):
-        everything = torch.cat([own[c] for own in values])
-        mean = sum(weights[r][c] * own[c].mean() for r, own in enumerate(values) if len(own[c])) / ranks
-        torch.testing.assert_close(
-            torch.as_tensor(mean, dtype=torch.float32), everything.mean() if len(everything) else torch.tensor(0.0)
-        )
-        assert all(weights[r][c] == 0 for r in range(ranks) if counts[r, c] == 0)
-
-
-def test_averaged_moves_only_the_classes_that_are_present():
-    previous, mean = torch.randn(3, D), torch.randn(3, D)
-    current = Positives(mean, torch.tensor([4.0, 0.0, 1.0]), torch.zeros(3))
-    found = averaged(previous, current, torch.tensor(0.75))
-    torch.testing.assert_close(found[[0, 2]], 0.75 * previous[[0, 2]] + 0.25 * mean[[0, 2]])
-    assert torch.equal(found[1], previous[1])
-    assert torch.equal(averaged(previous, current, torch.tensor(0.0))[[0, 2]], mean[[0, 2]])
-
 
 # ---- the loss ---------------------------------------------------------------------------------------------------
 
@@ -237,7 +38,7 @@ RULE = Rule(0.3, 2, 4)
 
 def _run(pixels: Pixels, bank: MemoryBank, *, rule: Rule = RULE, draws: Draws | None = None, l_b: bool = False) -> _Run:
     torch.manual_seed(0)
-    draws = draws or _draws(pixels.logits.shape[1])
+    draws = draws or draws_of(pixels.logits.shape[1])
     found = candidates(pixels, rule, draws)
     loss = contrastive_loss(pixels, found, positives(found, World()), bank, draws, 0.5, World(), binary=l_b)
     return _Run(loss, found, draws)
@@ -245,7 +46,7 @@ def _run(pixels: Pixels, bank: MemoryBank, *, rule: Rule = RULE, draws: Draws | 
 
 def _expected(pixels: Pixels, draws: Draws, bank: MemoryBank, l_b: bool = False) -> Tensor:
     """The loss from the classes that have everything; `bank` is that after the push."""
-    sets = _slow_sets(pixels, RULE)
+    sets = slow_sets(pixels, RULE)
     student, teacher = flat(pixels.student), flat(pixels.teacher)
     present = [c for c in range(C) if sets.positive[c].any()]
     total, sharing = pixels.student.sum() * 0, draws.anchors.shape[1] // draws.negatives.shape[1]
@@ -268,7 +69,7 @@ def test_contrastive_loss_with_absent_classes(labels, groups, l_b):
     for _ in range(2):  # the second time, the bank is full of both scenes
         one.student.grad = two.student.grad = None
         torch.manual_seed(3)
-        run = _run(one, bank, draws=_draws(groups=groups), l_b=l_b)
+        run = _run(one, bank, draws=draws_of(groups=groups), l_b=l_b)
         expected = _expected(two, run.draws, bank, l_b)
         run.loss.backward()
         expected.backward()
@@ -301,7 +102,7 @@ def test_a_class_without_keys_adds_nothing_but_counts():
 def test_new_keys_are_pushed_before_the_draw_and_are_the_teachers():
     pixels, bank = scene(), MemoryBank([300] * C, D)
     _run(pixels, bank)
-    negative = _slow_sets(pixels, RULE).negative
+    negative = slow_sets(pixels, RULE).negative
     assert torch.equal(bank.count, negative.sum(1).clamp_max(8))
     unit = F.normalize(flat(pixels.teacher), dim=-1)
     for c in range(C):
@@ -394,7 +195,7 @@ def test_two_ranks_have_the_keys_and_the_gradient_of_one(seed, l_b):
     classes, rule = 3, Rule(0.3, 1, 2)
     whole = _four_images(classes, seed)
     parts = [_share(whole, rank) for rank in range(2)]
-    everything = [_slow_sets(pixels, rule) for pixels in (whole, *parts)]
+    everything = [slow_sets(pixels, rule) for pixels in (whole, *parts)]
     anchors = math.lcm(*(max(1, int(n)) for sets in everything for n in sets.anchor.sum(1)))
     negatives = math.lcm(*(max(1, int(n)) for n in everything[0].negative.sum(1)))
     assert anchors * negatives < 3e6
