@@ -1,4 +1,4 @@
-"""A small Ray head with a job server and a token, as `ray start` makes it, and nodes beside it."""
+"""Nodes of a Ray cluster, all on this machine: the commands that start them, and a head with a token of its own."""
 
 import os
 import secrets
@@ -11,7 +11,25 @@ from pathlib import Path
 from tests.processes import descendants, kill, wait_for
 from tests.s3 import free_ports
 
-_SMALL = ["--block", "--num-cpus=1", "--object-store-memory=80000000", "--dashboard-agent-listen-port=0"]
+_PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
+
+
+def head_command(gcs: int, *, cpus: float, dashboard: int | None = None) -> list[str]:
+    """A head on port `gcs`, with a job server on port `dashboard`."""
+    client, *_ = free_ports(1)
+    shown = ["--include-dashboard=false"] if dashboard is None else [f"--dashboard-port={dashboard}"]
+    return [*_started(cpus), "--head", f"--port={gcs}", f"--ray-client-server-port={client}", *shown]
+
+
+def node_command(gcs: int, *, cpus: float) -> list[str]:
+    """A node that joins the head on port `gcs`."""
+    return [*_started(cpus), f"--address=127.0.0.1:{gcs}"]
+
+
+def _started(cpus: float) -> list[str]:
+    command = ["ray", "start", "--block", f"--num-cpus={cpus:g}", "--node-ip-address=127.0.0.1"]
+    command += ["--object-store-memory=200000000", "--disable-usage-stats"]
+    return command + [f"--{name}={port}" for name, port in zip(_PORTS, free_ports(len(_PORTS)), strict=True)]
 
 
 class Head:
@@ -38,22 +56,22 @@ class Head:
 
     def __enter__(self) -> "Head":
         port, dashboard = self.gcs.rpartition(":")[2], self.url.rpartition(":")[2]
-        self._start("head", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}")
+        self._start("head", head_command(int(port), cpus=1, dashboard=int(dashboard)))
         wait_for("the job server", self._answers, 300)
         return self
 
     def add_node(self, name: str) -> str:
         """Starts a further node; returns its temporary directory."""
-        return self._start(name, f"--address={self.gcs}", "--node-ip-address=127.0.0.1")
+        return self._start(name, node_command(int(self.gcs.rpartition(":")[2]), cpus=1))
 
     def __exit__(self, *error: object) -> None:
         for process in self._processes:
             kill(*descendants(process.pid), process.pid)
             process.wait()
 
-    def _start(self, name: str, *flags: str) -> str:
+    def _start(self, name: str, command: list[str]) -> str:
         folder = str(self.folder / name)
-        command = ["ray", "start", *flags, f"--temp-dir={folder}", *_SMALL, "--disable-usage-stats"]
+        command = [*command, f"--temp-dir={folder}"]
         with (self.folder / f"{name}.log").open("wb") as log:
             self._processes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
         return folder

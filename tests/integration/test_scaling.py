@@ -7,17 +7,13 @@ import sys
 from pathlib import Path
 
 from pipeline import storage
+from tests.heads import head_command, node_command
 from tests.jobs import Job, environment, has_checkpoint, records, train_command
-from tests.nodes import head_command, node_command
 from tests.processes import descendants, kill, wait_for
 from tests.s3 import S3Server, free_ports
 
-QUICK = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-}
-"""Losses and notices are seen soon."""
+QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+"""Losses are seen soon."""
 ONE_EACH = ["--scaling.workers", "1..2", "--scaling.cpus_per_worker", "0.7"]
 """Nodes of one CPU hold one worker and a reading task."""
 EVERY = 200

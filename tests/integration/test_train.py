@@ -19,8 +19,8 @@ from pipeline.methods import OPTIONS
 from pipeline.training.hosts import PlainHost
 from pipeline.training.launch import launch
 from pipeline.training.loop import train
+from tests.heads import head_command
 from tests.jobs import SHORT, Job, environment, has_checkpoint, load, records, train_command
-from tests.nodes import head_command
 from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server, free_ports
 
