@@ -22,7 +22,7 @@ def sized(trials: Sequence[Trial]) -> tuple[list[Trial], int]:
     cpus = sum(machine.cpus for machine in possible)
     for trial in trials:
         config = trial.config
-        if config.scaling.workers == "auto" and not worker_gpus(config):
+        if config.scaling.workers == "auto" and not worker_gpus(config, possible):
             config = replace(config, scaling=replace(config.scaling, workers="1"))
         workers = workers_of(config)
         fewest = workers.counts[0]

@@ -6,7 +6,7 @@ from typing import Any
 import ray
 from ray._private.state import state  # no public way to the nodes that are about to be taken away
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
@@ -33,9 +33,9 @@ def scaling_config(workers: Workers) -> ScalingConfig:
 class Trainer(TorchTrainer):
     """A TorchTrainer whose number of workers, where it may change, is always one that shares the batch."""
 
-    def __init__(self, *args: Any, workers: Workers, run_config: RunConfig, **options: Any) -> None:
+    def __init__(self, *args: Any, workers: Workers, **options: Any) -> None:
         """Args: workers: numbers and resources; the other arguments are those of `TorchTrainer`."""
-        super().__init__(*args, scaling_config=scaling_config(workers), run_config=run_config, **options)
+        super().__init__(*args, scaling_config=scaling_config(workers), **options)
         self._workers = workers
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
@@ -89,8 +89,3 @@ class SharesPolicy(ElasticScalingPolicy):
         except RayError:  # busy, or being started anew: the next look will tell
             return None
         return self._latest_reserved_resources
-
-
-def failure_config(max_failures: int) -> FailureConfig:
-    """Lost workers are replaced `max_failures` times; machines that were taken away with notice are not counted."""
-    return FailureConfig(max_failures=max_failures, max_preemption_failures=-1)

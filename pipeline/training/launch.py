@@ -274,7 +274,7 @@ def _fit(config: Config, workers: Workers, callbacks: Sequence[Any]) -> dict[str
 
     # these import Ray, which must not happen before `connect`
     from pipeline.training.console import LostWorkers, relayed
-    from pipeline.training.elastic import Trainer, failure_config
+    from pipeline.training.elastic import Trainer
     from pipeline.training.worker import work
 
     assert config.out is not None
@@ -291,7 +291,10 @@ def _fit(config: Config, workers: Workers, callbacks: Sequence[Any]) -> dict[str
                 storage_path=parent,
                 storage_filesystem=filesystem,
                 callbacks=[LostWorkers(console), *callbacks],
-                failure_config=failure_config(config.run.max_failures),
+                # nodes that were taken away with notice are not counted
+                failure_config=ray.train.FailureConfig(
+                    max_failures=config.run.max_failures, max_preemption_failures=-1
+                ),
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="max"
                 ),

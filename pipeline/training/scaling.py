@@ -13,8 +13,6 @@ from pipeline.methods import METHODS
 
 CPUS_PER_WORKER = 0.5
 """Of a worker without a GPU, so that Ray Data keeps some."""
-
-
 EPSILON = 1e-6
 """For whole parts of quotients: 1 / 0.1 workers are ten."""
 
@@ -51,8 +49,9 @@ def workers_of(config: Config) -> Workers:
     possible, spare = cluster.possible_machines(), spare_cpus(config)
     if not sum(machine.cpus for machine in possible):
         raise UserError("no node of the cluster has CPUs for work yet: wait until `ray status` shows some")
-    counts, gpus = worker_counts(config), worker_gpus(config)
-    workers = Workers(counts, worker_cpus(config), gpus, spare)
+    gpus = worker_gpus(config, possible)
+    counts = worker_counts(config, possible, gpus)
+    workers = Workers(counts, worker_cpus(config, possible, gpus), gpus, spare)
     if counts[0] > places(possible, workers):
         raise UserError(
             f"{counts[0]} workers with {workers.cpus:g} CPUs each leave no {spare:g} for reading on a cluster of "
@@ -89,20 +88,26 @@ def gpu_slots(machines: Sequence[Machine], share: float) -> int:
     return sum(int(machine.gpus / share + EPSILON) for machine in machines)
 
 
-def worker_gpus(config: Config) -> float:
+def worker_gpus(config: Config, possible: Sequence[Machine]) -> float:
     """GPUs of each worker: none on a cluster that has none and cannot get any."""
-    return config.scaling.gpus_per_worker if any(each.gpus for each in cluster.possible_machines()) else 0.0
+    return config.scaling.gpus_per_worker if any(machine.gpus for machine in possible) else 0.0
 
 
-def worker_counts(config: Config) -> tuple[int, ...]:
+def worker_counts(config: Config, possible: Sequence[Machine], share: float) -> tuple[int, ...]:
     """Numbers of workers that share the global batch equally, ascending.
+
+    Args:
+        config: of the run.
+        possible: nodes that the cluster has or can get.
+        share: GPUs of each worker.
 
     Raises:
         UserError: the asked numbers do not divide the batch, or the cluster has not so many GPUs.
     """
-    allowed, share = allowed_counts(config), worker_gpus(config)
+    allowed = allowed_counts(config)
     if config.scaling.workers == "auto":
-        return (max(n for n in allowed if n <= _natural_limit(share)),)
+        limit = _natural_limit(possible, share)
+        return (max(n for n in allowed if n <= limit),)
     fewest, most = config.scaling.limits()
     counts = tuple(n for n in allowed if fewest <= n <= most)
     if not counts:
@@ -110,13 +115,13 @@ def worker_counts(config: Config) -> tuple[int, ...]:
             f"scaling.workers {config.scaling.workers} does not share the batch equally (unlabeled images in pairs)"
             f"; choose from {', '.join(map(str, allowed))}"
         )
-    slots = gpu_slots(cluster.possible_machines(), share) if share else counts[0]
+    slots = gpu_slots(possible, share) if share else counts[0]
     if counts[0] > slots:
         raise UserError(f"scaling.workers {config.scaling.workers}: the cluster has {slots * share:g} GPUs")
     return counts
 
 
-def _natural_limit(share: float) -> int:
+def _natural_limit(possible: Sequence[Machine], share: float) -> int:
     """Most workers that nobody asked for: one per GPU that is up, else two.
 
     Raises:
@@ -127,7 +132,7 @@ def _natural_limit(share: float) -> int:
         return min(2, max(1, int(sum(machine.cpus for machine in up))))
     slots = gpu_slots(up, share)
     if not slots:
-        most = gpu_slots(cluster.possible_machines(), share)
+        most = gpu_slots(possible, share)
         raise UserError(f"the cluster has no GPU yet and can get {most}: say how many, as --scaling.workers 8")
     return slots if share == 1 else 1
 
@@ -138,19 +143,24 @@ def spare_cpus(config: Config) -> float:
     return reading + (DECODE_CPUS if config.run.decode == "cluster" else 0.0)
 
 
-def worker_cpus(config: Config) -> float:
+def worker_cpus(config: Config, possible: Sequence[Machine], share: float) -> float:
     """CPUs to reserve per worker.
 
     Beside a GPU at most 4, and at most what falls to that GPU on the node with the fewest, less what the run needs
     beside its workers: so every GPU can have a worker of this run or of another one.
 
+    Args:
+        config: of the run.
+        possible: nodes that the cluster has or can get.
+        share: GPUs of each worker.
+
     Raises:
         UserError: none would be left.
     """
-    share, wanted = worker_gpus(config), config.scaling.cpus_per_worker
+    wanted = config.scaling.cpus_per_worker
     if not share:
         return wanted or CPUS_PER_WORKER
-    nodes = [node for node in cluster.possible_machines() if node.gpus]
+    nodes = [node for node in possible if node.gpus]
     fair = min(node.cpus / max(1, gpu_slots([node], share)) for node in nodes) - spare_cpus(config)
     if not wanted and fair <= 0:
         raise UserError(f"the nodes have too few CPUs for their GPUs: {fair + spare_cpus(config):g} for each worker")

@@ -12,7 +12,7 @@ from tests.hosts import unavailable
 def _hosts() -> None:
     reason = unavailable()
     if reason:
-        pytest.skip(reason)
+        pytest.skip(reason)  # no root, no namespaces in this kernel, or a program that is named with its package
 
 
 @pytest.fixture(scope="session")

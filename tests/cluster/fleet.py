@@ -18,7 +18,6 @@ QUICK = {
     "RAY_health_check_timeout_ms": "4000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_worker_niceness": "0",
 }
 """A lost host is noticed after seconds, not half a minute; whatever else the machine does takes no precedence."""

@@ -87,7 +87,7 @@ def home(host: Host) -> None:
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     reason = unavailable(SSH_PROGRAMS)
     if reason:
-        pytest.skip(reason)
+        pytest.skip(reason)  # ssh, sshd or rsync: hosts can be made without them, the launcher cannot be tried
     with Machines(tmp_path_factory.mktemp("machines")) as machines:
         yield machines
 

@@ -7,7 +7,7 @@ from pipeline.cluster import Machine
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
-from pipeline.training.scaling import Workers, allowed_counts, places, worker_cpus, workers_of
+from pipeline.training.scaling import Workers, allowed_counts, places, workers_of
 
 
 def _config(*flags: str) -> Config:
@@ -117,7 +117,7 @@ def test_a_share_of_a_gpu_is_for_one_worker(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_cpus_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, method: str, up: str, cpus: float) -> None:
     _pretend(monkeypatch, up)
-    assert worker_cpus(_config("--method", method)) == cpus
+    assert workers_of(_config("--method", method)).cpus == cpus
 
 
 @pytest.mark.parametrize(
