@@ -53,9 +53,13 @@ def test_a_run_shrinks_and_grows(shapes: str, s3: S3Server, ray_folder: str, tmp
 
 
 def _repeated(said: str) -> list[int]:
-    """How many steps were done again at each resume."""
-    steps = [int(step) for step in re.findall(r"^step +(\d+)/", said, re.MULTILINE)]
-    return [1 + before - after for before, after in itertools.pairwise(steps) if after <= before]
+    """How many steps were done again at each resume; none if it was right after the checkpoint."""
+    before, repeated = 0, []
+    for step, resumed in re.findall(r"^step +(\d+)/|^resuming from \S+, step (\d+)", said, re.MULTILINE):
+        if resumed:
+            repeated.append(before - int(resumed))
+        before = int(step or resumed)
+    return repeated
 
 
 def _nodes(env: dict[str, str], count: int) -> list[str]:
