@@ -217,6 +217,10 @@ WORK = """
 import json, sys, time, ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 ray.init(address=sys.argv[1], log_to_driver=False)
+deadline = time.time() + 180
+while not any(node["Alive"] and node["NodeID"] == sys.argv[2] for node in ray.nodes()):  # its process came first
+    assert time.time() < deadline, "the node has not joined"
+    time.sleep(0.1)
 
 @ray.remote(num_cpus=1)
 class Work:
@@ -225,7 +229,6 @@ class Work:
 
 work = Work.options(scheduling_strategy=NodeAffinitySchedulingStrategy(sys.argv[2], soft=False)).remote()
 print(ray.get(work.start.remote()), flush=True)
-deadline = time.time() + 180
 while not (found := ray._private.state.state.get_draining_nodes()) and time.time() < deadline:
     time.sleep(0.2)
 print(json.dumps(found), flush=True)
