@@ -108,7 +108,6 @@ def _environment(*, token: bool) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 s that some clouds leave, 5 are many
-        "TUNE_FORCE_TRIAL_CLEANUP_S": "5",  # a trial that is stopped early has workers that must end, too
         "RAY_AIR_NEW_OUTPUT": "0",  # Tune's: it prints tables even when told not to
         "RAY_worker_maximum_startup_concurrency": "16",  # of processes that mostly wait; beyond 4 x it Ray warns
     }.items():

@@ -80,9 +80,8 @@ class Site:
 
     def train(self, log: Path, run: str, *flags: str) -> "Submitted":
         """Submits a short training by jobs/submit.py."""
-        train = ("jobs/train.py", *SHORT, "--data", DATA, "--out", run, *flags)
         submit = ("python", "jobs/submit.py", "--address", self.jobs, "--")
-        return Submitted(self.client.start(*submit, *train, log=log, cwd=str(ROOT)), log)
+        return Submitted(self.client.start(*submit, *training(run, *flags), log=log, cwd=str(ROOT)), log)
 
     def read(self, uri: str) -> bytes | None:
         """What is in the storage."""
@@ -100,6 +99,11 @@ class Site:
         assert self._look.stdout is not None
         print(json.dumps({"do": do, "uri": uri}), file=self._look.stdin, flush=True)
         return json.loads(self._look.stdout.readline())
+
+
+def training(run: str, *flags: str) -> tuple[str, ...]:
+    """The job of a short training."""
+    return "jobs/train.py", *SHORT, "--data", DATA, "--out", run, *flags
 
 
 class Submitted:

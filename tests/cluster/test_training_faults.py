@@ -12,7 +12,7 @@ import pytest
 from pipeline.checkpoint import name
 from tests.cluster.fleet import TRAIN_WORKER, Fleet
 from tests.cluster.runs import STEPS, TWO, checkpoints, curve, held, registered, resumed_from
-from tests.cluster.site import Submitted
+from tests.cluster.site import Submitted, training
 from tests.hosts import Host
 from tests.processes import kill, wait_for
 
@@ -22,8 +22,9 @@ NOTICE = 30
 
 @pytest.fixture(scope="module")
 def calm(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What the undisturbed run tells of its steps."""
-    job = fleet.train(tmp_path_factory.mktemp("calm") / "log", "s3://runs/calm", *TWO)
+    """What the undisturbed run tells of its steps; the others are submitted by jobs/submit.py."""
+    log = tmp_path_factory.mktemp("calm") / "log"
+    job = fleet.submit(log, "python", *training("s3://runs/calm", *TWO))
     wait_for("two workers on two hosts", lambda: len(fleet.training) == 2 or job.over, 300)
     assert job.wait(600) == 0, job.said
     return curve(fleet, "s3://runs/calm")
