@@ -64,6 +64,11 @@ class Row:
         """Their best evaluations."""
         return spread([run.progress.best.value for run in self.finished(split) if run.progress.best])
 
+    def distance(self, other: "Row") -> int:
+        """In how many settings two rows differ, beside options of methods."""
+        shared = [name for name in self.options if not name.startswith("methods.")]
+        return sum(self.options[name] != other.options[name] for name in shared)
+
     @property
     def budget(self) -> tuple[Any, ...]:
         """The settings that `BUDGET` names."""
@@ -94,19 +99,21 @@ class Comparison:
         return sorted({run.config.split for run in self.runs}, key=lambda name: (self.fraction(name) or 2.0, name))
 
     def fraction(self, split: str) -> float | None:
-        """The share of the images that is labeled, 0..1; None if nothing tells."""
-        if split in FRACTIONS:
-            return 1 / FRACTIONS[split]
+        """The share of the dataset's images that is labeled, 0..1; None if nothing tells.
+
+        The name of a split is asked last: in VOC's classic protocol 1_16 is a sixteenth of the 1464 that have masks.
+        """
         counts = [run.about for run in self.runs if run.config.split == split]
-        shares = [a.labeled / (a.labeled + a.unlabeled) for a in counts if a.labeled and a.unlabeled]
-        return shares[0] if shares else None
+        shares = [a.labeled / (a.labeled + a.unlabeled) for a in counts if a.labeled and a.unlabeled is not None]
+        return shares[0] if shares else 1 / FRACTIONS[split] if split in FRACTIONS else None
 
     def gain(self, row: Row, split: str) -> float | None:
-        """Points of mIoU, last evaluation, over the baseline of the same split and budget.
+        """Points of mIoU, last evaluation, over the baseline of the same split and budget, the nearest of several.
 
         The mean over the seeds that both have finished, as another seed is more than a small change; None without any.
         """
-        over = next((each for each in self.rows if each.method == BASELINE and each.budget == row.budget), None)
+        bases = [each for each in self.rows if each.method == BASELINE and each.budget == row.budget]
+        over = min((each for each in bases if each.finished(split)), key=row.distance, default=None)
         if over is None or row.method == BASELINE:
             return None
         base, own = _by_seed(over, split), _by_seed(row, split)
@@ -124,8 +131,7 @@ class Comparison:
             others = [row for row in there if row.method != BASELINE]
             usual = [row for row in others if row.method == SUBJECT] or sorted(others, key=lambda r: -_mean(r, split))
             if usual:
-                pair = [*([base] if base else []), usual[0]]
-                return [(row, row.finished(split)[0]) for row in pair]
+                return _of_one_seed([*([base] if base else []), usual[0]], split)
         return [(row, row.finished(split)[0]) for row in self.rows for split in self.splits if row.finished(split)][:1]
 
     def missing(self) -> list[tuple[Row, str, list[Run], list[int]]]:
@@ -147,6 +153,8 @@ class Comparison:
         found += [self._lists(split) for split in self.splits]
         versions = ((run.about.version, run.uri) for run in self.runs if run.about.version)
         found.append(_differing("The program's version", versions))
+        pools = ((run.config.data.pool_generations, run.uri) for run in self.runs if run.config.data.pool_generations)
+        found.append(_differing("How much of the unlabeled pools was there (data.pool_generations)", pools))
         if self.doubles:
             found.append(f"Left out, as others have the same method, settings, split and seed: {_some(self.doubles)}")
         return [note for note in found if note]
@@ -157,6 +165,13 @@ class Comparison:
     def _lists(self, split: str) -> str:
         runs = [run for run in self.runs if run.config.split == split and run.about.digest]
         return _differing(f"The list of split {split}", ((run.about.digest, run.uri) for run in runs))
+
+
+def _of_one_seed(rows: Sequence[Row], split: str) -> list[tuple[Row, Run]]:
+    """A finished run of each row, of a seed that all have if there is one."""
+    runs = [{run.config.seed: run for run in row.finished(split)} for row in rows]
+    common = sorted(set[int].intersection(*map(set, runs)))
+    return [(row, found[common[0] if common else min(found)]) for row, found in zip(rows, runs, strict=True)]
 
 
 def _by_seed(row: Row, split: str) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -15,41 +16,59 @@ from pipeline.report.runs import sections
 
 LEGEND = (
     "Last and best evaluation of finished runs, mean over seeds with the sample's standard deviation. In brackets the "
-    "gain: points of mIoU over SupOnly on the same split with the same steps, labeled batch and backbone, mean over "
-    "the seeds that both have."
+    "gain: points of mIoU over SupOnly on the same split with the same steps, labeled batch and backbone (of several "
+    "such rows the one with the fewest other differences), mean over the seeds that both have."
 )
 PICTURE = (
     "Validation images. Entropy: bright where the right-most method is unsure. Reliable: the four fifths of the shown "
     "pixels with the lowest entropy, as U2PL parts them at its start."
 )
 
-Picture = np.ndarray | str
-"""uint8 [h,w,3], or why there is none."""
+
+class Drawn(NamedTuple):
+    """What networks see."""
+
+    pixels: np.ndarray
+    """uint8 [h,w,3]"""
+    networks: str
+    """Which ones, in words."""
 
 
-def as_page(comparisons: Sequence[Comparison], pictures: Mapping[int, Picture]) -> str:
+Picture = Drawn | str
+"""Or why there is none."""
+
+
+def as_page(
+    comparisons: Sequence[Comparison], pictures: Mapping[int, Picture], failed: Mapping[str, str] | None = None
+) -> str:
     """One HTML file with everything in it.
 
     Args:
-        comparisons: at least one.
+        comparisons: of the runs.
         pictures: what networks see, by place of the comparison; those that nobody asked for are missing.
+        failed: of a sweep, why each failed trial did, by name.
     """
     parts = [_section(each, f"c{at}", pictures.get(at)) for at, each in enumerate(comparisons)]
-    return html_page(_title(comparisons), f"<p>{escape(LEGEND)}</p>\n" + "".join(parts))
+    table = html_table(_failed(failed), 2) if failed else ""
+    return html_page(_title(comparisons), f"<p>{escape(LEGEND)}</p>\n{table}" + "".join(parts))
 
 
-def as_markdown(comparisons: Sequence[Comparison]) -> str:
+def as_markdown(comparisons: Sequence[Comparison], failed: Mapping[str, str] | None = None) -> str:
     """The page's tables and notes."""
-    blocks = [f"# {_plain(_title(comparisons))}", LEGEND]
+    blocks = [f"# {_plain(_title(comparisons))}", LEGEND, *([_markdown(_failed(failed))] if failed else [])]
     for each in comparisons:
         known = published(each)
         blocks.append(f"## {_plain(results.headline(each))}")
         blocks += ["\n".join(f"- {_plain(note)}" for note in each.notes())] if each.notes() else []
         blocks += [_markdown(table) for table in results.tables(each)]
-        blocks += [known.recipe] if known else []
+        blocks += [_plain(results.recipes(each, known))] if known else []
         blocks += [_markdown(table) for split in each.splits if (table := results.classes(each, split)).rows]
         blocks += [_markdown(results.production(each)), _plain(results.cost(each))]
     return "\n\n".join(blocks) + "\n"
+
+
+def _failed(failed: Mapping[str, str]) -> Table:
+    return Table("Failed trials", ("trial", "why"), [[*each] for each in failed.items()])
 
 
 def _title(comparisons: Sequence[Comparison]) -> str:
@@ -63,7 +82,7 @@ def _section(comparison: Comparison, name: str, picture: Picture | None) -> str:
     if chart:  # where there is room, beside the first table
         tables[0] = f'<div class="side"><div>{tables[0]}</div>{chart}</div>\n'
     parts = [f"<h2>{escape(results.headline(comparison))}</h2>\n", html_list("Notes", comparison.notes(), 3), *tables]
-    parts += [f"<p>{escape(known.recipe)}</p>\n" if known else ""]
+    parts += [f"<p>{escape(results.recipes(comparison, known))}</p>\n" if known else ""]
     for at, split in enumerate(comparison.splits):
         parts.append(_split(comparison, split, f"{name}-{at}", opened=at == 0))
     return "".join([*parts, _picture(picture), _production(comparison)])
@@ -82,8 +101,8 @@ def _picture(picture: Picture | None) -> str:
         return ""
     if isinstance(picture, str):
         return f"<h3>What the networks see</h3>\n<p>No pictures: {escape(picture)}</p>\n"
-    alt = f"A grid with one validation image a row. {PICTURE}"
-    figure = html_figure(picture, alt, escape(PICTURE))
+    alt = f"A grid with one validation image a row. {picture.networks} {PICTURE}"
+    figure = html_figure(picture.pixels, alt, escape(f"{picture.networks} {PICTURE}"))
     box = '<div class="scroll wide" tabindex="0" role="region" aria-label="What the networks see">'
     return f"<h3>What the networks see</h3>\n{box}{figure}</div>\n"
 

@@ -3,11 +3,12 @@
 import csv
 import io
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.report.compare import Comparison, Row, Spread
 from pipeline.report.html import Table
-from pipeline.report.published import published
+from pipeline.report.published import Protocol, published
 from pipeline.report.runs import UNKNOWN, Run
 
 NONE = "-"
@@ -66,16 +67,26 @@ def _cell(spread: Spread | None, gain: float | None, usual: int) -> str:
 def _published(comparison: Comparison) -> Table:
     """Each published row with ours of the same name below it."""
     known, rows = published(comparison), []
-    ours = {row.label: row for row in comparison.rows}
     for each in known.rows if known else ():
         rows.append([each.label, *(_number(each.scores.get(split)) for split in comparison.splits), each.source])
-        if row := ours.get(each.label):
+        for row in filter(each.fits, comparison.rows):
             for kind in LAST_BEST:
-                cells = [
-                    spread and spread.mean for split in comparison.splits for spread in [getattr(row, kind)(split)]
-                ]
-                rows.append([f"{each.label}, ours", *map(_number, cells), kind])
+                spreads = [getattr(row, kind)(split) for split in comparison.splits]
+                rows.append([f"{row.label}, ours", *(_number(found and found.mean) for found in spreads), kind])
     return Table("Published beside ours: mIoU in %", ("method", *comparison.splits, "source"), rows)
+
+
+def recipes(comparison: Comparison, known: Protocol) -> str:
+    """How the published figures were made, and in what ours were made otherwise."""
+    ours = [row for row in comparison.rows if any(each.fits(row) for each in known.rows)]
+    said = {}
+    for row in ours:
+        for name, value in known.settings.items():
+            if row.options[name] != value:
+                said.setdefault(f"{name} {row.options[name]} instead of {value}", []).append(row.label)
+        said.setdefault(f"optim.steps {row.options['optim.steps']}", []).append(row.label)
+    found = "; ".join(f"{what} ({', '.join(whose)})" for what, whose in said.items())
+    return f"{known.recipe} Settings of ours: {found}." if found else known.recipe
 
 
 def _number(value: float | None) -> str:
@@ -122,16 +133,16 @@ def production(comparison: Comparison) -> Table:
     """One row for each run: what made it, and what it cost."""
     columns = (
         "run", "method", "split", "seed", "state", "labeled", "list", "version", "torch", "ray", "device", "workers",
-        "worker-hours",
+        "cost",
     )  # fmt: skip
     rows = []
     for row in comparison.rows:
         for run in (run for split in comparison.splits for run in row.of(split)):
-            about, hours = run.about, run.worker_hours
+            about, cost = run.about, run.cost
             made = [about.version, *(about.machine.get(name) for name in ("torch", "ray")), _device(run), about.workers]
             state = "finished" if run.finished else f"step {run.progress.step}"
             named = [run.uri, row.label, run.config.split, run.config.seed, state, about.labeled, about.digest]
-            spent = None if hours is None else f"{hours:.3f}"
+            spent = None if cost is None else f"{cost[0]:.3f} {cost[1]}"
             rows.append([UNKNOWN if value is None else str(value) for value in (*named, *made, spent)])
     return Table("Runs", columns, rows)
 
@@ -146,10 +157,12 @@ def _device(run: Run) -> str | None:
 def cost(comparison: Comparison) -> str:
     """Hash of the dataset, and the hours of all runs that recorded them."""
     index = f"dataset {comparison.index[:HASH]}" if comparison.index else f"dataset {UNKNOWN}"
-    hours = [run.worker_hours for run in comparison.runs if run.worker_hours is not None]
-    known = f"{len(hours)} of {len(comparison.runs)} runs"
-    spent = f"{sum(hours):.2f} worker-hours of training and evaluation, {known}" if hours else f"cost {UNKNOWN}"
-    return f"{index}; {spent}."
+    costs, sums = [run.cost for run in comparison.runs if run.cost], Counter[str]()
+    for hours, unit in costs:
+        sums[unit] += hours  # type: ignore[assignment]
+    spent = " + ".join(f"{hours:.2f} {unit}" for unit, hours in sums.items()) or f"cost {UNKNOWN}"
+    what = "of training and evaluation, without repeated steps and the teachers of self-training"
+    return f"{index}; {spent} {what}, {len(costs)} of {len(comparison.runs)} runs." if costs else f"{index}; {spent}."
 
 
 def as_csv(comparisons: Sequence[Comparison]) -> str:

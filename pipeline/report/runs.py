@@ -33,6 +33,10 @@ class About:
     version: str | None
     """Of this program."""
     workers: int | None
+    worker_cpus: float | None
+    """CPUs that each worker computed with."""
+    worker_gpus: float | None
+    """GPUs of each worker; a share of one, where runs share it."""
     machine: Mapping[str, str | int]
     """Device, processor, CPUs of a node, versions."""
 
@@ -60,10 +64,18 @@ class Run:
         return [_score(record) for record in self.records if record["kind"] == "eval"]
 
     @property
-    def worker_hours(self) -> float | None:
-        """Of training and evaluation together; None where a record does not tell, as those of older versions."""
+    def cost(self) -> tuple[float, str] | None:
+        """Hours of training and evaluation together, and of what; None where a record does not tell.
+
+        Older versions did not record what a worker has: theirs are hours of workers.
+        """
         spent = [record.get("worker_seconds") for record in self.records]
-        return sum(spent) / 3600 if spent and None not in spent else None  # type: ignore[arg-type]
+        if not spent or None in spent:
+            return None
+        hours = sum(spent) / 3600  # type: ignore[arg-type]
+        if self.about.worker_gpus:
+            return hours * self.about.worker_gpus, "GPU-hours"
+        return (hours * self.about.worker_cpus, "CPU-hours") if self.about.worker_cpus else (hours, "worker-hours")
 
 
 def find_runs(places: Sequence[str]) -> list[str]:
@@ -172,7 +184,8 @@ def _about(uri: str, config: Config) -> About:
     newest = checkpoint.newest(uri)
     meta = checkpoint.read_meta(newest) if newest else {}
     data, about = meta.get("data", {}), dict(meta.get("about") or _of_dataset(config))
-    known = {name: about.pop(name, None) for name in ("dataset", "protocol", "labeled", "unlabeled", "workers")}
+    named = ("dataset", "protocol", "labeled", "unlabeled", "workers", "worker_cpus", "worker_gpus")
+    known = {name: about.pop(name, None) for name in named}
     index, digest = about.pop("index", None), about.pop("digest", None)
     return About(
         **known,

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,10 @@ class Host(ABC):
 
     reader: Reader
     """How the unlabeled stream is read here."""
+    cpus: float = 1.0
+    """That this rank computes with."""
+    gpus: float = 0.0
+    """Of this rank, or its share of one."""
     threads: int = 1
     """CPU threads for decoding."""
     claim: Claim
@@ -82,6 +86,7 @@ class PlainHost(Host):
 
     def __init__(self, out: str) -> None:
         self._out, self.claim = out, Claim(out)
+        self.gpus = float(torch.cuda.is_available())
 
     def device(self) -> torch.device:
         """A GPU if there is one."""
@@ -105,9 +110,11 @@ class RayHost(Host):
 
     reader = staticmethod(read_ray)
 
-    def __init__(self, out: str, threads: int) -> None:
+    def __init__(self, out: str, resources: Mapping[str, float]) -> None:
+        """Args: out: run directory; resources: of this worker, by Ray's names."""
         self._out, self.claim = out, Claim(out)
-        self.threads = threads
+        self.cpus, self.gpus = max(1.0, resources.get("CPU", 1.0)), resources.get("GPU", 0.0)
+        self.threads = max(1, int(self.cpus) - 1)
         self._noticed: float | None = None
 
     def device(self) -> torch.device:

@@ -141,6 +141,8 @@ class Session:
             "labeled": len(self.split.labeled),
             "unlabeled": len(self.split.unlabeled),
             "workers": self.world.size,
+            "worker_cpus": self.host.cpus,
+            "worker_gpus": self.host.gpus,
             **machine(self.device),
         }
 

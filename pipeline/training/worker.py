@@ -33,11 +33,11 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
     config: Config = build(Config, values["config"])
     assert config.out is not None
     storage.set_patience(config.run.storage_patience)
-    cpus = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)))
-    torch.set_num_threads(cpus)
+    host = RayHost(config.out, ray.get_runtime_context().get_assigned_resources())
+    torch.set_num_threads(int(host.cpus))
     session, problem = None, ""
     try:
-        session = Session(config, RayHost(config.out, threads=max(1, cpus - 1)))
+        session = Session(config, host)
     except UserError as error:
         problem = str(error)
     problem = _first(problem)

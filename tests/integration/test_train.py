@@ -93,7 +93,7 @@ class TestWorkers:
         text = page.read_text()
         assert "What the networks see" in text
         assert "No pictures" not in text
-        assert "worker-hours of training and evaluation, 1 of 1 runs" in text
+        assert "CPU-hours of training and evaluation" in text
 
     def test_a_finished_run_is_not_trained_again(
         self, shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

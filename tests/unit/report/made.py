@@ -9,13 +9,15 @@ import yaml
 
 from pipeline.cli import resolve
 from pipeline.config import as_dict
+from pipeline.datasets.splits import FRACTIONS
 from pipeline.methods import OPTIONS
 from pipeline.report.compare import Comparison, compare
 from pipeline.report.runs import find_runs, read_run
 
 CLASSES = ("sky", "road")
 MACHINE = {"device": "cpu", "processor": "Abacus", "cpus": 2, "python": "3.11", "torch": "2.14", "ray": "2.60"}
-ABOUT = {"dataset": "toy", "protocol": "random", "labeled": 25, "unlabeled": 75, "workers": 2, **MACHINE}
+WORKERS = {"workers": 2, "worker_cpus": 1.0, "worker_gpus": 0.0}
+ABOUT = {"dataset": "toy", "protocol": "random", **WORKERS, **MACHINE}
 
 
 def write_run(
@@ -64,7 +66,8 @@ def write_run(
         place.mkdir()
         resolved = as_dict(resolve({**values, "methods": {}}, OPTIONS))
         meta = {"step": 10, "sha256": "", "version": "1.0", "data": known, "config": resolved}
-        meta["about"] = {**ABOUT, **(about or {})}
+        labeled = round(400 / FRACTIONS.get(split, 4))
+        meta["about"] = {**ABOUT, "labeled": labeled, "unlabeled": 400 - labeled, **(about or {})}
         (place / "checkpoint.json").write_text(json.dumps(meta))
     return str(folder)
 

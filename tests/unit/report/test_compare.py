@@ -49,6 +49,33 @@ def test_splits_stand_by_their_labeled_share(tmp_path):
     assert [found.fraction(split) for split in found.splits] == [1 / 16, 0.2, 0.5, 1.0]
 
 
+def test_a_split_is_a_share_of_all_images_and_not_of_those_with_masks(tmp_path):
+    """VOC's classic protocol: its 1_16 are 92 of 10,582 images."""
+    write_run(tmp_path / "a", split="1_16", about={"labeled": 92, "unlabeled": 10490})
+    write_run(tmp_path / "b", split="full", about={"labeled": 1464, "unlabeled": 9118})
+    found = only(tmp_path)
+    assert [found.fraction(split) for split in found.splits] == [92 / 10582, 1464 / 10582]
+
+
+def test_what_no_checkpoint_tells_the_name_of_the_split_does(tmp_path):
+    write_run(tmp_path / "a", split="1_8", data={})
+    assert only(tmp_path).fraction("1_8") == 1 / 8
+
+
+def test_pools_that_grew_between_runs_are_noted(tmp_path):
+    for seed, generations in enumerate([[1], [2]]):
+        pools = {"root": "/no/toy", "unlabeled_pools": ["/no/pool"], "pool_generations": generations}
+        write_run(tmp_path / f"{seed}", "u2pl", seed=seed, config={"data": pools})
+    (note,) = only(tmp_path).notes()
+    assert note.startswith("How much of the unlabeled pools was there (data.pool_generations) differs: (1,)")
+
+
+def test_networks_to_look_at_are_of_one_seed(tmp_path):
+    for name, method, seed in (("a", "suponly", 0), ("b", "suponly", 1), ("c", "u2pl", 1), ("d", "u2pl", 2)):
+        write_run(tmp_path / name, method, seed=seed)
+    assert [run.config.seed for _, run in only(tmp_path).shown()] == [1, 1]
+
+
 def test_unfinished_and_missing_runs_are_named_and_do_not_count(tmp_path):
     for seed in (0, 1, 2):
         write_run(tmp_path / f"s{seed}", seed=seed)
@@ -132,6 +159,14 @@ class TestNothingIsMixedSilently:
         assert [row.label for row in found.rows] == ["suponly", "u2pl", "u2pl (optim.steps=200)"]
         assert [found.gain(row, "1_4") for row in found.rows] == [None, pytest.approx(10.0), None]
         assert found.notes() == ["optim.steps differs: 100 (suponly, u2pl); 200 (u2pl (optim.steps=200))"]
+
+    def test_of_several_baselines_the_nearest_counts(self, tmp_path):
+        for lr, score in ((0.001, 0.70), (0.01, 0.75)):
+            write_run(tmp_path / f"s{lr}", scores=(score,), config={"optim": {"steps": 100, "lr": lr}})
+            write_run(tmp_path / f"u{lr}", "u2pl", scores=(0.76,), config={"optim": {"steps": 100, "lr": lr}})
+        found = only(tmp_path)
+        gains = {row.options["optim.lr"]: found.gain(row, "1_4") for row in found.rows if row.method == "u2pl"}
+        assert gains == {0.001: pytest.approx(6.0), 0.01: pytest.approx(1.0)}
 
     def test_other_lists_are_noted(self, tmp_path):
         one = write_run(tmp_path / "a", seed=0)

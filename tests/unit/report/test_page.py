@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.datasets.facts import KNOWN
 from pipeline.report.compare import Comparison
-from pipeline.report.page import as_markdown, as_page
+from pipeline.report.page import Drawn, as_markdown, as_page
 from pipeline.report.published import PROTOCOLS
 from pipeline.report.results import COLUMNS, as_csv, classes, tables
 from tests.unit.report.made import only, write_run
@@ -75,7 +75,7 @@ def test_csv_round_trip(comparison):
 
 
 def test_page_holds_everything_and_asks_for_nothing(comparison):
-    page = as_page([comparison], {0: np.zeros((4, 6, 3), np.uint8)})
+    page = as_page([comparison], {0: Drawn(np.zeros((4, 6, 3), np.uint8), "Networks: A (seed 3).")})
     tags = Tags(page)
     assert tags.open == []
     assert {tag for tag, _ in tags.found} & {"script", "link", "iframe"} == set()
@@ -90,7 +90,10 @@ def test_page_holds_everything_and_asks_for_nothing(comparison):
     assert {each["scope"] for each in tags.of("th")} == {"col", "row"}
     assert len([each for each in tags.of("details") if "open" in each]) == 1
     assert "60.00 ± 7.07 (+5.00)" in tags.text
-    assert "16.00 worker-hours of training and evaluation, 8 of 8 runs" in tags.text
+    assert "16.00 CPU-hours of training and evaluation, without repeated steps" in tags.text
+    assert "8 of 8 runs" in tags.text
+    assert "Networks: A (seed 3)." in tags.text
+    assert "Networks: A (seed 3)." in str(tags.of("img")[0]["alt"])
     assert "dataset abcabcabcabc" in tags.text
     assert "Abacus (2 CPUs)" in tags.text
     assert "lambda_c: 0.1" in tags.text
@@ -132,7 +135,17 @@ def test_markdown_has_the_tables_of_the_page(comparison):
     text = as_markdown([comparison])
     assert "| u2pl | 60.00 ± 7.07 (+5.00) | 60.00 ± 7.07 | 70.00 ± 7.07 (+5.00) | 70.00 ± 7.07 |" in text
     assert "| sky | 65.00 | 70.00 |" in text
-    assert "16.00 worker-hours" in text
+    assert "16.00 CPU-hours" in text
+
+
+def test_failed_trials_are_told(comparison):
+    failed = {"u2pl-1_8-s3": "a loss is not finite | <b>"}
+    tags = Tags(as_page([comparison], {}, failed))
+    assert "Failed trials" in tags.text
+    assert "a loss is not finite | <b>" in tags.text
+    assert "| u2pl-1\\_8-s3 |".replace("\\", "") in as_markdown([comparison], failed)
+    assert "Failed trials" in as_page([], {}, failed)  # where none has begun
+    assert "Failed trials" not in as_page([comparison], {})
 
 
 class TestPublished:
@@ -146,13 +159,26 @@ class TestPublished:
     def test_beside_ours(self, tmp_path):
         found = self.write(tmp_path, KNOWN["voc"].classes)
         table = next(table for table in tables(found) if table.title.startswith("Published"))
-        assert table.rows[:3] == [
+        assert table.rows[:4] == [
+            ["suponly", "54.92", "README of the U2PL release, VOC classic"],
             ["u2pl", "69.15", "README of the U2PL release, VOC classic"], ["u2pl, ours", "70.00", "last"],
             ["u2pl, ours", "70.00", "best"],
         ]  # fmt: skip
-        assert "513 centre crop" in as_page([found], {})
+        page = as_page([found], {})
+        assert "513 centre crop" in page
+        assert "model.backbone resnet50 instead of resnet101 (u2pl); optim.steps 100 (u2pl)." in page
         lines = [line for line in rows(as_csv([found])) if line["source"] != "runs"]
         assert {line["split"]: line["best"] for line in lines if line["method"] == "u2pl"}["1_16"] == "67.98"
+
+    def test_an_ablation_does_not_stand_beside_the_method_though_all_runs_are_of_it(self, tmp_path):
+        data = {"index": "i", "split": "s", "classes": KNOWN["voc"].classes}
+        binary = {"u2pl": {"loss": "binary"}}
+        write_run(tmp_path / "b", "u2pl", "1_8", data=data, about={"protocol": "blender"}, config=binary)
+        found = only(tmp_path)
+        (table,) = [table for table in tables(found) if table.title.startswith("Published")]
+        labels = [line[0] for line in table.rows]
+        assert labels[labels.index("u2pl, ours") - 1] == "u2pl (loss=binary)"
+        assert labels.count("u2pl, ours") == 2  # last and best
 
     def test_not_for_other_classes(self, tmp_path):
         assert not any(table.title.startswith("Published") for table in tables(self.write(tmp_path, ("a", "b"))))

@@ -31,9 +31,9 @@ def test_a_run_as_it_was_left(tmp_path):
     assert run.curve("kept") == [(10, 0.8), (20, 0.8), (30, 0.8)]
     assert run.curve("bank_fill")[0] == (10, 0.75)
     assert run.curve("alpha") == []
-    assert run.worker_hours == 3.0
+    assert run.cost == (3.0, "CPU-hours")
     about = run.about
-    assert (about.dataset, about.protocol, about.labeled, about.unlabeled) == ("toy", "random", 25, 75)
+    assert (about.dataset, about.protocol, about.labeled, about.unlabeled) == ("toy", "random", 200, 200)
     assert (about.digest, about.classes, about.version, about.workers) == ("list-1_2", ("sky", "road"), "1.0", 2)
     assert about.machine == MACHINE
 
@@ -50,7 +50,7 @@ def test_a_run_that_has_hardly_begun(tmp_path):
     run = read_run(write_run(tmp_path / "r", scores=(), finished=False, data={}), OPTIONS)
     (tmp_path / "r" / "metrics.jsonl").unlink()
     assert read_run(run.uri, OPTIONS).records == []
-    assert (run.progress.step, run.progress.last, run.worker_hours) == (0, None, None)
+    assert (run.progress.step, run.progress.last, run.cost) == (0, None, None)
     assert (run.about.dataset, run.about.protocol, run.about.index) == ("toy", "default", None)
 
 
@@ -64,8 +64,21 @@ def test_what_an_older_version_did_not_record_comes_from_the_dataset(tmp_path, s
         "shapes", "random", 50, 350,
     )  # fmt: skip
     assert run.about.index is not None
-    assert run.worker_hours is None
+    assert run.cost is None
     assert run.about.workers is None
+
+
+@pytest.mark.parametrize(
+    ("about", "cost"),
+    [
+        ({"worker_cpus": 4.0, "worker_gpus": 1.0}, (1.0, "GPU-hours")),
+        ({"worker_cpus": 4.0, "worker_gpus": 0.5}, (0.5, "GPU-hours")),
+        ({"worker_cpus": 4.0, "worker_gpus": 0.0}, (4.0, "CPU-hours")),
+        ({"worker_cpus": None, "worker_gpus": None}, (1.0, "worker-hours")),  # an older version's
+    ],
+)
+def test_cost(tmp_path, about, cost):
+    assert read_run(write_run(tmp_path / "a", about=about), OPTIONS).cost == cost
 
 
 def test_options_of_methods_that_are_gone_do_not_matter(tmp_path):
