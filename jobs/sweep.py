@@ -14,7 +14,7 @@ def _flags(parser: cli.Parser) -> None:
     add("--splits", default="1_16,1_8,1_4,1_2", help="names, separated by commas (default: 1_16,1_8,1_4,1_2)")
     add("--seeds", type=int, default=1, help="how many, counted up from --seed (default: 1)")
     add("--grid", nargs="+", default=[], help="section.key=a,b,c, or ablation_reliability, ablation_loss")
-    add("--at_once", type=int, default=0, help="trials at a time (default: as many as fit the cluster)")
+    add("--at_once", type=int, default=0, help="trials at a time (default: as many as fit the nodes that are up)")
     add("--plan", action="store_true", help="print trials, steps, hours and money, and start nothing")
     add("--step_seconds", nargs="+", default=[], help="for --plan: METHOD=SECONDS, or SECONDS for all other methods")
     add("--node", nargs=3, metavar=("COUNT", "WORKERS", "PRICE"), default=["1", "1", "0"], help="for --plan")
@@ -40,11 +40,11 @@ def main(argv: list[str]) -> None:
         return
     failed = sweep(trials, args.at_once)
     page = trials[0].out.rpartition(f"/{TRIALS}/")[0] + "/report.html"
-    for each in write_report([trial.out for trial in trials if trial.begun()], page, IMAGES):
+    for each in write_report([trial.out for trial in trials if trial.begun()], page, IMAGES, failed):
         print(*map(text_table, results.tables(each)), sep="\n\n", end="\n\n")
     print(f"report {page}")
     if failed:
-        raise RunError(f"{failed} of {len(trials)} trials failed; the same command tries them again")
+        raise RunError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,21 @@ import logging
 import os
 import secrets
 import sys
+import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 
 _CURRENT_CLUSTER = "ray/ray_current_cluster"
-MOST_NODES = 4096
-"""Of a group that an autoscaler may start without limit."""
+NODE_GROUP = "ray.io/node-group"
+"""Label of a node that was started as one of a group."""
+ASK_SECONDS = 5.0
+"""Between two questions to an autoscaler."""
+NO_AUTOSCALER_SECONDS = 60.0
+"""After which one that has said nothing is none."""
 
 
 def connect(*, state_api: bool = False) -> None:
@@ -71,17 +77,47 @@ def machines() -> list[Machine]:
     return [Machine(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in up]
 
 
-def possible_machines() -> list[Machine]:
-    """The nodes that are up, or all that there may be where the cluster starts nodes by itself."""
-    from ray._private.state import state  # no public way to what an autoscaler may start
+def grows() -> bool:
+    """Whether nodes are of named groups (`ray up`, KubeRay), so that more of them may be started when asked for."""
+    import ray
 
-    config = state.get_cluster_config()
-    groups = config.node_group_configs if config else ()
-    found = []
-    for group in groups:
-        count = MOST_NODES if group.max_count < 0 else min(group.max_count, MOST_NODES)
-        found += count * [Machine(group.resources.get("CPU", 0), group.resources.get("GPU", 0))]
-    return found or machines()
+    return any(NODE_GROUP in node["Labels"] for node in ray.nodes() if node["Alive"])
+
+
+def start_nodes(bundles: Sequence[Mapping[str, float]]) -> bool:
+    """Waits until a cluster that grows holds resources at one time; they are free again afterwards.
+
+    What waits for resources is what makes an autoscaler start nodes; it tells what none of its groups can ever hold.
+
+    Args:
+        bundles: resources by Ray's names, each on one node.
+
+    Returns:
+        Whether they are there; False if they cannot be had, or nothing starts nodes here.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    wanted, began = placement_group([dict(bundle) for bundle in bundles]), time.monotonic()
+    try:
+        while not wanted.wait(ASK_SECONDS):
+            state = _autoscaler()
+            if any(wanted.id.hex() in each.details for each in state.infeasible_gang_resource_requests):
+                return False
+            if not state.autoscaler_state_version and time.monotonic() - began > NO_AUTOSCALER_SECONDS:
+                return False
+    finally:
+        remove_placement_group(wanted)
+    return True
+
+
+def _autoscaler() -> Any:
+    """What it says of itself; empty where there is none."""
+    from ray.core.generated import autoscaler_pb2
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    client: Any = internal_kv_get_gcs_client()  # no public way to what an autoscaler cannot start
+    reply: Any = autoscaler_pb2.GetClusterStatusReply  # type: ignore[attr-defined]
+    return reply.FromString(client.get_cluster_status()).autoscaling_state
 
 
 def default_root() -> Path:
@@ -108,6 +144,7 @@ def _environment(*, token: bool) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 s that some clouds leave, 5 are many
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it makes of Ctrl-C a sweep that seems done
         "RAY_AIR_NEW_OUTPUT": "0",  # Tune's: it prints tables even when told not to
         "RAY_worker_maximum_startup_concurrency": "16",  # of processes that mostly wait; beyond 4 x it Ray warns
     }.items():

@@ -1,5 +1,6 @@
 """What a sweep shows while it runs: one live table on a terminal, elsewhere a line now and then."""
 
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +8,7 @@ from typing import Any
 
 from ray import tune
 
-from pipeline.sweep.follow import Row, look, table
+from pipeline.sweep.follow import Row, look, screen, summary
 from pipeline.sweep.trials import Trial
 
 LOOK_SECONDS = 5.0
@@ -60,16 +61,20 @@ class Board(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune."""
         problem = trial.last_result.get("problem")  # said by a run that came to its end
-        self._change(trial, "stopped" if problem is None else "failed" if problem else "done")
+        self._change(trial, "stopped" if problem is None else "failed" if problem else "done", problem or "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune."""
-        self._change(trial, "failed")
+        self._change(trial, "failed", str(trial.get_error()).strip().splitlines()[-1])
 
-    def _change(self, trial: Any, state: str) -> None:
+    def failed(self) -> dict[str, str]:
+        """Why each failed trial did, by name."""
+        return {name: row.problem for name, row in self.rows.items() if row.state == "failed"}
+
+    def _change(self, trial: Any, state: str, problem: str = "") -> None:
         found = self._find(trial.config, int(trial.custom_trial_name))
         row = self.rows.setdefault(found.name, Row(found))
-        row.state = state
+        row.state, row.problem = state, problem
         look(row)
         if not self._live:
             print("  ".join(row.cells()), flush=True)
@@ -86,12 +91,11 @@ class Board(tune.Callback):
                 quiet = 0.0
 
     def _show(self) -> None:
+        rows = [*self.rows.values()]  # a search adds some meanwhile
         if self._live:
-            lines = table([("trial", "state", "step", "mIoU", "eta"), *(row.cells() for row in self.rows.values())])
+            lines = screen(rows, self._total, *shutil.get_terminal_size())
             print(f"\x1b[{self._drawn}F\x1b[J" * bool(self._drawn) + "\n".join(lines), flush=True)
             self._drawn = len(lines)
             return
-        states = [row.state for row in self.rows.values()]
-        running = ", ".join(" ".join(row.cells()[::2]) for row in self.rows.values() if row.state == "running")
-        failed = f", {states.count('failed')} failed" * ("failed" in states)
-        print(f"{states.count('done')} of {self._total} done{failed}" + f"; {running}" * bool(running), flush=True)
+        running = ", ".join(" ".join(row.cells()[::2]) for row in rows if row.state == "running")
+        print(summary(rows, self._total) + f"; {running}" * bool(running), flush=True)

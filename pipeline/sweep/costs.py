@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -61,19 +62,20 @@ def plan(trials: Sequence[Trial], step_seconds: Mapping[str, float], node: Node)
     """The trials with their steps, evaluations and hours, as lines. The start of a trial comes on top.
 
     The time of a step is the given one, with the workers that `scaling.workers` asks for, or that of the sweep's own
-    records of the method, with the workers of that record. Evaluations count as far as one of the method is on record.
+    records of the same method, network, crop and batch, with the workers of that record. Evaluations count as far as
+    one of those is on record.
 
     Raises:
-        UserError: a method whose steps nobody has timed.
+        UserError: a method whose steps nobody has timed, or a trial that needs more workers than all nodes hold.
     """
     measured = _measured(trials)
     rows, hours, missing = [("trial", "workers", "steps left", "s/step", "evaluations", "hours")], 0.0, set[str]()
     for trial in trials:
         method = trial.config.method
-        row = measured.get(method, Row(trial))
+        row = measured.get(_work(trial), Row(trial))
         known = images_per_step(trial.config) / row.images_per_second if row.images_per_second else 0.0
-        given = step_seconds.get(method, 0.0)
-        seconds = given or known or step_seconds.get("", 0.0)
+        given = step_seconds.get(method, step_seconds.get("", 0.0))
+        seconds = given or known
         if not seconds:
             raise UserError(f"no step of {method} was timed: run one trial, or pass --step_seconds {method}=SECONDS")
         workers = (row.workers if known and not given else 0) or workers_asked(trial.config, node)
@@ -94,10 +96,18 @@ def plan(trials: Sequence[Trial], step_seconds: Mapping[str, float], node: Node)
 
 
 def workers_asked(config: Config, node: Node) -> int:
-    """Workers of a run: the most of a range; for `auto` as many as all nodes hold and the batch allows."""
-    if config.scaling.workers != "auto":
-        return max(n for n in allowed_counts(config) if n <= config.scaling.limits()[1])
-    return max(n for n in allowed_counts(config) if n <= node.count * node.workers)
+    """Workers of a run: the most that it asks for, the batch allows and all nodes hold.
+
+    Raises:
+        UserError: not even the fewest fit.
+    """
+    held = node.count * node.workers
+    fewest, most = (1, held) if config.scaling.workers == "auto" else config.scaling.limits()
+    able = [n for n in allowed_counts(config) if fewest <= n <= min(most, held)]
+    if not able:
+        wanted = f"scaling.workers {config.scaling.workers} that share the batch"
+        raise UserError(f"--node: {node.count} nodes of {node.workers} hold no {wanted}")
+    return max(able)
 
 
 def _steps_left(trial: Trial) -> int:
@@ -115,12 +125,18 @@ def images_per_step(config: Config) -> int:
     return config.optim.batch_labeled + unlabeled
 
 
-def _measured(trials: Sequence[Trial]) -> dict[str, Row]:
-    """By method, what a trial that has begun tells of its steps and evaluations."""
+def _measured(trials: Sequence[Trial]) -> dict[tuple[Any, ...], Row]:
+    """By kind of work, what a trial that has begun tells of its steps and evaluations."""
     found = {}
     for trial in trials:
         row = Row(trial)
         look(row)
-        if row.images_per_second and row.eval_seconds >= found.get(trial.config.method, row).eval_seconds:
-            found[trial.config.method] = row
+        if row.images_per_second and row.eval_seconds >= found.get(_work(trial), row).eval_seconds:
+            found[_work(trial)] = row
     return found
+
+
+def _work(trial: Trial) -> tuple[Any, ...]:
+    """What the time of a step depends on, beside the machine."""
+    config = trial.config
+    return config.method, config.model, config.data.crop, config.optim.batch_labeled, config.optim.batch_unlabeled

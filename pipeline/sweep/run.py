@@ -6,41 +6,46 @@ from typing import Any
 
 from pipeline import cluster
 from pipeline.sweep.trials import Trial
+from pipeline.training.launch import warn_of_local_places
 from pipeline.training.scaling import EPSILON, gpu_slots, worker_gpus, workers_of
 
 
-def sized(trials: Sequence[Trial]) -> tuple[list[Trial], int]:
-    """The trials with their number of workers, and how many of them fit the connected cluster at a time.
+def sized(trials: Sequence[Trial], at_once: int = 0) -> tuple[list[Trial], int]:
+    """The trials with their number of workers, and how many of them run at a time on the connected cluster.
 
     With `scaling.workers auto` a trial gets all GPUs that are up, or one worker on a cluster of CPUs: the rest runs
     other trials. GPUs shared by `scaling.gpus_per_worker` below 1 hold as many trials as that.
 
+    Args:
+        trials: to run.
+        at_once: what was asked for; 0: as many as the nodes hold that are up. More only where nodes may be started.
+
     Raises:
         UserError: not even one fits.
     """
-    possible, done, fit = cluster.possible_machines(), [], []
-    cpus = sum(machine.cpus for machine in possible)
+    done, fit = [], []
     for trial in trials:
         config = trial.config
-        if config.scaling.workers == "auto" and not worker_gpus(config, possible):
+        if config.scaling.workers == "auto" and not worker_gpus(config, cluster.machines()):
             config = replace(config, scaling=replace(config.scaling, workers="1"))
         workers = workers_of(config)
-        fewest = workers.counts[0]
-        by_cpus = int(cpus / (fewest * workers.cpus + workers.spare_cpus) + EPSILON)
-        fit.append(min(by_cpus, gpu_slots(possible, workers.gpus) // fewest) if workers.gpus else by_cpus)
+        fewest, nodes = workers.counts[0], cluster.machines()
+        by_cpus = int(sum(node.cpus for node in nodes) / (fewest * workers.cpus + workers.spare_cpus) + EPSILON)
+        fit.append(min(by_cpus, gpu_slots(nodes, workers.gpus) // fewest) if workers.gpus else by_cpus)
         done.append(replace(trial, config=config))
-    return done, max(1, min(fit))
+    held = max(1, min(fit, default=1))
+    return done, at_once if at_once and cluster.grows() else min(at_once or held, held)
 
 
-def sweep(trials: Sequence[Trial], at_once: int = 0) -> int:
+def sweep(trials: Sequence[Trial], at_once: int = 0) -> dict[str, str]:
     """Runs what is not finished and shows how far it is; one trial that fails stops no other.
 
     Args:
         trials: of the sweep.
-        at_once: how many at a time; 0: as many as the cluster holds.
+        at_once: how many at a time; 0: as many as the nodes hold that are up.
 
     Returns:
-        How many failed.
+        Why each failed trial did, by name.
 
     Raises:
         UserError: not even one trial fits the cluster.
@@ -52,18 +57,18 @@ def sweep(trials: Sequence[Trial], at_once: int = 0) -> int:
     from pipeline.sweep.board import Board
     from pipeline.sweep.tuner import run_tuner
 
-    trials, fit = sized(trials)
-    named = {trial.name: trial for trial in trials}
+    todo, at_once = sized([trial for trial in trials if not trial.finished()], at_once)
+    warn_of_local_places(trials[0].config)
+    named = {trial.name: trial for trial in (*trials, *todo)}
 
     def find(params: Mapping[str, Any], place: int) -> Trial:
         del place
         return named[params["trial"]]
 
-    todo = [trial.name for trial in trials if not trial.finished()]
-    how, failed = tune.TuneConfig(max_concurrent_trials=min(at_once or fit, fit)), {}
-    with Board(trials, find, len(trials)) as board:
+    how = tune.TuneConfig(max_concurrent_trials=at_once)
+    with Board([*named.values()], find, len(trials)) as board:
         if todo:
-            failed = run_tuner(find, {"trial": tune.grid_search(todo)}, how, board)
-    for name, why in failed.items():
+            run_tuner(find, {"trial": tune.grid_search([trial.name for trial in todo])}, how, board)
+    for name, why in board.failed().items():
         print(f"{name} failed: {why}")
-    return len(failed)
+    return board.failed()

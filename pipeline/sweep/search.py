@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import cluster
-from pipeline.config import Config
+from pipeline.config import Config, as_dict
 from pipeline.errors import UserError
 from pipeline.sweep.follow import Row
 from pipeline.sweep.run import sized
 from pipeline.sweep.trials import Trial, check_trial, make_trial
-from pipeline.training.launch import placed
+from pipeline.training.launch import placed, warn_of_local_places
 
 DEFAULT_OUT = "runs/search"
 DIGITS = 4
@@ -37,7 +37,7 @@ class Range:
 
     @property
     def whole(self) -> bool:
-        """Whether both ends were given as whole numbers, and so are all between."""
+        """Whether only whole numbers are meant."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def text(self, value: float) -> str:
@@ -101,13 +101,14 @@ def sample(base: Config, space: Space, drawn: Mapping[str, Any], place: int) -> 
         return replace(make_trial(base, name, {}), problem=str(error))
 
 
-def prepare(base: Config, space: Space) -> Config:
-    """The config that all samples have in common, checked with both ends of every range.
+def prepare(base: Config, space: Space) -> tuple[Config, Space]:
+    """The config that all samples have in common, and the space with numbers of its options' types.
 
     Raises:
-        UserError: an unknown key, an end that is no value of it, or what `launch.check` raises.
+        UserError: an unknown key, an end that is no value of it, or what `launch.check` raises of either end.
     """
     base = placed(replace(base, out=base.out or DEFAULT_OUT))
+    space = {key: _typed(each, _value(base, key)) if isinstance(each, Range) else each for key, each in space.items()}
     for end in (0, -1):
         ends = {
             key: (each.low, each.high)[end] if isinstance(each, Range) else each[end] for key, each in space.items()
@@ -116,7 +117,19 @@ def prepare(base: Config, space: Space) -> Config:
         if trial.problem:
             raise UserError(trial.problem)
         check_trial(trial)
-    return base
+    return base, space
+
+
+def _value(config: Config, key: str) -> Any:
+    """What the config has at a dotted key, if anything."""
+    values = as_dict(config)
+    section, _, field = key.rpartition(".")
+    return {**values, **values["methods"]}.get(section, {}).get(field)
+
+
+def _typed(ends: Range, value: Any) -> Range:
+    """0..1 of an option that holds fractions is no choice of two."""
+    return Range(float(ends.low), float(ends.high)) if isinstance(value, float) else ends
 
 
 def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool, at_once: int = 0) -> list[Row]:
@@ -127,11 +140,12 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
         space: what to draw.
         samples: how many.
         optuna: draw where earlier samples did well instead of at random.
-        asha: stop samples that do worse than two thirds of the others at their evaluations.
-        at_once: how many at a time; 0: as many as the cluster holds.
+        asha: stop samples that are not among the best third of those that came to the same evaluation.
+        at_once: how many at a time; 0: as many as the nodes hold that are up.
 
     Returns:
-        The samples that have at least one evaluation, the best last one first.
+        The samples that have at least one evaluation: those that came to their end, then the others, best last one
+        first.
 
     Raises:
         UserError: a sample does not fit the cluster, or Optuna is not installed.
@@ -144,13 +158,13 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
     from pipeline.sweep.board import Board
     from pipeline.sweep.tuner import run_tuner
 
-    (sized_trial,), fit = sized([Trial("search", base)])
+    (sized_trial,), at_once = sized([Trial("search", base)], at_once)
+    warn_of_local_places(base)
     base = sized_trial.config
 
     def find(params: Mapping[str, Any], place: int) -> Trial:
         return sample(base, space, params, place)
 
-    at_once = min(at_once or fit, fit)
     config = tune.TuneConfig(
         metric="score",
         mode="max",
@@ -159,11 +173,11 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
         scheduler=_scheduler(base) if asha else None,
     )
     with Board([], find, samples) as board:
-        failed = run_tuner(find, {key: _domain(each) for key, each in space.items()}, config, board)
-    for name, why in failed.items():
+        run_tuner(find, {key: _domain(each) for key, each in space.items()}, config, board)
+    for name, why in board.failed().items():
         print(f"{name} failed: {why}")
     scored = [row for row in board.rows.values() if row.miou is not None]
-    return sorted(scored, key=lambda row: -(row.miou or 0.0))
+    return sorted(scored, key=lambda row: (row.state != "done", -(row.miou or 0.0)))
 
 
 def _domain(values: Range | tuple[str, ...]) -> Any:

@@ -94,40 +94,63 @@ def make_trials(base: Config, methods: Sequence[str], splits: Sequence[str], see
         grid: further options.
 
     Raises:
-        UserError: no method or split, an unknown one, an unknown key or value, or what `launch.check` raises.
+        UserError: no method or split, an unknown one or one twice, an unknown key or value, a key that no method
+            reads, or what `launch.check` raises.
     """
     if not methods or not splits:
         raise UserError("--methods, --splits: name at least one each")
+    for name, values in (("--methods", methods), ("--splits", splits), *((f"--grid {key}", grid[key]) for key in grid)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{name}: {','.join(values)} names one twice")
     base = placed(replace(base, out=base.out or DEFAULT_OUT))
-    trials = []
+    trials, read = [], set[str]()
     for method, split, seed in itertools.product(methods, splits, range(seeds)):
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
         config = replace(base, method=method, split=split, seed=base.seed + seed)
         keys = [key for key in grid if key.partition(".")[0] not in OPTIONS or key.partition(".")[0] in method]
+        read.update(keys)
         for values in itertools.product(*(grid[key] for key in keys)):
             chosen = dict(zip(keys, values, strict=True))
             name = "-".join([method, split, f"s{config.seed}", *(f"{key}-{value}" for key, value in chosen.items())])
             trials.append(make_trial(config, name, chosen))
-    for trial in trials:
-        check_trial(trial)
-    return trials
+    for key in grid:
+        if key not in read:
+            raise UserError(f"--grid {key}: none of the methods {', '.join(methods)} reads it")
+    return _pinned(trials)
 
 
-def check_trial(trial: Trial) -> None:
-    """Whether a trial can be run, and its directory is its own.
+def _pinned(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials, checked; all see the same generations of growing pools: those of one that has begun, else of now."""
+    known: dict[tuple[str, ...], tuple[int, ...]] = {}
+    done = {}
+    for trial, begun in sorted(((trial, trial.begun()) for trial in trials), key=lambda each: not each[1]):
+        data = trial.config.data
+        if data.unlabeled_pools in known and not begun:
+            data = replace(data, pool_generations=known[data.unlabeled_pools])
+        checked = check_trial(replace(trial, config=replace(trial.config, data=data)))
+        if METHODS[trial.config.method].views.unlabeled:
+            known.setdefault(data.unlabeled_pools, checked.config.data.pool_generations)
+        done[trial.name] = checked
+    return [done[trial.name] for trial in trials]
+
+
+def check_trial(trial: Trial) -> Trial:
+    """The trial with the generations of its pools that count, if it can be run and its directory is its own.
 
     Raises:
         UserError: what `launch.check` raises.
     """
     if trial.staged:
         check_recipe(trial.config)
-    else:
-        check_same(check(trial.config).config)
+        return trial
+    config = check(trial.config).config
+    check_same(config)
+    return replace(trial, config=config)
 
 
 def make_trial(config: Config, name: str, chosen: Mapping[str, str]) -> Trial:
-    """One trial below the directory `config.out`, with chosen values by dotted key.
+    """One trial below the directory `config.out`, with chosen values by dotted key, its places absolute.
 
     Raises:
         UserError: an unknown key or value.
@@ -136,4 +159,4 @@ def make_trial(config: Config, name: str, chosen: Mapping[str, str]) -> Trial:
     for key, value in chosen.items():
         section, dot, field = key.partition(".")
         values = merge(values, {section: {field: value}} if dot else {section: value})
-    return Trial(name, cli.resolve(values, OPTIONS))
+    return Trial(name, placed(cli.resolve(values, OPTIONS)))

@@ -19,6 +19,7 @@ from pipeline.checkpoint import LOG_FILE, Progress
 from pipeline.config import Config, as_dict
 from pipeline.errors import RunError, UserError
 from pipeline.sweep.board import Board
+from pipeline.sweep.follow import evaluations
 from pipeline.sweep.trials import Trial
 from pipeline.training.launch import launch
 from pipeline.training.self_training import self_train
@@ -28,17 +29,14 @@ Find = Callable[[Mapping[str, Any], int], Trial]
 """The trial of what Tune chose, and of its place in the order in which Tune did."""
 
 
-def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Board) -> dict[str, str]:
+def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Board) -> None:
     """Runs what Tune chooses; one trial that fails stops no other.
 
     Args:
         find: the trial of a choice.
         space: what Tune chooses from.
         how: how it chooses, and how many run at a time.
-        board: shows what happens.
-
-    Returns:
-        Why each failed trial did, by name.
+        board: is told what happens, and shows it.
     """
 
     def train(params: dict[str, Any]) -> dict[str, Any]:
@@ -54,21 +52,13 @@ def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, board: Bo
 
     how.trial_name_creator = how.trial_dirname_creator = name
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:  # of no use once the sweep has ended
-        results = tune.Tuner(
+        tune.Tuner(
             # on the driver's node, as it only waits for its workers: they may be lost with their nodes, it should not
             tune.with_resources(train, {f"node:{ray.util.get_node_ip_address()}": 0.001}),
             param_space=space,
             tune_config=how,
             run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[board]),
         ).fit()
-    failed = {}
-    for result in results:
-        failing = find(result.config or {}, int(Path(result.path).name)).name
-        if result.error is not None:
-            failed[failing] = str(result.error).strip().splitlines()[-1]
-        elif result.metrics is not None and result.metrics.get("problem"):
-            failed[failing] = result.metrics["problem"]
-    return failed
 
 
 class Scores(TuneReportCallback):
@@ -81,9 +71,14 @@ class Scores(TuneReportCallback):
 
 
 def _train(values: dict[str, Any], run: Callable[..., Progress], out: str) -> dict[str, Any]:
-    """Runs in an actor of Tune: a whole run, with what it says in its own log."""
+    """Runs in an actor of Tune: a whole run, with what it says in its own log.
+
+    What an earlier attempt has evaluated is told again, so that a scheduler decides as it did then.
+    """
     problem, step, score = "", 0, -1.0
     with _logged(out):
+        for step, score in evaluations(out):
+            tune.report({"step": step, "score": score})
         try:
             progress = run(build(Config, values), callbacks=[Scores()])
             step, score = progress.step, progress.last.value if progress.last else score
@@ -102,6 +97,9 @@ def _logged(out: str) -> Iterator[None]:
             with path.open("w") as log, contextlib.redirect_stdout(log):
                 yield
         finally:
-            uri = storage.join(out, LOG_FILE)
-            before = storage.read_bytes(uri) if storage.exists(uri) else b""
-            storage.write_bytes(uri, before + path.read_bytes())
+            with contextlib.suppress(UserError, OSError):  # a log that cannot be written costs no result
+                storage.retried(lambda: _append(storage.join(out, LOG_FILE), path.read_bytes()))
+
+
+def _append(uri: str, text: bytes) -> None:
+    storage.write_bytes(uri, (storage.read_bytes(uri) if storage.exists(uri) else b"") + text)

@@ -19,7 +19,7 @@ from pipeline.methods import METHODS, OPTIONS
 from pipeline.report.tables import class_table
 from pipeline.training.claim import CLAIM_FILE
 from pipeline.training.meter import Diverged
-from pipeline.training.scaling import Workers, places, workers_of
+from pipeline.training.scaling import Workers, workers_of
 
 GENERATED = "generated"
 """Value of `data.root` that stands for the demo set."""
@@ -60,7 +60,7 @@ def launch(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()
         cluster.connect()
         workers = workers_of(config)
         _announce(config, dataset, split, sources, workers)
-        _warn_of_local_places(config)
+        warn_of_local_places(config)
         progress = Progress.from_dict(_fit(config, workers, callbacks))
         summary = json.dumps(asdict(progress), indent=1).encode()
         storage.retried(lambda: storage.write_bytes(done, summary))
@@ -223,7 +223,9 @@ def check_same(config: Config) -> None:
         before = identity(cli.resolve(read_file(uri), OPTIONS))
         difference = _difference(before, identity(config))
         if difference:
-            raise UserError(f"{config.out} holds a run with {difference}; use --fresh or another --out")
+            raise UserError(
+                f"{config.out} holds a run with {difference}; delete it (--fresh does) or use another --out"
+            )
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any], path: str = "") -> str:
@@ -251,19 +253,17 @@ def _announce(config: Config, dataset: Dataset, split: Split, sources: Sequence[
         f"results in {config.out}",
         flush=True,
     )
-    if workers.counts[0] > places(cluster.machines(), workers):
-        print(f"waiting for nodes: {workers.counts[0]} workers need {workers.cpus:g} CPUs, {workers.gpus:g} GPUs each")
     if config.data.unlabeled_pools:
         for source, lanes in zip(sources, share_lanes(sources, optim.batch_unlabeled) if sources else (), strict=True):
             pinned = f", generations 1 to {source.generations}" if source.generations else ""
             print(f"unlabeled: {lanes} of {optim.batch_unlabeled} from {source.name} ({source.images} images{pinned})")
 
 
-def _warn_of_local_places(config: Config) -> None:
-    """Says which places other nodes may not see."""
+def warn_of_local_places(config: Config) -> None:
+    """Says which places other nodes of the connected cluster may not see."""
     places = [config.data.root, config.out, config.model.weights, *config.data.unlabeled_pools]
     local = [place for place in places if place and place not in BUILT_IN_WEIGHTS and storage.is_local(place)]
-    if local and max(len(cluster.machines()), len(cluster.possible_machines())) > 1:
+    if local and (cluster.grows() or len(cluster.machines()) > 1):
         print(f"warning: {', '.join(local)}: must be on a disk that all nodes share; else use s3://")
 
 

@@ -41,23 +41,46 @@ class Workers(NamedTuple):
 
 
 def workers_of(config: Config) -> Workers:
-    """The workers of a run on the connected cluster.
+    """The workers of a run on the connected cluster; on one that starts nodes when asked for, once they are there.
 
     Raises:
         UserError: the asked numbers do not divide the batch, or the cluster has not so many GPUs or CPUs.
     """
-    possible, spare = cluster.possible_machines(), spare_cpus(config)
-    if not sum(machine.cpus for machine in possible):
+    counts, spare = worker_counts(config), spare_cpus(config)
+    nodes = _nodes(config, counts[0])
+    if not sum(machine.cpus for machine in nodes):
         raise UserError("no node of the cluster has CPUs for work yet: wait until `ray status` shows some")
-    gpus = worker_gpus(config, possible)
-    counts = worker_counts(config, possible, gpus)
-    workers = Workers(counts, worker_cpus(config, possible, gpus), gpus, spare)
-    if counts[0] > places(possible, workers):
+    gpus = worker_gpus(config, nodes)
+    if gpus and counts[0] > gpu_slots(nodes, gpus):
+        raise UserError(f"scaling.workers {config.scaling.workers}: the cluster has {gpu_slots(nodes, 1):g} GPUs")
+    workers = Workers(counts, worker_cpus(config, nodes, gpus), gpus, spare)
+    if counts[0] > places(nodes, workers):
         raise UserError(
             f"{counts[0]} workers with {workers.cpus:g} CPUs each leave no {spare:g} for reading on a cluster of "
-            f"{sum(machine.cpus for machine in possible):g} CPUs: lower scaling.workers or scaling.cpus_per_worker"
+            f"{sum(machine.cpus for machine in nodes):g} CPUs: lower scaling.workers or scaling.cpus_per_worker"
         )
     return workers
+
+
+def _nodes(config: Config, fewest: int) -> list[Machine]:
+    """The nodes that are up; a cluster that grows is first brought to hold so many workers, if it can.
+
+    Only then is it known what its nodes have: Ray does not tell of those that it could start.
+    """
+    nodes, scaling, spare = cluster.machines(), config.scaling, spare_cpus(config)
+    if not cluster.grows():
+        return nodes
+    if scaling.gpus_per_worker:
+        held, bundles = gpu_slots(nodes, scaling.gpus_per_worker), [{"GPU": scaling.gpus_per_worker}] * fewest
+    else:
+        cpus = scaling.cpus_per_worker or CPUS_PER_WORKER
+        held = places(nodes, Workers((fewest,), cpus, 0.0, spare))
+        bundles = [{"CPU": cpus}] * fewest + [{"CPU": spare}] * bool(spare)
+    if held < fewest:
+        asked = " and ".join(f"{sum(each.get(name, 0) for each in bundles):g} {name}s" for name in bundles[0])
+        print(f"waiting for nodes: {fewest} workers need {asked}", flush=True)
+        cluster.start_nodes(bundles)
+    return cluster.machines()
 
 
 def allowed_counts(config: Config) -> list[int]:
@@ -88,25 +111,20 @@ def gpu_slots(machines: Sequence[Machine], share: float) -> int:
     return sum(int(machine.gpus / share + EPSILON) for machine in machines)
 
 
-def worker_gpus(config: Config, possible: Sequence[Machine]) -> float:
+def worker_gpus(config: Config, nodes: Sequence[Machine]) -> float:
     """GPUs of each worker: none on a cluster that has none and cannot get any."""
-    return config.scaling.gpus_per_worker if any(machine.gpus for machine in possible) else 0.0
+    return config.scaling.gpus_per_worker if cluster.grows() or any(machine.gpus for machine in nodes) else 0.0
 
 
-def worker_counts(config: Config, possible: Sequence[Machine], share: float) -> tuple[int, ...]:
+def worker_counts(config: Config) -> tuple[int, ...]:
     """Numbers of workers that share the global batch equally, ascending.
 
-    Args:
-        config: of the run.
-        possible: nodes that the cluster has or can get.
-        share: GPUs of each worker.
-
     Raises:
-        UserError: the asked numbers do not divide the batch, or the cluster has not so many GPUs.
+        UserError: the asked numbers do not divide the batch, or none are asked for and none go without saying.
     """
     allowed = allowed_counts(config)
     if config.scaling.workers == "auto":
-        limit = _natural_limit(possible, share)
+        limit = _natural_limit(config)
         return (max(n for n in allowed if n <= limit),)
     fewest, most = config.scaling.limits()
     counts = tuple(n for n in allowed if fewest <= n <= most)
@@ -115,25 +133,25 @@ def worker_counts(config: Config, possible: Sequence[Machine], share: float) -> 
             f"scaling.workers {config.scaling.workers} does not share the batch equally (unlabeled images in pairs)"
             f"; choose from {', '.join(map(str, allowed))}"
         )
-    slots = gpu_slots(possible, share) if share else counts[0]
-    if counts[0] > slots:
-        raise UserError(f"scaling.workers {config.scaling.workers}: the cluster has {slots * share:g} GPUs")
     return counts
 
 
-def _natural_limit(possible: Sequence[Machine], share: float) -> int:
+def _natural_limit(config: Config) -> int:
     """Most workers that nobody asked for: one per GPU that is up, else two.
 
     Raises:
-        UserError: GPUs will come when they are asked for, but how many is a matter of money.
+        UserError: nodes will come when they are asked for, but how many is a matter of money.
     """
-    up = cluster.machines()
+    nodes = cluster.machines()
+    share = worker_gpus(config, nodes)
     if not share:
-        return min(2, max(1, int(sum(machine.cpus for machine in up))))
-    slots = gpu_slots(up, share)
+        return min(2, max(1, int(sum(machine.cpus for machine in nodes))))
+    slots = gpu_slots(nodes, share)
     if not slots:
-        most = gpu_slots(possible, share)
-        raise UserError(f"the cluster has no GPU yet and can get {most}: say how many, as --scaling.workers 8")
+        raise UserError(
+            "the cluster has no GPU yet and starts nodes when they are asked for: say how many, as --scaling.workers 8 "
+            "(on CPUs: --scaling.gpus_per_worker 0 as well)"
+        )
     return slots if share == 1 else 1
 
 
@@ -143,7 +161,7 @@ def spare_cpus(config: Config) -> float:
     return reading + (DECODE_CPUS if config.run.decode == "cluster" else 0.0)
 
 
-def worker_cpus(config: Config, possible: Sequence[Machine], share: float) -> float:
+def worker_cpus(config: Config, nodes: Sequence[Machine], share: float) -> float:
     """CPUs to reserve per worker.
 
     Beside a GPU at most 4, and at most what falls to that GPU on the node with the fewest, less what the run needs
@@ -151,7 +169,7 @@ def worker_cpus(config: Config, possible: Sequence[Machine], share: float) -> fl
 
     Args:
         config: of the run.
-        possible: nodes that the cluster has or can get.
+        nodes: that are up.
         share: GPUs of each worker.
 
     Raises:
@@ -160,8 +178,8 @@ def worker_cpus(config: Config, possible: Sequence[Machine], share: float) -> fl
     wanted = config.scaling.cpus_per_worker
     if not share:
         return wanted or CPUS_PER_WORKER
-    nodes = [node for node in possible if node.gpus]
-    fair = min(node.cpus / max(1, gpu_slots([node], share)) for node in nodes) - spare_cpus(config)
+    able = [node for node in nodes if node.gpus]
+    fair = min(node.cpus / max(1, gpu_slots([node], share)) for node in able) - spare_cpus(config)
     if not wanted and fair <= 0:
         raise UserError(f"the nodes have too few CPUs for their GPUs: {fair + spare_cpus(config):g} for each worker")
     return wanted or min(4.0, fair)

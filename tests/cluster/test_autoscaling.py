@@ -9,6 +9,7 @@ from ray.autoscaler._private.util import prepare_config
 
 from tests.cluster.site import BIN, ENVIRONMENT, ROOT
 from tests.hosts import Host, Network
+from tests.jobs import SHORT
 from tests.processes import wait_for
 
 HEAD = "f" * 51 + "00000"
@@ -26,6 +27,7 @@ AUTOSCALER = {
     "RAY_FAKE_CLUSTER": "1",
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
     "RAY_CLOUD_INSTANCE_ID": HEAD,
+    "RAY_NODE_TYPE_NAME": "ray.head.default",  # as `ray up` sets it
 }
 IDLE_MINUTES = 0.1
 DEMAND = """
@@ -55,14 +57,36 @@ while gpus():
 print("gpus after 0", flush=True)
 """
 """Two tasks that each need all GPUs of a machine, and wait for each other."""
+ASK = """
+from pipeline import cli, cluster
+from pipeline.errors import UserError
+from pipeline.methods import OPTIONS
+from pipeline.training.scaling import workers_of
+
+def ask(*flags):
+    try:
+        workers = workers_of(cli.parse_config(["--preset", "demo", *flags], "", OPTIONS)[0])
+        print("got", workers.counts, workers.resources, flush=True)
+    except UserError as error:
+        print("refused:", error, flush=True)
+
+cluster.connect()
+ask()
+ask("--scaling.workers", "2..4")
+ask("--scaling.workers", "64", "--optim.batch_labeled", "64", "--optim.batch_unlabeled", "128")
+"""
+"""What runs ask for: without a number, 2 or 4 GPUs, and more than the file allows."""
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[Host]:
+def head(tmp_path: Path, shapes: str) -> Iterator[Host]:
     """A head that starts and ends nodes as the file says."""
     with Network(tmp_path, {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}) as network:
-        host = network.host("head", visible=[BIN.parent])
+        host = network.host("head", visible=[BIN.parent, ROOT, Path(shapes)])
         host.write("/tmp/home/aws.yaml", yaml.safe_dump(faked()))
+        start = ("ray", "start", "--head", "--port=6379", f"--node-ip-address={host.address}", "--num-cpus=0")
+        start += ("--object-store-memory=100000000", "--autoscaling-config=/tmp/home/aws.yaml", "--disable-usage-stats")
+        host.run("env", *(f"{key}={value}" for key, value in AUTOSCALER.items()), *start)
         yield host
 
 
@@ -76,10 +100,31 @@ def faked() -> dict:
 
 
 def test_from_none_to_two_and_back(head: Host, tmp_path: Path) -> None:
-    start = ("ray", "start", "--head", "--port=6379", f"--node-ip-address={head.address}", "--num-cpus=0")
-    start += ("--object-store-memory=100000000", "--autoscaling-config=/tmp/home/aws.yaml", "--disable-usage-stats")
-    head.run("env", *(f"{key}={value}" for key, value in AUTOSCALER.items()), *start)
     log = tmp_path / "log"
     demand = head.start("python", "-c", DEMAND, log=log)
     wait_for("nodes that come and go", lambda: demand.poll() is not None, 400)
     assert log.read_text().splitlines()[-3:] == ["gpus before 0", "nodes used 2 gpus 8", "gpus after 0"]
+
+
+def test_a_run_asks_for_its_nodes(head: Host, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    asking = head.start("python", "-c", ASK, log=log, cwd=str(ROOT), PYTHONPATH=str(ROOT))
+    wait_for("the answers", lambda: asking.poll() is not None, 400)
+    refused, waiting, got, more, never = log.read_text().splitlines()[-5:]
+    assert refused.startswith("refused: the cluster has no GPU yet and starts nodes when they are asked for")
+    assert waiting == "waiting for nodes: 2 workers need 2 GPUs"
+    assert got == "got (2, 4) {'CPU': 4.0, 'GPU': 1.0}"
+    assert more == "waiting for nodes: 64 workers need 64 GPUs"
+    assert never == "refused: scaling.workers 64: the cluster has 4 GPUs"
+
+
+def test_a_training_on_a_cluster_without_a_node(head: Host, shapes: str, tmp_path: Path) -> None:
+    """On CPUs, as these machines have no real GPUs."""
+    flags = ["--data", shapes, "--out", "/tmp/run", "--optim.steps", "10"]
+    flags += ["--scaling.workers", "2", "--scaling.gpus_per_worker", "0"]
+    log = tmp_path / "log"
+    job = head.start("python", "jobs/train.py", *SHORT, *flags, log=log, cwd=str(ROOT))
+    wait_for("the training", lambda: job.poll() is not None, 400)
+    assert job.returncode == 0, log.read_text()
+    assert "waiting for nodes: 2 workers need 1.25 CPUs" in log.read_text()
+    assert head.run("ls", "/tmp/run/step_0000010").stdout.split() == ["checkpoint.json", "state.pt"]

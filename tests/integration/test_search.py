@@ -21,13 +21,23 @@ def test_bad_samples_are_stopped_and_make_room(shapes: str, s3: S3Server, ray_fo
         assert "Traceback" not in job.said
     trials = sorted({file.split("/")[1] for file in storage.list_files(out)})
     assert len(trials) == 5
-    last = {name: records(f"{out}/trials/{name}", "eval")[-1]["step"] for name in trials}
+    last = {name: _last_step(f"{out}/trials/{name}") for name in trials}
     done = [name for name in trials if storage.exists(f"{out}/trials/{name}/summary.json")]
     assert any(name.endswith("lr-0.003") for name in done)
     stopped = [name for name in trials if last[name] < 40]
     assert min(stopped) < max(trials)  # a later one needed its place
     assert job.said.splitlines()[-1].startswith("best: ")
     assert "lr-0.003," in job.said.splitlines()[-1]
+
+    with Job(command, env, tmp_path / "again.log") as again:
+        assert again.wait(480) == 0, again.said
+    assert {name: _last_step(f"{out}/trials/{name}") for name in trials} == last  # what was stopped stays so
+    assert again.said.splitlines()[-1] == job.said.splitlines()[-1]
+
+
+def _last_step(trial: str) -> int:
+    """Of its last evaluation."""
+    return records(trial, "eval")[-1]["step"]
 
 
 def test_mistakes_end_it_before_anything_starts(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:

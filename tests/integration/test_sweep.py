@@ -1,11 +1,14 @@
 """A sweep as a user starts it: real Tune and Train, a killed driver, a trial that fails."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 from pipeline import storage
-from tests.jobs import Job, environment
+from tests.browser import PROGRAM, Browser
+from tests.jobs import Job, environment, has_checkpoint
 from tests.processes import descendants, kill, wait_for
 from tests.s3 import S3Server
 
@@ -22,6 +25,13 @@ def _summaries(out: str) -> dict[str, bytes]:
     return {file: storage.read_bytes(storage.join(out, file)) for file in files}
 
 
+def _begun(out: str) -> list[str]:
+    """The trials that have a checkpoint and no result."""
+    done = {file.split("/")[1] for file in _summaries(out)}
+    trials = sorted({file.split("/")[1] for file in storage.list_files(out) if file.startswith("trials/")} - done)
+    return [f"{out}/trials/{name}" for name in trials if has_checkpoint(f"{out}/trials/{name}")]
+
+
 def _written(out: str, files: list[str]) -> list[int]:
     filesystem, path = storage.resolve(out)
     return [filesystem.get_file_info(f"{path}/{file}").mtime_ns for file in files]
@@ -33,15 +43,18 @@ def test_a_killed_sweep_goes_on_and_gives_the_table_of_one_that_was_not(
     env, flags = environment(ray_folder, s3), ["--methods", "suponly,u2pl", "--seeds", "2"]
     calm, hurt = "s3://runs/calm", "s3://runs/hurt"
     with Job(_command(shapes, hurt, *flags), env, tmp_path / "first.log") as job:
-        wait_for("a finished trial", lambda: _summaries(hurt), 240)
+        wait_for("a finished trial, and one that has begun", lambda: _summaries(hurt) and _begun(hurt), 240)
         kill(job.pid, *descendants(job.pid))
-    first = _summaries(hurt)
+    first, begun = _summaries(hurt), _begun(hurt)
     assert 1 <= len(first) < 4, job.said
     stamps = _written(hurt, [*first])
     with Job(_command(shapes, hurt, *flags), env, tmp_path / "second.log") as job:
         assert job.wait(480) == 0, job.said
         assert "Traceback" not in job.said
     assert _written(hurt, [*first]) == stamps  # nothing that was finished was made again
+    assert begun
+    for trial in begun:
+        assert f"resuming from {trial}/step_" in storage.read_bytes(f"{trial}/log.txt").decode()
     with Job(_command(shapes, calm, *flags), env, tmp_path / "calm.log") as job:
         assert job.wait(480) == 0, job.said
     results = [{file: json.loads(text) for file, text in _summaries(out).items()} for out in (calm, hurt)]
@@ -51,19 +64,47 @@ def test_a_killed_sweep_goes_on_and_gives_the_table_of_one_that_was_not(
     assert tables[0] == tables[1]
     assert storage.read_bytes(f"{hurt}/report.html").startswith(b"<!doctype html>")
     assert b"val mIoU last" in storage.read_bytes(f"{hurt}/trials/u2pl-1_8-s0/log.txt")
+    if PROGRAM:  # else tests/integration/test_report.py says that it is missing
+        (tmp_path / "report.html").write_bytes(storage.read_bytes(f"{calm}/report.html"))
+        _look_at(tmp_path / "report.html")
+
+
+def _look_at(page: Path) -> None:
+    """The pictures of real networks on a phone."""
+    with Browser() as browser:
+        browser.open(page, 400)
+        assert browser.complaints() == []
+        assert browser.requests() == []
+        assert browser.evaluate("document.querySelectorAll('img').length") == 1
+        assert browser.evaluate("document.querySelector('img').naturalWidth") > 500
+        said = browser.evaluate("document.querySelector('img').alt")
+        assert "Networks, from the left: suponly (split 1_8, seed 0), u2pl (split 1_8, seed 0)." in said
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 400
 
 
 def test_a_trial_that_fails_stops_no_other_and_is_told(
     shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
 ) -> None:
     env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
-    flags = ["--methods", "suponly", "--grid", "optim.lr=0.003,1e30"]  # a loss that is not finite at once
+    flags = ["--methods", "suponly", "--scaling.workers", "2"]
+    flags += ["--grid", "optim.lr=0.003,1e30"]  # a loss that is not finite at once
     with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
         assert job.wait(480) == 1, job.said
     assert list(_summaries(out)) == ["trials/suponly-1_8-s0-optim.lr-0.003/summary.json"]
     assert "suponly-1_8-s0-optim.lr-1e30 failed: a loss is not finite" in job.said
     assert "1 of 2 trials failed" in job.said.splitlines()[-1]
     assert "Traceback" not in job.said
+    assert "Failed trials" in (tmp_path / "sweep/report.md").read_text()
+
+
+def test_an_interrupted_sweep_does_not_seem_done(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
+    env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
+    with Job(_command(shapes, out, "--methods", "suponly", "--optim.steps", "100000"), env, tmp_path / "log") as job:
+        wait_for("a trial", lambda: "running" in job.said or job.ended)
+        os.kill(job.pid, signal.SIGINT)
+        assert job.wait(120) == 130, job.said
+    assert "Traceback" not in job.said
+    assert not (tmp_path / "sweep/report.html").exists()
 
 
 def test_mistakes_end_it_before_any_trial_starts(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:

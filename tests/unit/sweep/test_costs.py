@@ -34,8 +34,8 @@ def test_what_ran_already_tells_the_time_of_a_step(trials):
     scored = {"kind": "eval", "step": 900, "miou": {"student": 0.5}, "worker_seconds": 300.0}
     _record(trials[2], train)
     with pytest.raises(UserError, match=r"no step of suponly was timed.* --step_seconds suponly=SECONDS"):
-        plan(trials, {}, Node(count=1, workers=1, price=0))
-    lines = plan(trials, {"suponly": 1.0}, Node(count=1, workers=1, price=0))
+        plan(trials, {}, Node(count=2, workers=1, price=0))
+    lines = plan(trials, {"suponly": 1.0}, Node(count=2, workers=1, price=0))
     assert lines[3].split()[1:] == ["1", "3600", "0.25", "12", "0.25"]  # 12 images a step at 48 a second
     assert "at 0" not in lines[5]
     assert "evaluations that nobody has timed" in lines[5]
@@ -44,6 +44,22 @@ def test_what_ran_already_tells_the_time_of_a_step(trials):
     lines = plan(trials, {}, Node(count=1, workers=1, price=0))
     assert lines[3].split()[1:] == ["1", "3600", "0.25", "12", "1.25"]  # 12 x 300 worker seconds
     assert "nobody has timed" not in lines[5]
+    given = plan(trials, {"": 2.0}, Node(count=2, workers=1, price=0))
+    assert given[3].split()[3] == "2"  # what is given counts more than records
+
+
+def test_a_record_of_other_work_tells_nothing(shapes, tmp_path):
+    base = cli.parse_config(["--preset", "demo", "--data", shapes, "--out", str(tmp_path)], "", OPTIONS)[0]
+    small, large = make_trials(base, ["suponly"], ["1_8"], 1, {"model.width": ("8", "64")})
+    _record(small, {"kind": "train", "step": 9, "eta_seconds": 1.0, "images_per_second": 48.0, "workers": 1})
+    assert plan([small], {}, Node(count=1, workers=1, price=0))
+    with pytest.raises(UserError, match="no step of suponly was timed"):
+        plan([small, large], {}, Node(count=1, workers=1, price=0))
+
+
+def test_more_workers_than_the_nodes_hold(trials):
+    with pytest.raises(UserError, match=r"1 nodes of 1 hold no scaling\.workers 2"):
+        plan(trials, {"": 1.0}, Node(count=1, workers=1, price=0))
 
 
 def _record(trial, *records):

@@ -40,6 +40,13 @@ def test_how_many_fit(shapes, tmp_path, monkeypatch, nodes, workers, expected):
     ]
 
 
+@pytest.mark.parametrize(("grows", "at_once"), [(False, 2), (True, 5)])
+def test_more_at_once_than_there_is_room_for_needs_a_cluster_that_grows(shapes, tmp_path, monkeypatch, grows, at_once):
+    _pretend(monkeypatch, "96:8", grows=grows)
+    trials = make_trials(_base(shapes, tmp_path, "--scaling.workers", "4"), ["u2pl"], ["1_8"], 1, {})
+    assert [sized(trials, asked)[1] for asked in (0, 1, 5)] == [2, 1, at_once]
+
+
 def test_a_trial_that_fits_nowhere(shapes, tmp_path, monkeypatch):
     _pretend(monkeypatch, "1:0")
     trials = make_trials(_base(shapes, tmp_path, "--scaling.workers", "2"), ["u2pl"], ["1_8"], 1, {})
@@ -47,8 +54,8 @@ def test_a_trial_that_fits_nowhere(shapes, tmp_path, monkeypatch):
         sized(trials)
 
 
-def _pretend(monkeypatch, nodes):
+def _pretend(monkeypatch, nodes, *, grows=False):
     """A cluster of nodes `CPUS:GPUS`."""
     found = [Machine(*map(float, node.split(":"))) for node in nodes.split()]
-    for name in ("machines", "possible_machines"):
-        monkeypatch.setattr(cluster, name, lambda: found)
+    monkeypatch.setattr(cluster, "machines", lambda: found)
+    monkeypatch.setattr(cluster, "grows", lambda: grows)

@@ -45,8 +45,7 @@ def test_a_key_twice_or_none():
 
 
 def test_equal_draws_are_the_same_run(base):
-    prepared = prepare(base(), {"optim.lr": Range(1e-4, 0.1)})
-    space = {"optim.lr": Range(1e-4, 0.1)}
+    prepared, space = prepare(base(), {"optim.lr": Range(1e-4, 0.1)})
     values = (0.012346, 0.012354, 0.0124)
     one, same, other = (sample(prepared, space, {"optim.lr": value}, 7) for value in values)
     assert (one.name, one.config.optim.lr) == ("007-optim.lr-0.01235", 0.01235)
@@ -68,13 +67,22 @@ def test_both_ends_are_checked_before_anything_starts(base, space, words):
         prepare(base(), space)
 
 
+def test_whole_ends_of_an_option_that_holds_fractions_are_no_choice_of_two(base):
+    texts = ["model.dropout=0..1", "u2pl.lambda_c=0..1", "optim.steps=100..900"]
+    _, space = prepare(base("--method", "u2pl"), parse_space(texts))
+    ranges = {key: each for key, each in space.items() if isinstance(each, Range)}
+    assert {key: each.whole for key, each in ranges.items()} == {
+        "model.dropout": False, "u2pl.lambda_c": False, "optim.steps": True,
+    }  # fmt: skip
+    assert ranges["model.dropout"].text(0.25) == "0.25"
+
+
 @pytest.mark.parametrize(("value", "text"), [(0.99962, "0.9996"), (0.999999, "0.9999"), (0.98, "0.99")])
 def test_no_draw_is_rounded_past_an_end(value, text):
     assert Range(0.99, 0.9999).text(value) == text
 
 
 def test_values_that_do_not_go_together_are_that_samples_problem(base):
-    space = parse_space(["u2pl.r_l=1..15", "u2pl.r_h=10..21"])
-    prepared = prepare(base("--method", "u2pl"), space)
+    prepared, space = prepare(base("--method", "u2pl"), parse_space(["u2pl.r_l=1..15", "u2pl.r_h=10..21"]))
     assert "r_l" in sample(prepared, space, {"u2pl.r_l": 14, "u2pl.r_h": 11}, 0).problem
     assert sample(prepared, space, {"u2pl.r_l": 3, "u2pl.r_h": 11}, 1).problem == ""

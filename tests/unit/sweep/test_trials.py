@@ -1,7 +1,10 @@
 import pytest
+from PIL import Image
 
 from pipeline import cli, storage
 from pipeline.config import Config, to_yaml
+from pipeline.datasets import pool_writer
+from pipeline.datasets.pool_writer import make_pool
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.sweep.trials import make_trials, parse_grid
@@ -61,12 +64,48 @@ def test_a_key_twice():
         (["u2pl"], ["1_8"], {"u2pl.loss": ("a",)}, "choose from contrastive, binary"),
         (["u2pl"], ["1_8"], {"optim.batch_labeled": ("4", "400")}, "fewer than optim.batch_labeled"),
         ([], ["1_8"], {}, "at least one"),
+        (["u2pl", "u2pl"], ["1_8"], {}, "--methods: u2pl,u2pl names one twice"),
+        (["u2pl"], ["1_8", "1_8"], {}, "--splits: 1_8,1_8 names one twice"),
+        (["u2pl"], ["1_8"], {"optim.lr": ("0.1", "0.1")}, r"--grid optim\.lr: 0\.1,0\.1 names one twice"),
+        (["suponly"], ["1_8"], {"u2pl.loss": ("binary",)}, r"--grid u2pl\.loss: none of the methods suponly reads it"),
     ],
 )
 def test_mistakes_show_before_anything_starts(shapes, tmp_path, methods, splits, grid, words):
     with pytest.raises(UserError, match=words):
         make_trials(_base(shapes, tmp_path), methods, splits, 1, grid)
     assert storage.list_files(str(tmp_path)) == []
+
+
+def test_places_that_a_grid_names_are_absolute(shapes, tmp_path, monkeypatch):
+    """A trial runs in another directory than the one it was started from."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pth").touch()
+    (trial,) = make_trials(_base(shapes, tmp_path), ["suponly"], ["1_8"], 1, {"model.weights": ("a.pth",)})
+    assert trial.config.model.weights == str(tmp_path / "a.pth")
+
+
+def test_all_trials_see_the_same_generations_of_a_pool_that_grows(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_writer.tasks, "run", lambda task, items, *_: map(task, items))
+    pool, photos = str(tmp_path / "pool"), tmp_path / "photos"
+    _add(photos, range(20))
+    make_pool("images", str(photos), pool)
+    flags = ["--data.unlabeled_pools", pool, "--data.pool_weights", "1", "1"]
+    trials = make_trials(_base(shapes, tmp_path, *flags), ["suponly", "u2pl"], ["1_8"], 2, {})
+    assert [trial.config.data.pool_generations for trial in trials] == [(), (), (1,), (1,)]
+    begun = trials[3]
+    storage.write_bytes(f"{begun.out}/config.yaml", to_yaml(begun.config).encode())
+    _add(photos, range(20, 40))
+    make_pool("images", str(photos), pool, append=True)
+    again = make_trials(_base(shapes, tmp_path, *flags), ["suponly", "u2pl", "cps"], ["1_8"], 2, {})
+    assert {trial.config.data.pool_generations for trial in again[2:]} == {(1,)}
+    (other,) = make_trials(_base(shapes, tmp_path / "else", *flags), ["u2pl"], ["1_8"], 1, {})
+    assert other.config.data.pool_generations == (2,)
+
+
+def _add(folder, numbers):
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        Image.new("RGB", (96, 96), (number, 0, 0)).save(folder / f"{number}.png")
 
 
 def test_another_sweep_in_the_same_place_is_refused(shapes, tmp_path):

@@ -14,14 +14,23 @@ def _config(*flags: str) -> Config:
     return cli.parse_config(["--preset", "demo", *flags], "", OPTIONS)[0]
 
 
-def _pretend(monkeypatch: pytest.MonkeyPatch, up: str, coming: str = "") -> None:
-    """A cluster of nodes `CPUS:GPUS CPUS:GPUS ...`, and the nodes that it may have."""
-    nodes = {
-        name: [Machine(*map(float, node.split(":"))) for node in text.split()]
-        for name, text in (("machines", up), ("possible_machines", coming or up))
-    }
-    for name, found in nodes.items():
-        monkeypatch.setattr(cluster, name, lambda found=found: found)
+def _pretend(monkeypatch: pytest.MonkeyPatch, up: str, coming: str | None = None) -> list[list[dict[str, float]]]:
+    """A cluster of nodes `CPUS:GPUS CPUS:GPUS ...`, and those that come when it is asked; returns what it is asked."""
+    nodes, asked = _machines(up), []
+
+    def start_nodes(bundles: list[dict[str, float]]) -> bool:
+        asked.append(bundles)
+        nodes.extend(_machines(coming or ""))
+        return bool(coming)
+
+    monkeypatch.setattr(cluster, "machines", lambda: nodes)
+    monkeypatch.setattr(cluster, "grows", lambda: coming is not None)
+    monkeypatch.setattr(cluster, "start_nodes", start_nodes)
+    return asked
+
+
+def _machines(text: str) -> list[Machine]:
+    return [Machine(*map(float, node.split(":"))) for node in text.split()]
 
 
 @pytest.mark.parametrize(
@@ -84,14 +93,34 @@ def test_what_is_no_number_of_workers(asked: str) -> None:
         _config(f"--scaling.workers={asked}")
 
 
-def test_gpus_that_are_not_up_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster that has scaled its GPU nodes to none is no cluster of CPUs."""
-    _pretend(monkeypatch, "0:0", coming="0:0 48:4 48:4 16:0")
-    workers = workers_of(_config("--scaling.workers", "4"))
-    assert workers.resources == {"CPU": 4.0, "GPU": 1.0}
-    with pytest.raises(UserError, match=r"no GPU yet and can get 8: say how many"):
-        workers_of(_config())
-    assert workers_of(_config("--scaling.gpus_per_worker", "0")).resources == {"CPU": 0.5}
+class TestAClusterThatGrows:
+    """One that has scaled its GPU nodes to none is no cluster of CPUs."""
+
+    def test_gpus_are_asked_for_and_then_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = _pretend(monkeypatch, "0:0", coming="8:4")
+        workers = workers_of(_config("--scaling.workers", "2..4"))
+        assert asked == [[{"GPU": 1.0}] * 2]
+        assert (workers.counts, workers.resources) == ((2, 4), {"CPU": 1.75, "GPU": 1.0})
+        workers_of(_config("--scaling.workers", "4"))
+        assert len(asked) == 1  # they are there
+
+    def test_nobody_pays_for_gpus_that_nobody_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = _pretend(monkeypatch, "0:0 16:0", coming="48:4")
+        with pytest.raises(UserError, match=r"no GPU yet and starts nodes .* --scaling\.workers 8"):
+            workers_of(_config())
+        assert asked == []
+
+    def test_gpus_that_it_cannot_get(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = _pretend(monkeypatch, "0:0 48:2", coming="")
+        with pytest.raises(UserError, match=r"scaling\.workers 4: the cluster has 2 GPUs"):
+            workers_of(_config("--scaling.workers", "4"))
+        assert len(asked) == 1
+
+    def test_cpus_with_what_reading_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = _pretend(monkeypatch, "0:0", coming="2:0")
+        workers = workers_of(_config("--scaling.workers", "2", "--scaling.gpus_per_worker", "0"))
+        assert asked == [[{"CPU": 0.5}, {"CPU": 0.5}, {"CPU": 0.25}]]
+        assert workers.resources == {"CPU": 0.5}
 
 
 def test_a_share_of_a_gpu_is_for_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +164,7 @@ def test_cpus_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, method: str, up: str
     ],
 )
 def test_places(up: str, cpus: float, gpus: float, spare: float, held: int) -> None:
-    nodes = [Machine(*map(float, node.split(":"))) for node in up.split()]
-    assert places(nodes, Workers((1,), cpus, gpus, spare)) == held
+    assert places(_machines(up), Workers((1,), cpus, gpus, spare)) == held
 
 
 def test_decoding_tasks_need_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
