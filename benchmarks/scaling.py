@@ -108,14 +108,14 @@ def step_parts(world: int, pairs: int, compute: float, counted: Counted, machine
     return [compute, gradients, norms, bank, ingest]
 
 
-def waste(nodes: int, state_bytes: float, machine: Machine) -> tuple[float, float]:
+def waste(nodes: int, readers: int, state_bytes: float, machine: Machine) -> tuple[float, float]:
     """The best interval of checkpoints in seconds and the share of time that lost nodes cost (Young, Daly).
 
-    A checkpoint blocks while it is serialised, at 1 GB/s; a restart takes 100 s and reads the state once a node.
+    A checkpoint blocks while it is serialised, at 1 GB/s; a restart takes 100 s, and `readers` a node read the state.
     """
     between = machine.hours_between_losses * 3600 / nodes
     blocked = state_bytes / 1e9
-    restart = 100 + state_bytes / (machine.store * 1e9)
+    restart = 100 + readers * state_bytes / (machine.store * 1e9)
     interval = math.sqrt(2 * blocked * between)
     return interval, blocked / interval + interval / (2 * between) + restart / between
 
@@ -127,7 +127,7 @@ def efficiency_table(pairs: int, compute: float, counted: Counted, machine: Mach
     for world in WORLDS:
         for keys in sorted({options.keys, options.keys_of(world)}, reverse=True):
             parts = step_parts(world, pairs, compute, counted, machine, keys)
-            interval, lost = waste(max(1, world // gpus_per_node), counted.state_bytes, machine)
+            interval, lost = waste(max(1, world // gpus_per_node), gpus_per_node, counted.state_bytes, machine)
             times = "  ".join(f"{1e3 * each:6.0f}" for each in parts)
             share = parts[0] / sum(parts)
             print(f"{world:6d}  {keys:4d}  {times}        {share:6.1%}           {interval:5.0f} s         {lost:6.1%}")

@@ -21,6 +21,8 @@ from pathlib import Path
 
 AWS, GCP = "http://169.254.169.254", "http://metadata.google.internal"
 AWS_NOTICE_S, GCP_NOTICE_S = 120.0, 30.0
+MARGIN_S = 10.0
+"""Ray is told of an earlier end: what dies before Ray's own deadline counts as a failure, and telling takes seconds."""
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would answer for another machine
 
 
@@ -130,7 +132,7 @@ def raylets(proc: Path = Path("/proc"), temp_dir: str | None = None) -> list[tup
 
 def drain(node: tuple[str, str], notice: Notice) -> bool:
     """Tells the cluster that a node of this machine goes; whether it has been accepted."""
-    left = max(0, int(notice.deadline - time.time()))
+    left = max(1, int(notice.deadline - MARGIN_S - time.time()))
     command = ["ray", "drain-node", "--node-id", node[0], "--address", node[1]]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", notice.text]
     try:

@@ -111,6 +111,8 @@ def _s3(bucket: str, endpoint: str) -> pafs.FileSystem:
 
 @lru_cache(maxsize=8)
 def _other(scheme: str) -> pafs.FileSystem:
+    if scheme in ("gs", "gcs"):
+        return pafs.GcsFileSystem()
     import fsspec
 
     try:

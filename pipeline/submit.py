@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ def submit(command: list[str], address: str | None, root: Path) -> int:
         The command's exit code; 128 and the signal's number if one ended it.
 
     Raises:
-        UserError: there is no job server, or it wants another token.
+        UserError: there is no job server, it wants another token, or the command names a file of this machine.
         RunError: the cluster went away, or the command never ran to an end.
     """
     words = ["python", *command] if command[0].endswith(".py") else command
+    for flag, value in pairwise(command):
+        if flag == "--config" and "://" not in value and not value.startswith(("/", "pipeline/", "jobs/")):
+            raise UserError(f"--config {value}: is not sent to the cluster; copy it to the bucket and name its URI")
     client = _connect(address)
     name = _call(client.submit_job, entrypoint=shlex.join(words), runtime_env={"working_dir": str(root)})
     print(f"job {name}", flush=True)

@@ -23,6 +23,10 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
 IMAGE = rf"(rayproject/ray:{re.escape(ray.__version__)}-py3\d+(-gpu)?|\S+/u2pl-ray:{re.escape(ray.__version__)}(-gpu)?)"
+DRIVER = 580
+"""Of NVIDIA, the least for CUDA 13, which the pinned torch is built for."""
+LOCAL_DISKS = {"g2-standard-24": 2, "g2-standard-48": 4, "g2-standard-96": 8, "a2-highgpu-4g": 4, "a2-highgpu-8g": 8}
+"""How many a machine type of Compute Engine takes if it takes any; from memory of Google's table."""
 DELETE = object()
 
 Document = dict[str, Any]
@@ -158,6 +162,9 @@ def cloud_faults(document: Document) -> Faults:
                 faults.append(f"available_node_types/{name}: min_workers {least}, max_workers {most}")
     if not any("GPU" in kind["resources"] for kind in kinds.values()):
         faults.append("available_node_types: no GPU")
+    spot = max((kind.get("priority", 0) for name, kind in kinds.items() if name.endswith("spot")), default=0)
+    if any(kind.get("priority", 0) >= spot for name, kind in kinds.items() if not name.endswith("spot")):
+        faults.append("available_node_types: spot nodes are not the first choice")
     zones = str(document["provider"].get("availability_zone", "")).split(",")
     if len(zones) != 1 or not re.search(r"[a-z]-?[a-z0-9]", zones[0]):
         faults.append("provider/availability_zone: one zone, so that GPU groups do not talk across zones")
@@ -240,11 +247,24 @@ def gcp_rule_faults(document: Document) -> Faults:
             faults.append(
                 f"{place}/scheduling: machines with GPUs cannot be moved, onHostMaintenance is to be TERMINATE"
             )
+        if "GPU" in kind["resources"]:
+            faults += _google_gpu_faults(config, place)
         if name != document["head_node_type"] and not config.get("serviceAccounts"):
             faults.append(f"{place}/serviceAccounts: missing")
         if not any("subnetwork" in each for each in config.get("networkInterfaces", [])):
             faults.append(f"{place}/networkInterfaces: else Ray takes a network that may be open")
     return faults + _watcher_faults(document, "gcp")
+
+
+def _google_gpu_faults(config: Document, place: str) -> Faults:
+    images = " ".join(str(disk.get("initializeParams", {}).get("sourceImage")) for disk in config["disks"])
+    driver = re.search(r"nvidia-(\d+)", images)
+    faults = [f"{place}/disks: no image with a driver {DRIVER} or newer"] * (not driver or int(driver[1]) < DRIVER)
+    scratch = sum(disk.get("type") == "SCRATCH" for disk in config["disks"])
+    right = LOCAL_DISKS.get(config["machineType"])
+    return faults + [f"{place}/disks: {scratch} local disks, {config['machineType']} takes {right} or none"] * (
+        scratch not in (0, right)
+    )
 
 
 def _watcher_faults(document: Document, cloud: str) -> Faults:

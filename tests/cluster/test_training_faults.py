@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.spot_watcher import MARGIN_S
 from pipeline.checkpoint import name
 from tests.cluster.fleet import TRAIN_WORKER, Fleet
 from tests.cluster.runs import STEPS, TWO, checkpoints, curve, held, registered, resumed_from
@@ -147,19 +148,21 @@ def test_a_host_is_drained(whole: Fleet, calm: list[dict], tmp_path: Path) -> No
     wait_for("a checkpoint", lambda: registered(whole, run) or job.step >= late or job.over, NOTICE)
     assert checkpoints(whole, run)
     assert max(checkpoints(whole, run)) < STEPS
-    wait_for("the last steps, or the end", lambda: job.step >= late or time.monotonic() >= noticed + NOTICE)
+    told = noticed + NOTICE - MARGIN_S
+    wait_for("the last steps, or the end", lambda: job.step >= late or time.monotonic() >= told)
     with held(worker):
-        time.sleep(max(0.0, noticed + NOTICE - time.monotonic()))
-        host.power_off()  # as the cloud does
+        time.sleep(max(0.0, told - time.monotonic()))
+    wait_for("the training to leave the host", lambda: not host.find(TRAIN_WORKER), MARGIN_S)
+    host.power_off()  # as the cloud does
     ended_well(whole, job, run, calm)
     (resumed,) = resumed_from(job)
     assert 0 < resumed < STEPS
 
 
 def drain(host: Host) -> None:
-    """The notice that a cloud gives before it takes a host."""
+    """What the spot watcher makes of the notice that a cloud gives before it takes a host."""
     words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
-    host.run("ray", "drain-node", *words, "--deadline-remaining-seconds", str(NOTICE))
+    host.run("ray", "drain-node", *words, "--deadline-remaining-seconds", f"{NOTICE - MARGIN_S:g}")
 
 
 def test_the_head_is_lost(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:

@@ -103,6 +103,13 @@ def test_no_job_given_is_one_line(head: Head) -> None:
     assert "no job given" in done.stderr
 
 
+def test_a_config_of_this_machine_is_one_line(head: Head) -> None:
+    done = submitted(head, "jobs/train.py", "--config", "mine.yaml")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "--config mine.yaml: is not sent to the cluster" in line
+
+
 def test_interrupting_leaves_the_job_running_and_says_so(head: Head, tmp_path: Path) -> None:
     mark = tmp_path / "finished"
     script = f"import time, pathlib; print('going', flush=True); time.sleep(6); pathlib.Path({str(mark)!r}).touch()"

@@ -52,6 +52,8 @@ CLOUD = [
     (f"{SPOT}/min_workers", 9, "available_node_types/gpu_spot: min_workers 9, max_workers 8"),
     (f"{SPOT}/min_workers", 99, "smaller than the sum of `min_workers`"),
     (f"{SPOT}/min_workers", DELETE, "available_node_types/gpu_spot: min_workers None"),
+    (f"{SPOT}/priority", DELETE, "available_node_types: spot nodes are not the first choice"),
+    (f"{DEMAND}/priority", 1, "available_node_types: spot nodes are not the first choice"),
     (f"{HEAD}/resources/CPU", 8, "available_node_types/head/resources: the head is to have none"),
     ("docker/worker_image", "rayproject/ray:latest-gpu", "docker/worker_image: .* not pinned"),
     ("docker/worker_image", "rayproject/ray:2.59.0-py311-gpu", "docker/worker_image: .* not pinned"),
@@ -101,6 +103,16 @@ GCP = [
     (f"{DEMAND}/node_config/scheduling/onHostMaintenance", "MIGRATE", "gpu_ondemand/node_config/scheduling"),
     (f"{DEMAND}/node_config/serviceAccounts", DELETE, "gpu_ondemand/node_config/serviceAccounts: missing"),
     (f"{HEAD}/node_config/networkInterfaces", DELETE, "head/node_config/networkInterfaces"),
+    (
+        f"{SPOT}/node_config/disks/4",
+        DELETE,
+        "gpu_spot/node_config/disks: 3 local disks, g2-standard-48 takes 4 or none",
+    ),
+    (
+        f"{SPOT}/node_config/disks/0/initializeParams/sourceImage",
+        lambda old: old.replace("580", "550"),
+        "gpu_spot/node_config/disks: no image with a driver 580",
+    ),
     (f"{SPOT}/node_config/disks/0/boot", "yes", "gpu_spot/node_config/disks/0/boot: 'yes' is no boolean"),
 ]
 LOCAL = [

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,9 +101,25 @@ def test_before_its_time_is_over_it_queues_again(project: Path, ray_folder: str,
     assert f"requeue {os.getpid()}" in (project / "bin" / "scontrol.calls").read_text()
 
 
+def test_a_ray_node_that_ends_makes_it_queue_again(project: Path, ray_folder: str, tmp_path: Path) -> None:
+    with Job(["bash", str(SCRIPT)], environment(project, ray_folder, HOLD="300"), tmp_path / "log") as job:
+        wait_for("the training", lambda: trains(job), 600)
+        (node,) = [pid for pid in running(f"--temp_dir={ray_folder}/ray-{os.getpid()}\0") if "raylet" in name(pid)]
+        os.kill(node, signal.SIGKILL)
+        assert job.wait(180) != 0
+    assert "a Ray node has ended: queueing again" in job.said
+    assert f"requeue {os.getpid()}" in (project / "bin" / "scontrol.calls").read_text()
+    assert list(project.glob(".u2pl-ray-token*")) == []
+    assert not (Path(ray_folder) / f"ray-{os.getpid()}").exists()
+
+
 def trains(job: Job) -> bool:
     assert "Traceback" not in job.said, job.said
     return "flags" in job.said
+
+
+def name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text()
 
 
 def running(folder: str) -> list[int]:

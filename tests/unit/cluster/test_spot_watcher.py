@@ -158,7 +158,7 @@ def test_the_notice_becomes_a_drain_of_the_own_node(metadata: Metadata, fake_ray
         "EC2 will terminate this instance",
     ]
     assert call[9] == "--deadline-remaining-seconds"
-    assert 90 <= int(call[10]) <= 100
+    assert 80 <= int(call[10]) <= 90  # the training is to be elsewhere when the machine goes
 
 
 def test_the_drain_is_repeated_while_it_fails(metadata: Metadata, fake_ray: Path, raylet: str) -> None:
@@ -210,7 +210,7 @@ def test_a_real_node_is_draining_afterwards(metadata: Metadata, ray_folder: str)
             assert done.returncode == 0, done.stderr
             ((drained, deadline),) = json.loads(work.stdout.readline()).items()
         assert drained == node
-        assert deadline / 1000 - time.time() <= 100
+        assert deadline / 1000 - time.time() <= 90
 
 
 WORK = """
