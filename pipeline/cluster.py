@@ -17,8 +17,8 @@ NODE_GROUP = "ray.io/node-group"
 """Label of a node that was started as one of a group."""
 ASK_SECONDS = 5.0
 """Between two questions to an autoscaler."""
-NO_AUTOSCALER_SECONDS = 60.0
-"""After which one that has said nothing is none."""
+FIRST_WORD_SECONDS = 60.0
+"""After which an autoscaler that has said nothing is none."""
 
 
 def connect(*, state_api: bool = False) -> None:
@@ -78,14 +78,24 @@ def machines() -> list[Machine]:
 
 
 def grows() -> bool:
-    """Whether nodes are of named groups (`ray up`, KubeRay), so that more of them may be started when asked for."""
+    """Whether nodes are of named groups (`ray up`, KubeRay) and an autoscaler starts more of them when asked for.
+
+    A cluster of groups that has nothing to work with may be just starting: its autoscaler is given time to speak.
+    """
     import ray
 
-    return any(NODE_GROUP in node["Labels"] for node in ray.nodes() if node["Alive"])
+    if not any(NODE_GROUP in node["Labels"] for node in ray.nodes() if node["Alive"]):
+        return False
+    until = time.monotonic() + FIRST_WORD_SECONDS
+    while not (speaks := bool(_autoscaler().autoscaler_state_version)) and time.monotonic() < until:
+        if any(machine.cpus for machine in machines()):
+            break
+        time.sleep(1)
+    return speaks
 
 
 def start_nodes(bundles: Sequence[Mapping[str, float]]) -> bool:
-    """Waits until a cluster that grows holds resources at one time; they are free again afterwards.
+    """Waits until a cluster that grows holds resources all at one time; they are free again afterwards.
 
     What waits for resources is what makes an autoscaler start nodes; it tells what none of its groups can ever hold.
 
@@ -93,17 +103,14 @@ def start_nodes(bundles: Sequence[Mapping[str, float]]) -> bool:
         bundles: resources by Ray's names, each on one node.
 
     Returns:
-        Whether they are there; False if they cannot be had, or nothing starts nodes here.
+        Whether they are there; False if they cannot be had.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    wanted, began = placement_group([dict(bundle) for bundle in bundles]), time.monotonic()
+    wanted = placement_group([dict(bundle) for bundle in bundles])
     try:
         while not wanted.wait(ASK_SECONDS):
-            state = _autoscaler()
-            if any(wanted.id.hex() in each.details for each in state.infeasible_gang_resource_requests):
-                return False
-            if not state.autoscaler_state_version and time.monotonic() - began > NO_AUTOSCALER_SECONDS:
+            if any(wanted.id.hex() in each.details for each in _autoscaler().infeasible_gang_resource_requests):
                 return False
     finally:
         remove_placement_group(wanted)
@@ -111,7 +118,7 @@ def start_nodes(bundles: Sequence[Mapping[str, float]]) -> bool:
 
 
 def _autoscaler() -> Any:
-    """What it says of itself; empty where there is none."""
+    """What it says of itself; empty where there is none, or one of Ray's first kind."""
     from ray.core.generated import autoscaler_pb2
     from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
