@@ -42,7 +42,7 @@ def timed(config: Config, *, tuned: bool) -> tuple[float, float]:
     with contextlib.redirect_stdout(io.StringIO()):
         if tuned:
             trials = make_trials(config, [config.method], [config.split], 1, {})
-            assert sweep(trials) == 0
+            assert not sweep(trials)
             out = trials[0].out
         else:
             config = placed(config)
