@@ -87,7 +87,7 @@ def grows() -> bool:
     if not any(NODE_GROUP in node["Labels"] for node in ray.nodes() if node["Alive"]):
         return False
     until = time.monotonic() + FIRST_WORD_SECONDS
-    while not (speaks := bool(_autoscaler().autoscaler_state_version)) and time.monotonic() < until:
+    while not (speaks := bool(_status().autoscaling_state.autoscaler_state_version)) and time.monotonic() < until:
         if any(machine.cpus for machine in machines()):
             break
         time.sleep(1)
@@ -97,34 +97,50 @@ def grows() -> bool:
 def start_nodes(bundles: Sequence[Mapping[str, float]]) -> bool:
     """Waits until a cluster that grows holds resources all at one time; they are free again afterwards.
 
-    What waits for resources is what makes an autoscaler start nodes; it tells what none of its groups can ever hold.
+    What waits for resources is what makes an autoscaler start nodes.
 
     Args:
         bundles: resources by Ray's names, each on one node.
 
     Returns:
-        Whether they are there; False if they cannot be had.
+        Whether they are there; False if they cannot be had though nobody else has or wants any.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
     wanted = placement_group([dict(bundle) for bundle in bundles])
     try:
         while not wanted.wait(ASK_SECONDS):
-            if any(wanted.id.hex() in each.details for each in _autoscaler().infeasible_gang_resource_requests):
+            if _hopeless(wanted.id.hex()):
                 return False
     finally:
         remove_placement_group(wanted)
     return True
 
 
-def _autoscaler() -> Any:
-    """What it says of itself; empty where there is none, or one of Ray's first kind."""
+def _hopeless(group: str) -> bool:
+    """Whether a placement group can never be had; what others have now is not there either, but comes back."""
+    status = _status()
+    if not any(group in each.details for each in status.autoscaling_state.infeasible_gang_resource_requests):
+        return False
+    state = status.cluster_resource_state
+    others = any(group not in each.details for each in state.pending_gang_resource_requests)
+    taken = any(
+        node.available_resources.get(name, 0.0) < node.total_resources[name]
+        for node in state.node_states
+        for name in ("CPU", "GPU")
+        if name in node.total_resources
+    )
+    return not others and not taken
+
+
+def _status() -> Any:
+    """Ray's GetClusterStatusReply; without an autoscaler, or with Ray's first one, `autoscaling_state` is empty."""
     from ray.core.generated import autoscaler_pb2
     from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
     client: Any = internal_kv_get_gcs_client()  # no public way to what an autoscaler cannot start
     reply: Any = autoscaler_pb2.GetClusterStatusReply  # type: ignore[attr-defined]
-    return reply.FromString(client.get_cluster_status()).autoscaling_state
+    return reply.FromString(client.get_cluster_status())
 
 
 def default_root() -> Path:

@@ -36,9 +36,7 @@ def submit(command: list[str], address: str | None, root: Path) -> int:
         RunError: the cluster went away, or the command never ran to an end.
     """
     words = ["python", *command] if command[0].endswith(".py") else command
-    for flag, value in pairwise(command):
-        if flag == "--config" and "://" not in value and not value.startswith(("/", "pipeline/", "jobs/")):
-            raise UserError(f"--config {value}: is not sent to the cluster; copy it to the bucket and name its URI")
+    _check_config(command)
     client = _connect(address)
     name = _call(client.submit_job, entrypoint=shlex.join(words), runtime_env={"working_dir": str(root)})
     print(f"job {name}", flush=True)
@@ -51,6 +49,14 @@ def submit(command: list[str], address: str | None, root: Path) -> int:
         )
         raise
     return _outcome(_call(client.get_job_info, name))
+
+
+def _check_config(command: list[str]) -> None:
+    """A job's config must be where the head finds it."""
+    flat = [part for word in command for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    for flag, value in pairwise(flat if command[0].startswith("jobs/") else []):
+        if flag == "--config" and "://" not in value and not value.startswith(("/", "pipeline/", "jobs/")):
+            raise UserError(f"--config {value}: is not sent to the cluster; copy it to the bucket and name its URI")
 
 
 def _connect(address: str | None) -> Any:

@@ -4,6 +4,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -61,23 +62,28 @@ class Board(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune."""
         problem = trial.last_result.get("problem")  # said by a run that came to its end
-        self._change(trial, "stopped" if problem is None else "failed" if problem else "done", problem or "")
+        ended = "done" if self._found(trial).finished() else "stopped"  # a repeated search stops what is done, too
+        self._change(trial, ended if problem is None else "failed" if problem else "done", problem or "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune."""
-        self._change(trial, "failed", str(trial.get_error()).strip().splitlines()[-1])
+        text = Path(trial.error_file).read_text() if trial.error_file else "it ended without a word"
+        self._change(trial, "failed", text.strip().splitlines()[-1])
 
     def failed(self) -> dict[str, str]:
         """Why each failed trial did, by name."""
         return {name: row.problem for name, row in self.rows.items() if row.state == "failed"}
 
     def _change(self, trial: Any, state: str, problem: str = "") -> None:
-        found = self._find(trial.config, int(trial.custom_trial_name))
+        found = self._found(trial)
         row = self.rows.setdefault(found.name, Row(found))
         row.state, row.problem = state, problem
         look(row)
         if not self._live:
             print("  ".join(row.cells()), flush=True)
+
+    def _found(self, trial: Any) -> Trial:
+        return self._find(trial.config, int(trial.custom_trial_name))
 
     def _follow(self) -> None:
         quiet = 0.0

@@ -19,6 +19,8 @@ from pipeline.training.launch import placed, warn_of_local_places
 DEFAULT_OUT = "runs/search"
 DIGITS = 4
 """Of a drawn number: enough to tell samples apart, and few enough to read."""
+PLACES = ("data.root", "model.weights")
+"""Options that name a place."""
 REDUCTION = 3
 """ASHA goes on with the best third of what has come to each of its rungs."""
 
@@ -108,7 +110,10 @@ def prepare(base: Config, space: Space) -> tuple[Config, Space]:
         UserError: an unknown key, an end that is no value of it, or what `launch.check` raises of either end.
     """
     base = placed(replace(base, out=base.out or DEFAULT_OUT))
-    space = {key: _typed(each, _value(base, key)) if isinstance(each, Range) else each for key, each in space.items()}
+    space = {
+        key: _typed(each, _value(base, key)) if isinstance(each, Range) else _absolute(base, key, each)
+        for key, each in space.items()
+    }
     for end in (0, -1):
         ends = {
             key: (each.low, each.high)[end] if isinstance(each, Range) else each[end] for key, each in space.items()
@@ -125,6 +130,13 @@ def _value(config: Config, key: str) -> Any:
     values = as_dict(config)
     section, _, field = key.rpartition(".")
     return {**values, **values["methods"]}.get(section, {}).get(field)
+
+
+def _absolute(config: Config, key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Places do not depend on the directory that a sample runs in."""
+    if key not in PLACES:
+        return choices
+    return tuple(str(_value(make_trial(config, "", {key: choice}).config, key)) for choice in choices)
 
 
 def _typed(ends: Range, value: Any) -> Range:

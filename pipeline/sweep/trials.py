@@ -125,11 +125,11 @@ def _pinned(trials: Sequence[Trial]) -> list[Trial]:
     known: dict[tuple[str, ...], tuple[int, ...]] = {}
     done = {}
     for trial, begun in sorted(((trial, trial.begun()) for trial in trials), key=lambda each: not each[1]):
-        data = trial.config.data
-        if data.unlabeled_pools in known and not begun:
+        data, reads = trial.config.data, METHODS[trial.config.method].views.unlabeled
+        if reads and data.unlabeled_pools in known and not begun:
             data = replace(data, pool_generations=known[data.unlabeled_pools])
         checked = check_trial(replace(trial, config=replace(trial.config, data=data)))
-        if METHODS[trial.config.method].views.unlabeled:
+        if reads:
             known.setdefault(data.unlabeled_pools, checked.config.data.pool_generations)
         done[trial.name] = checked
     return [done[trial.name] for trial in trials]

@@ -5,13 +5,16 @@ Nothing of Tune's has to be kept: a trial is a run directory, so the same comman
 """
 
 import contextlib
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray.util
 from ray import tune
+from ray.train import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import storage
@@ -73,7 +76,8 @@ class Scores(TuneReportCallback):
 def _train(values: dict[str, Any], run: Callable[..., Progress], out: str) -> dict[str, Any]:
     """Runs in an actor of Tune: a whole run, with what it says in its own log.
 
-    What an earlier attempt has evaluated is told again, so that a scheduler decides as it did then.
+    What an earlier attempt has evaluated is told again, so that a scheduler decides as it did then, at least if one
+    trial runs at a time: ASHA's verdict depends on who came first.
     """
     problem, step, score = "", 0, -1.0
     with _logged(out):
@@ -85,6 +89,9 @@ def _train(values: dict[str, Any], run: Callable[..., Progress], out: str) -> di
         except (UserError, RunError) as error:
             problem = " ".join(str(error).split())
             print(problem)
+        except TrainingFailedError as error:  # workers that were lost too often, or a fault of the program
+            problem = str(error).strip().splitlines()[-1]
+            traceback.print_exc(file=sys.stdout)
     return {"problem": problem, "step": step, "score": score}
 
 

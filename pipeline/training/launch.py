@@ -133,7 +133,7 @@ def _with_pools(config: Config, dataset: Dataset, split: Split, fresh: bool) -> 
     """
     assert config.out is not None
     if not METHODS[config.method].views.unlabeled:
-        return config, []
+        return replace(config, data=replace(config.data, pool_generations=())), []
     data, uri = config.data, storage.join(config.out, CONFIG_FILE)
     if data.unlabeled_pools and not data.pool_generations and not fresh and storage.exists(uri):
         before = cli.resolve(read_file(uri), OPTIONS).data

@@ -52,7 +52,8 @@ def workers_of(config: Config) -> Workers:
         raise UserError("no node of the cluster has CPUs for work yet: wait until `ray status` shows some")
     gpus = worker_gpus(config, nodes)
     if gpus and counts[0] > gpu_slots(nodes, gpus):
-        raise UserError(f"scaling.workers {config.scaling.workers}: the cluster has {gpu_slots(nodes, 1):g} GPUs")
+        more = " and cannot get so many (on CPUs: --scaling.gpus_per_worker 0)" if cluster.grows() else ""
+        raise UserError(f"scaling.workers {config.scaling.workers}: the cluster has {gpu_slots(nodes, 1)} GPUs{more}")
     workers = Workers(counts, worker_cpus(config, nodes, gpus), gpus, spare)
     if counts[0] > places(nodes, workers):
         raise UserError(
@@ -112,7 +113,7 @@ def gpu_slots(machines: Sequence[Machine], share: float) -> int:
 
 
 def worker_gpus(config: Config, nodes: Sequence[Machine]) -> float:
-    """GPUs of each worker: none on a cluster that has none and cannot get any."""
+    """GPUs of each worker: none on a cluster that has none, unless it may start nodes with some."""
     return config.scaling.gpus_per_worker if cluster.grows() or any(machine.gpus for machine in nodes) else 0.0
 
 

@@ -58,6 +58,8 @@ print("gpus after 0", flush=True)
 """
 """Two tasks that each need all GPUs of a machine, and wait for each other."""
 ASK = """
+import threading
+import ray
 from pipeline import cli, cluster
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
@@ -73,9 +75,25 @@ def ask(*flags):
 cluster.connect()
 ask()
 ask("--scaling.workers", "2..4")
-ask("--scaling.workers", "64", "--optim.batch_labeled", "64", "--optim.batch_unlabeled", "128")
+
+class Other:
+    def ready(self):
+        return True
+
+other = ray.remote(num_gpus=4)(Other).remote()
+ray.get(other.ready.remote())
+many = ("--scaling.workers", "64", "--optim.batch_labeled", "64", "--optim.batch_unlabeled", "128")
+asking = threading.Thread(target=ask, args=many)
+asking.start()
+asking.join(20)
+print("waits while others work", asking.is_alive(), flush=True)
+ray.kill(other)
+asking.join()
 """
-"""What runs ask for: without a number, 2 or 4 GPUs, and more than the file allows."""
+"""What runs ask for: without a number, 2 or 4 GPUs, and more than the file allows, while others have some and then not.
+
+Ray calls infeasible what does not fit beside others.
+"""
 
 
 @pytest.fixture
@@ -110,12 +128,13 @@ def test_a_run_asks_for_its_nodes(head: Host, tmp_path: Path) -> None:
     log = tmp_path / "log"
     asking = head.start("python", "-c", ASK, log=log, cwd=str(ROOT), PYTHONPATH=str(ROOT))
     wait_for("the answers", lambda: asking.poll() is not None, 400)
-    refused, waiting, got, more, never = log.read_text().splitlines()[-5:]
+    refused, waiting, got, more, busy, never = log.read_text().splitlines()[-6:]
     assert refused.startswith("refused: the cluster has no GPU yet and starts nodes when they are asked for")
     assert waiting == "waiting for nodes: 2 workers need 2 GPUs"
     assert got == "got (2, 4) {'CPU': 4.0, 'GPU': 1.0}"
     assert more == "waiting for nodes: 64 workers need 64 GPUs"
-    assert never == "refused: scaling.workers 64: the cluster has 4 GPUs"
+    assert busy == "waits while others work True"
+    assert never.startswith("refused: scaling.workers 64: the cluster has 4 GPUs and cannot get so many")
 
 
 def test_a_training_on_a_cluster_without_a_node(head: Host, shapes: str, tmp_path: Path) -> None:

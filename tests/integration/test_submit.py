@@ -103,8 +103,9 @@ def test_no_job_given_is_one_line(head: Head) -> None:
     assert "no job given" in done.stderr
 
 
-def test_a_config_of_this_machine_is_one_line(head: Head) -> None:
-    done = submitted(head, "jobs/train.py", "--config", "mine.yaml")
+@pytest.mark.parametrize("flags", [["--config", "mine.yaml"], ["--config=mine.yaml"]])
+def test_a_config_of_this_machine_is_one_line(head: Head, flags: list[str]) -> None:
+    done = submitted(head, "jobs/train.py", *flags)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "--config mine.yaml: is not sent to the cluster" in line

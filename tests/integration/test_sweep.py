@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline import storage
 from tests.browser import PROGRAM, Browser
 from tests.jobs import Job, environment, has_checkpoint
-from tests.processes import descendants, kill, wait_for
+from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server
 
 SWEEP = ["jobs/sweep.py", "--preset", "demo", "--splits", "1_8", "--optim.steps", "40", "--run.checkpoint_every", "10"]
@@ -95,6 +95,19 @@ def test_a_trial_that_fails_stops_no_other_and_is_told(
     assert "1 of 2 trials failed" in job.said.splitlines()[-1]
     assert "Traceback" not in job.said
     assert "Failed trials" in (tmp_path / "sweep/report.md").read_text()
+
+
+def test_why_a_trial_failed_is_told_whatever_it_was(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
+    env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
+    flags = ["--methods", "suponly", "--optim.steps", "100000", "--run.max_failures", "0"]
+    with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
+        wait_for("its first steps", lambda: storage.exists(f"{out}/trials/suponly-1_8-s0/metrics.jsonl") or job.ended)
+        kill(*named(job.pid, "RayTrainWorker"))
+        assert job.wait(240) == 1, job.said
+    (line,) = [line for line in job.said.splitlines() if line.startswith("suponly-1_8-s0 failed: ")]
+    assert not line.endswith("None")
+    assert "Traceback" not in job.said
+    assert "Traceback" in (tmp_path / "sweep/trials/suponly-1_8-s0/log.txt").read_text()
 
 
 def test_an_interrupted_sweep_does_not_seem_done(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_whole_ends_of_an_option_that_holds_fractions_are_no_choice_of_two(base)
     assert ranges["model.dropout"].text(0.25) == "0.25"
 
 
+def test_places_do_not_depend_on_where_a_sample_runs(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pth").touch()
+    _, space = prepare(base(), {"model.weights": ("none", "a.pth")})
+    assert space == {"model.weights": ("none", str(tmp_path / "a.pth"))}
+
+
 @pytest.mark.parametrize(("value", "text"), [(0.99962, "0.9996"), (0.999999, "0.9999"), (0.98, "0.99")])
 def test_no_draw_is_rounded_past_an_end(value, text):
     assert Range(0.99, 0.9999).text(value) == text

@@ -112,7 +112,7 @@ class TestAClusterThatGrows:
 
     def test_gpus_that_it_cannot_get(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = _pretend(monkeypatch, "0:0 48:2", coming="")
-        with pytest.raises(UserError, match=r"scaling\.workers 4: the cluster has 2 GPUs"):
+        with pytest.raises(UserError, match=r"scaling\.workers 4: the cluster has 2 GPUs and cannot get so many"):
             workers_of(_config("--scaling.workers", "4"))
         assert len(asked) == 1
 
