@@ -149,7 +149,8 @@ class ScalingConfig:
 
     workers: str = "auto"
     """Train workers: a number, or the fewest and the most (2..8) for a run that goes on with what is left when nodes
-    are lost and grows when they return; auto: one per GPU of the cluster, or 2 on a cluster of CPUs."""
+    are lost and grows when they return; auto: one per GPU of the cluster, or 2 on a cluster of CPUs. Where nodes are
+    started for jobs it must be said."""
     cpus_per_worker: float = 0.0
     """CPUs reserved per worker; 0: 4 beside a GPU, else 0.5 so that Ray Data keeps some."""
     gpus_per_worker: float = 1.0
