@@ -94,27 +94,23 @@ def grows() -> bool:
     return speaks
 
 
-def start_nodes(bundles: Sequence[Mapping[str, float]]) -> bool:
+def start_nodes(bundles: Sequence[Mapping[str, float]]) -> None:
     """Waits until a cluster that grows holds resources all at one time; they are free again afterwards.
 
-    What waits for resources is what makes an autoscaler start nodes.
+    What waits for resources is what makes an autoscaler start nodes. Gives up if they cannot be had though nobody else
+    has or wants any.
 
     Args:
         bundles: resources by Ray's names, each on one node.
-
-    Returns:
-        Whether they are there; False if they cannot be had though nobody else has or wants any.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
     wanted = placement_group([dict(bundle) for bundle in bundles])
     try:
-        while not wanted.wait(ASK_SECONDS):
-            if _hopeless(wanted.id.hex()):
-                return False
+        while not wanted.wait(ASK_SECONDS) and not _hopeless(wanted.id.hex()):
+            pass
     finally:
         remove_placement_group(wanted)
-    return True
 
 
 def _hopeless(group: str) -> bool:

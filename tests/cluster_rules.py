@@ -61,9 +61,8 @@ def schema_faults(document: Document) -> Faults:
         validate_config(prepare_config(copy.deepcopy(document)))
     except jsonschema.ValidationError as error:
         return [f"{'/'.join(map(str, error.absolute_path))}: {error.message}"]
-    # what Ray raises for a head type that is missing, a type of provider that it does not know (NotImplementedError),
-    # a docker section without an image, ...
-    except (AssertionError, ValueError, RuntimeError, NotImplementedError, KeyError, click.ClickException) as error:
+    # what Ray raises where a head type or a docker image is missing, or the provider is none that it knows
+    except (AssertionError, ValueError, RuntimeError, KeyError, click.ClickException) as error:
         return [f"ray up: {error}"]
     return []
 

@@ -18,10 +18,9 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, up: str, coming: str | None = None
     """A cluster of nodes `CPUS:GPUS CPUS:GPUS ...`, and those that come when it is asked; returns what it is asked."""
     nodes, asked = _machines(up), []
 
-    def start_nodes(bundles: list[dict[str, float]]) -> bool:
+    def start_nodes(bundles: list[dict[str, float]]) -> None:
         asked.append(bundles)
         nodes.extend(_machines(coming or ""))
-        return bool(coming)
 
     monkeypatch.setattr(cluster, "machines", lambda: nodes)
     monkeypatch.setattr(cluster, "grows", lambda: coming is not None)
