@@ -27,7 +27,26 @@ from tests.s3 import S3Server  # noqa: E402
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--camvid", metavar="DIR", help="CamVid as a VOC tree, for -m camvid (docs/data.md says how)")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The last lines of `make test`: how many tests were skipped; `-ra` has listed why."""
+    skipped = len(terminalreporter.stats.get("skipped", []))
+    reasons = "; the reasons stand above, in lines that begin with SKIPPED" if skipped else ""
+    terminalreporter.write_line(f"skipped: {skipped or 'none'}{reasons}")
+
+
+@pytest.fixture(scope="session")
+def camvid(request: pytest.FixtureRequest) -> str:
+    """The tree that --camvid names."""
+    folder = request.config.getoption("--camvid")
+    if not folder:
+        pytest.fail("-m camvid needs --camvid DIR: CamVid as a VOC tree")
+    return folder
 
 
 @pytest.fixture(scope="session")

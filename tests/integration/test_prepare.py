@@ -199,20 +199,49 @@ def test_from_and_to_s3(tree, tmp_path, s3):
     check(root, tree)
 
 
-def test_camvid_from_its_voc_tree(tmp_path):
-    raw = REPO / "../shared/camvid"
-    flags = ("--source", "voc", "--root", str(raw), "--classes", "camvid", "--out", str(tmp_path / "camvid"))
+@pytest.fixture
+def drawn_camvid(tmp_path) -> str:
+    """CamVid's layout as a VOC tree, drawn: 22 train and 5 val images, palette masks of 11 classes and void."""
+    rng = np.random.default_rng(0)
+    palette = [channel for color in voc_palette(256) for channel in color]
+    for subset, count in (("train", 22), ("val", 5)):
+        names = [f"{subset}_{number:04d}" for number in range(count)]
+        for name in names:
+            mask = Image.fromarray(rng.choice([*range(11), 255], (45, 60)).astype(np.uint8))
+            mask.putpalette(palette)
+            for folder, picture, form in (
+                ("JPEGImages", Image.fromarray(rng.integers(0, 255, (45, 60, 3), np.uint8)), "jpg"),
+                ("SegmentationClass", mask, "png"),
+            ):
+                buffer = io.BytesIO()
+                picture.save(buffer, "JPEG" if form == "jpg" else "PNG")
+                storage.write_bytes(f"{tmp_path}/raw/{folder}/{name}.{form}", buffer.getvalue())
+        storage.write_bytes(f"{tmp_path}/raw/ImageSets/Segmentation/{subset}.txt", "\n".join(names).encode())
+    return f"{tmp_path}/raw"
+
+
+def check_camvid(raw: str, root: Path, counts: dict[str, int]) -> None:
+    flags = ("--source", "voc", "--root", raw, "--classes", "camvid", "--out", str(root))
     done = subprocess.run(job(*flags), env=job_environment(), check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    dataset = open_dataset(str(tmp_path / "camvid"))
-    assert dataset.info.counts == {"train": 367, "val": 101}
-    source = {each.id: each for each in read_voc(str(raw))}
-    for row in dataset.index.to_pylist()[::60]:
+    dataset = open_dataset(str(root))
+    assert dataset.info.counts == counts
+    source = {each.id: each for each in read_voc(raw)}
+    for row in dataset.index.to_pylist()[:: max(1, sum(counts.values()) // 8)]:
         table = read_group(dataset.root, row["shard"], row["row_group"], ["id", "image", "mask"])
         stored = table.slice(row["row"], 1).to_pylist()[0]
         assert stored["image"] == storage.read_bytes(source[stored["id"]].image_uri)
         mask = np.asarray(Image.open(io.BytesIO(stored["mask"])))
         assert np.array_equal(mask, np.asarray(Image.open(str(source[stored["id"]].mask_uri))))
+
+
+def test_camvid_from_its_voc_tree(drawn_camvid, tmp_path):
+    check_camvid(drawn_camvid, tmp_path / "camvid", {"train": 22, "val": 5})
+
+
+@pytest.mark.camvid
+def test_real_camvid(camvid, tmp_path):
+    check_camvid(camvid, tmp_path / "camvid", {"train": 367, "val": 101})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What each layout yields, and what is said about broken trees."""
 
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,6 @@ from pipeline.datasets.readers import (
     read_voc,
 )
 from pipeline.errors import UserError
-
-SHARED = Path(__file__).parents[3] / "../shared"
 
 
 def test_voc_lists_decide_and_the_rest_is_unlabeled(trees, tmp_path):
@@ -247,9 +244,3 @@ def test_mistakes_in_values_are_named(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         with_values(find_facts("sky,road"), text)
-
-
-def test_real_camvid_tree():
-    samples = read_voc(str(SHARED / "camvid"))
-    assert [sum(each.subset == name for each in samples) for name in ("train", "val")] == [367, 101]
-    assert all(each.mask_uri for each in samples)

@@ -9,7 +9,7 @@ from pipeline.datasets import splits
 from pipeline.datasets.format import INDEX_SCHEMA, Dataset, DatasetInfo
 from pipeline.errors import UserError
 
-RELEASED = Path(__file__).parents[3] / "../shared/splits"
+RELEASED = Path(__file__).parents[2] / "data/splits"
 
 ROLES = {f"t{i:03d}": "masked" for i in range(100)} | {"b0": "bare", "b1": "bare", "v0": "val"}
 

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.inference.metrics import ConfusionMatrix
 
-GOLDEN = Path(__file__).parents[3].parent / "shared/golden/miou.npz"
+GOLDEN = Path(__file__).parents[2] / "data/golden/miou.npz"
 
 
 def _matrix(pred: list[int], target: list[int], classes: int = 3) -> ConfusionMatrix:
@@ -15,7 +15,6 @@ def _matrix(pred: list[int], target: list[int], classes: int = 3) -> ConfusionMa
     return matrix
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="needs the golden vectors")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
 def test_golden(dtype):
     golden = np.load(GOLDEN)

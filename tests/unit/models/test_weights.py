@@ -13,7 +13,6 @@ from pipeline.errors import UserError
 from pipeline.models import build_model
 from pipeline.models.weights import load_weights, read_state
 
-REAL = Path(__file__).parents[3].parent / "shared/weights/mobilenet_v2-b0353104.pth"
 UNUSED = ("fc.",)
 
 
@@ -126,16 +125,17 @@ def test_torchvision_weights_are_loaded(monkeypatch, state):
     assert torch.equal(_load("torchvision").conv1.weight, state["conv1.weight"])
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="needs torchvision's MobileNetV2 file")
-def test_the_real_mobilenet_file(caplog):
+def test_a_file_of_another_family_fills_its_own_encoder_only(tmp_path, caplog):
+    torch.manual_seed(1)
+    file = _save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "mobilenet.pth")
     with caplog.at_level(logging.INFO):
-        config = ModelConfig(backbone="mobilenet_v2", weights=str(REAL), width=16, feature_dim=8)
+        config = ModelConfig(backbone="mobilenet_v2", weights=file, width=16, feature_dim=8)
         model = build_model(config, 5, features=False)
-    stored = torch.load(REAL, weights_only=True)
+    stored = torch.load(file, weights_only=True)
     kept = [tensor for key, tensor in stored.items() if not key.startswith(("classifier.", "features.18."))]
     loaded = list(model.encoder.state_dict().values())
     assert len(loaded) == len(kept)
     assert all(torch.equal(a, b) for a, b in zip(loaded, kept, strict=True))
     assert f"mobilenet_v2: {len(kept)} tensors" in caplog.text
     with pytest.raises(UserError, match=r"conv1\.weight is missing; is this a torchvision state dict of resnet18\?"):
-        build_model(ModelConfig(backbone="resnet18", weights=str(REAL)), 5, features=False)
+        build_model(ModelConfig(backbone="resnet18", weights=file), 5, features=False)
