@@ -34,7 +34,7 @@ class DataConfig:
     protocol: str | None = None
     """Which split lists of the dataset (splits/PROTOCOL/SPLIT). None: the dataset's own default."""
     pseudo_labels: str | None = None
-    """Pseudo-labels of the unlabeled images, made beforehand (jobs/self_training.py); for --method self_training."""
+    """Pseudo-labels of the unlabeled images, made beforehand (u2pl self_training); for --method self_training."""
     crop: tuple[int, int] = (513, 513)
     """Height and width of a training view in pixels."""
     scale: tuple[float, float] = (0.5, 2.0)

@@ -1,31 +1,18 @@
-"""The jobs: as modules (they are scripts, not a package) and as a user starts them."""
+"""The jobs as a user starts them."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 from pipeline import storage
 from tests.processes import descendants, kill
 from tests.s3 import S3Server
 
 ROOT = Path(__file__).parents[1]
-JOBS = ROOT / "jobs"
 SHORT = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.tensorboard", "false"]
 """Flags of a run that tells of every step."""
-
-
-def load(name: str) -> ModuleType:
-    """The module of jobs/NAME.py."""
-    spec = importlib.util.spec_from_file_location(f"job_{name}", JOBS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Job:

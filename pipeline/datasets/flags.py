@@ -1,4 +1,4 @@
-"""The command line of jobs/prepare.py, and what its flags say about a raw tree."""
+"""The command line of `u2pl prepare`, and what its flags say about a raw tree."""
 
 import argparse
 from collections.abc import Sequence

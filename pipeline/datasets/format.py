@@ -154,7 +154,7 @@ def _read_info(root: str) -> DatasetInfo:
         begun = storage.exists(storage.join(root, INDEX_FILE)) or storage.list_files(storage.join(root, "shards"))
         if begun:
             raise UserError(f"{root}: prepare did not finish; run it again")
-        raise UserError(f"{root}: no dataset there ({INFO_FILE} is missing); make one with jobs/prepare.py")
+        raise UserError(f"{root}: no dataset there ({INFO_FILE} is missing); make one with `u2pl prepare`")
     try:
         info = DatasetInfo.from_json(storage.read_bytes(uri))
     except ValueError as error:

@@ -141,7 +141,7 @@ def open_pool(root: str) -> Pool:
     if not storage.exists(uri):
         if storage.exists(storage.join(root, WORK_FOLDER, "plan.json")):
             raise UserError(f"{root}: prepare did not finish; run it again")
-        raise UserError(f"{root}: no pool there ({POOL_FILE} is missing); make one with jobs/prepare.py")
+        raise UserError(f"{root}: no pool there ({POOL_FILE} is missing); make one with `u2pl prepare`")
     try:
         return Pool(root, PoolInfo.from_json(storage.read_bytes(uri)))
     except ValueError as error:

@@ -52,7 +52,7 @@ def open_labels(root: str, dataset: Dataset) -> LabelsInfo:
     """
     uri = storage.join(root, LABELS_FILE)
     if not storage.exists(uri):
-        raise UserError(f"{root}: no pseudo-labels there ({LABELS_FILE} is missing); jobs/self_training.py makes them")
+        raise UserError(f"{root}: no pseudo-labels there ({LABELS_FILE} is missing); `u2pl self_training` makes them")
     try:
         values = json.loads(storage.read_bytes(uri))
         info = LabelsInfo(**{**values, "shards": tuple(values["shards"])})

@@ -1,5 +1,9 @@
 """The systems of the comparison. Adding one: a file here and a line in `METHODS`."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import cli
 from pipeline.config import Config
 from pipeline.methods.ael import AEL
 from pipeline.methods.base import Losses, Method, Predictor, Step
@@ -37,9 +41,25 @@ METHODS: dict[str, type[Method]] = {
 OPTIONS: dict[str, type] = {name: method.Options for name, method in METHODS.items()}
 
 
+def make_config(
+    values: Mapping[str, Any] | None = None, *, preset: str | None = None, file: str | None = None
+) -> Config:
+    """A checked config of defaults < preset < file < values, as the command line makes one.
+
+    Args:
+        values: by dotted key, as flags have them (`{"method": "suponly", "optim.lr": 0.01}`), or by section.
+        preset: name of a preset, such as `demo`.
+        file: path or URI of a YAML file.
+
+    Raises:
+        UserError: an unknown key, preset or method, or a value of the wrong type; the message names the nearest.
+    """
+    return cli.layered(values or {}, OPTIONS, preset=preset, file=file)
+
+
 def build_method(config: Config, num_classes: int) -> Method:
     """The method that the config names, with freshly initialised networks."""
     return METHODS[config.method](config, num_classes)
 
 
-__all__ = ["METHODS", "OPTIONS", "Losses", "Method", "Predictor", "Step", "build_method"]
+__all__ = ["METHODS", "OPTIONS", "Losses", "Method", "Predictor", "Step", "build_method", "make_config"]

@@ -31,7 +31,7 @@ from pipeline.typed import convert, require_positive, require_share
 
 @dataclass(frozen=True, kw_only=True)
 class AELOptions:
-    """AEL; the defaults are the release's for PASCAL VOC."""
+    """AEL: classes that are known badly are seen more often. The defaults are the release's for PASCAL VOC."""
 
     warmup_steps: int = 0
     """Steps of supervised training with pastes before the teacher starts (release: none, from ImageNet weights; a

@@ -31,7 +31,10 @@ Draw = Callable[..., Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class CCTOptions:
-    """CCT; one auxiliary decoder per perturbation, other defaults as in the release's config or the paper (said)."""
+    """CCT: decoders that see perturbed features agree with the main one.
+
+    One auxiliary decoder per perturbation; other defaults as in the release's config or the paper (said).
+    """
 
     weight: float = 30.0
     """Weight of the consistency loss after its rise (release: unsupervised_w)."""

@@ -25,7 +25,7 @@ AREA = (0.25, 0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class CPSOptions:
-    """CPS; the defaults are the release's for PASCAL VOC with CutMix."""
+    """CPS: two networks label each other's images. The defaults are the release's for PASCAL VOC with CutMix."""
 
     cutmix: bool = True
     """Label clean unlabeled images and learn from mixed ones; false: cross supervision of all images as they are."""

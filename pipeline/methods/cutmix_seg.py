@@ -24,7 +24,7 @@ AREA = (0.5, 0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class CutMixSegOptions:
-    """CutMix-Seg; the defaults are the release's for PASCAL VOC and Cityscapes."""
+    """CutMix-Seg: Mean Teacher on images mixed of two. The defaults are the release's for PASCAL VOC and Cityscapes."""
 
     lambda_u: float = 1.0
     """Weight of the consistency loss (release: cons_weight 1, no ramp)."""

@@ -22,7 +22,7 @@ from pipeline.typed import convert, require_share
 
 @dataclass(frozen=True, kw_only=True)
 class FixMatchOptions:
-    """FixMatch; the defaults are the UniMatch release's for PASCAL VOC."""
+    """FixMatch: confident labels of a weak view teach the strong one. The defaults are UniMatch's for PASCAL VOC."""
 
     threshold: float = 0.95
     """Least probability of a pseudo-label (release: VOC 0.95, Cityscapes 0)."""

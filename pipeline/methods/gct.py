@@ -25,7 +25,7 @@ from pipeline.typed import convert, require_positive, require_share
 
 @dataclass(frozen=True, kw_only=True)
 class GCTOptions:
-    """GCT; the defaults are the release's for PASCAL VOC."""
+    """GCT: two networks and a detector of flaws that picks between them. The defaults are the release's for VOC."""
 
     consistency: float = 100.0
     """Weight of the dynamic consistency after its rise (dc_ssl_scale)."""

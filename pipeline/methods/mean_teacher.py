@@ -22,7 +22,7 @@ from pipeline.typed import convert, require_share
 
 @dataclass(frozen=True, kw_only=True)
 class MeanTeacherOptions:
-    """Mean Teacher; the defaults are TorchSemiSeg's weight and PixelSSL's ramp."""
+    """Mean Teacher: the student agrees with its own average. The defaults: TorchSemiSeg's weight, PixelSSL's ramp."""
 
     lambda_u: float = 100.0
     """Weight of the consistency loss (TorchSemiSeg 100 on probabilities; PixelSSL 1 on logits)."""

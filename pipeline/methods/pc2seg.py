@@ -22,7 +22,7 @@ from pipeline.typed import convert, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class PC2SegOptions:
-    """PC2Seg; all defaults are ours, as none is published with code."""
+    """PC2Seg: consistent labels, contrasted features (a reconstruction). All defaults are ours: no code is public."""
 
     consistency: float = 1.0
     """l_1: weight of the squared distance of the two views' probabilities, summed over the classes."""

@@ -26,7 +26,7 @@ from pipeline.typed import convert, require_positive, require_share
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoSegOptions:
-    """PseudoSeg; the defaults are the release's for PASCAL VOC."""
+    """PseudoSeg: labels from decoder and class activation maps. The defaults are the release's for PASCAL VOC."""
 
     weight: float = 1.0
     """Weight of the consistency loss (unlabeled_weight)."""

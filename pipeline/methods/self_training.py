@@ -22,7 +22,7 @@ from pipeline.typed import convert, require_share
 
 @dataclass(frozen=True, kw_only=True)
 class SelfTrainingOptions:
-    """Naive self-training; the defaults are ST's, of the ST++ release."""
+    """Self-training, the student: learns from labels made beforehand. The defaults are ST's, of the ST++ release."""
 
     strong: bool = True
     """Change the colours of pseudo-labeled images and cut holes into them (ST); false: plain weak views."""

@@ -10,7 +10,7 @@ from pipeline.models import SegmentationModel
 
 @dataclass(frozen=True, kw_only=True)
 class SupOnlyOptions:
-    """SupOnly has no knobs of its own."""
+    """SupOnly: the labeled images alone, the lower line of every comparison. It has no options of its own."""
 
 
 class SupOnly(Method):

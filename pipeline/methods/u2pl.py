@@ -44,7 +44,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class U2PLOptions:
-    """U2PL; the defaults are the release's values for PASCAL VOC, lambda_c is the paper's."""
+    """U2PL: unreliable pixels are negatives of a pixel contrast.
+
+    The defaults are the release's values for PASCAL VOC, lambda_c is the paper's.
+    """
 
     variant: Literal["paper", "upstream"] = "paper"
     """upstream: one-hot, negatives, class pairing, weight, padding and teacher start as in the released code."""

@@ -28,7 +28,10 @@ from pipeline.typed import convert, require_share
 
 @dataclass(frozen=True, kw_only=True)
 class U2PLAELOptions:
-    """U2PL on AEL; the defaults are the release's. Of `u2pl` count what its contrast needs, alpha_0 and thresholds."""
+    """U2PL on AEL: its contrast joins AEL's losses.
+
+    The defaults are the release's. Of `u2pl` count what its contrast needs, alpha_0 and thresholds.
+    """
 
     contrast_start: int = 11400
     """Steps before the contrast joins (release: 20 epochs, here of VOC's 570 steps; Cityscapes at 1_4: 2780)."""

@@ -21,7 +21,7 @@ from pipeline.typed import convert, require_share
 
 @dataclass(frozen=True, kw_only=True)
 class UniMatchOptions:
-    """UniMatch V1; the defaults are the release's for PASCAL VOC."""
+    """UniMatch V1: FixMatch with two strong views and perturbed features. The defaults are the release's for VOC."""
 
     threshold: float = 0.95
     """Least probability of a pseudo-label (release: VOC 0.95, Cityscapes 0)."""

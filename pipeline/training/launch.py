@@ -190,7 +190,7 @@ def check_labels(config: Config, dataset: Dataset) -> None:
     """
     labels, needed = config.data.pseudo_labels, METHODS[config.method].views.pseudo
     if needed and labels is None:
-        raise UserError(f"method {config.method} needs data.pseudo_labels; jobs/self_training.py makes and uses them")
+        raise UserError(f"method {config.method} needs data.pseudo_labels; `u2pl self_training` makes and uses them")
     if labels is not None and not needed:
         raise UserError(f"data.pseudo_labels: method {config.method} uses none; leave it out")
     if labels is not None and config.data.unlabeled_pools:

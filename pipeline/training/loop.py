@@ -137,6 +137,8 @@ class Session:
         """What the run is made of and with; unlike `data` and the config it may change when a run is resumed."""
         return {
             "dataset": self.dataset.info.name,
+            "palette": self.dataset.info.palette,
+            "evaluation": self.dataset.info.evaluation,
             "protocol": self.config.data.protocol or self.dataset.info.protocol,
             "labeled": len(self.split.labeled),
             "unlabeled": len(self.split.unlabeled),

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from pipeline import cli, storage
+from pipeline.__main__ import run
 from pipeline.config import to_yaml
 from pipeline.methods import OPTIONS
-from tests.jobs import load
 from tests.s3 import READER_KEY, READER_SECRET, S3Server
 
 
@@ -26,7 +26,7 @@ class Jobs:
         """The one line on stderr of a job that must exit with 2."""
         self._monkeypatch.setattr(sys, "argv", [f"{job}.py", *argv])
         with pytest.raises(SystemExit) as ended:
-            cli.run(load(job).main)
+            run(job)
         line = self._capsys.readouterr().err
         assert ended.value.code == 2
         assert line.count("\n") == 1, line
@@ -54,7 +54,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         (["--optim.batch_labeled", "500"], ["25 labeled images", "batch_labeled"]),
         (["--optim.batch_unlabeled", "500"], ["375 unlabeled images", "batch_unlabeled"]),
         (["--out", "s3://"], ["bucket"]),
-        (["--data.unlabeled_pools", "nowhere"], ["nowhere: no pool there", "jobs/prepare.py"]),
+        (["--data.unlabeled_pools", "nowhere"], ["nowhere: no pool there", "u2pl prepare"]),
         (["--data.unlabeled_pools", "a", "--data.pool_weights", "1"], ["data.pool_weights", "2 numbers"]),
     ],
 )
@@ -75,7 +75,7 @@ def test_yaml_files(jobs: Jobs, tmp_path: Path) -> None:
 
 
 def test_a_missing_or_half_written_dataset(jobs: Jobs, shapes: str, tmp_path: Path) -> None:
-    assert "make one with jobs/prepare.py" in jobs.fails("train", "--data", str(tmp_path / "nothing"))
+    assert "make one with `u2pl prepare`" in jobs.fails("train", "--data", str(tmp_path / "nothing"))
     half = tmp_path / "half"
     shutil.copytree(shapes, half)
     (half / "dataset.json").unlink()

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from pipeline import storage
+from pipeline import commands, storage
 from pipeline.errors import UserError
 from pipeline.report.html import html_page
 from tests.browser import PROGRAM, Browser
-from tests.jobs import load
 from tests.s3 import S3Server
 from tests.unit.report.made import write_run
 
@@ -47,7 +46,7 @@ def browser() -> Iterator[Browser]:
 
 def test_the_job_writes_page_markdown_and_csv(runs, tmp_path, capsys):
     out = tmp_path / "made" / "it.html"
-    load("report").main([runs, "--out", str(out), "--images", "0"])
+    commands.report([runs, "--out", str(out), "--images", "0"])
     assert sorted(path.name for path in out.parent.iterdir()) == ["it.csv", "it.html", "it.md"]
     said = capsys.readouterr().out
     assert "Last: mIoU in %" in said
@@ -57,7 +56,7 @@ def test_the_job_writes_page_markdown_and_csv(runs, tmp_path, capsys):
 
 def test_networks_that_cannot_be_opened_cost_only_the_pictures(runs, tmp_path):
     out = tmp_path / "it.html"
-    load("report").main([runs, "--out", str(out)])
+    commands.report([runs, "--out", str(out)])
     assert "No pictures: " in out.read_text()
 
 
@@ -67,7 +66,7 @@ def test_runs_on_s3(runs, s3: S3Server, tmp_path):
     for file in storage.list_files(runs):
         if "full" not in file:
             storage.write_bytes(f"{place}/runs/{file}", storage.read_bytes(f"{runs}/{file}"))
-    load("report").main([f"{place}/runs", "--out", f"{place}/report.html", "--images", "0"])
+    commands.report([f"{place}/runs", "--out", f"{place}/report.html", "--images", "0"])
     assert f"{place}/runs/s-1_16-0".encode() in storage.read_bytes(f"{place}/report.html")
     assert storage.list_files(place)[:3] == ["report.csv", "report.html", "report.md"]
     storage._s3.cache_clear()
@@ -84,7 +83,7 @@ def test_runs_on_s3(runs, s3: S3Server, tmp_path):
 def test_mistakes_are_one_line_and_write_nothing(runs, tmp_path, monkeypatch, flags, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
-        load("report").main([runs, *flags])
+        commands.report([runs, *flags])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,7 +92,7 @@ class TestInABrowser:
     @pytest.mark.parametrize("width", [1280, 400])
     def test_the_report(self, runs, browser, tmp_path, width):
         out = tmp_path / "report.html"
-        load("report").main([runs, "--out", str(out)])
+        commands.report([runs, "--out", str(out)])
         browser.open(out, width)
         browser.evaluate(OPEN_ALL)
         assert browser.complaints() == []

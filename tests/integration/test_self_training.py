@@ -65,7 +65,7 @@ def test_other_options_do_not_pass_for_the_same_run(shapes: str, tmp_path: Path)
         self_train(configured("--self_training.keep", "0.5"))
     progress = self_train(configured("--self_training.keep", "0.5", "--self_training.strong", "false"), fresh=True)
     assert progress.step == 6
-    with pytest.raises(UserError, match=r"needs data\.pseudo_labels; jobs/self_training\.py"):
+    with pytest.raises(UserError, match=r"needs data\.pseudo_labels; `u2pl self_training`"):
         launch(configured("--method", "self_training"))
     with pytest.raises(UserError, match="method u2pl uses none"):
         launch(configured("--data.pseudo_labels", str(tmp_path / "pseudo_labels")))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint, cli, storage
+from pipeline import checkpoint, cli, commands, storage
 from pipeline.checkpoint import Progress
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -20,7 +20,7 @@ from pipeline.training.hosts import PlainHost
 from pipeline.training.launch import launch
 from pipeline.training.loop import train
 from tests.heads import head_command
-from tests.jobs import SHORT, Job, environment, has_checkpoint, load, records, train_command
+from tests.jobs import SHORT, Job, environment, has_checkpoint, records, train_command
 from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server, free_ports
 
@@ -88,7 +88,7 @@ class TestWorkers:
         assert list(scores["teacher"].iou) == progress.last.iou
 
         page = tmp_path / "report.html"
-        load("report").main([run, "--out", str(page), "--images", "2"])
+        commands.report([run, "--out", str(page), "--images", "2"])
         assert f"{100 * progress.last.value:.2f}" in capsys.readouterr().out
         text = page.read_text()
         assert "What the networks see" in text

@@ -1,6 +1,5 @@
 """What each layout yields, and what is said about broken trees."""
 
-
 import pytest
 
 from pipeline.datasets.facts import KNOWN, find_facts, voc_palette, with_values

@@ -1,0 +1,269 @@
+"""What the package does, one function a command: `u2pl NAME`, `python -m pipeline NAME` and jobs/NAME.py run them.
+
+Each takes the words after its name. Its docstring is its help. What is slow to import is imported once the flags have
+been read.
+"""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pipeline
+from pipeline import cli
+from pipeline.config import Config
+from pipeline.errors import RunError, UserError
+from pipeline.typed import suggest
+
+REPORT_IMAGES = 5
+"""Validation images in a report."""
+
+
+def prepare(argv: list[str]) -> None:
+    """Makes a prepared dataset or a pool: u2pl prepare --source voc --root VOC2012 --out s3://bucket/voc.
+
+    With --check s3://bucket/voc it looks through a finished dataset instead, and reports what it finds.
+    """
+    from pipeline import storage
+    from pipeline.datasets import shards
+    from pipeline.datasets.flags import POOL_FLAGS, parse, read_raw
+    from pipeline.datasets.pool_sources import POOL_SOURCES
+    from pipeline.datasets.pool_writer import make_pool
+    from pipeline.datasets.prepare import prepare as prepare_samples
+    from pipeline.datasets.shapes import prepare_shapes
+
+    args = parse(argv, inspect.getdoc(prepare))
+    if args.check:
+        _check(args.check, args.page)
+        return
+    if args.source in POOL_SOURCES:
+        flags = {key: vars(args)[key] for key in POOL_FLAGS}
+        pool = make_pool(args.source, args.root, args.out, name=args.name or args.source, **flags)
+        print(f"{args.out}: {pool.told}")
+        return
+    if args.source == "shapes":
+        shards.claim(storage.absolute(args.out), args.overwrite)
+        info = prepare_shapes(args.out, args.seed)
+    else:
+        samples, facts = read_raw(args)
+        info = prepare_samples(
+            samples,
+            args.out,
+            name=args.name or args.source,
+            facts=facts,
+            seed=args.seed,
+            release=(args.splits, args.protocol) if args.splits else None,
+            **{key: vars(args)[key] for key in ("overwrite", "skip_bad", "workers")},
+        )
+    print(f"{args.out}: {info.counts['train']} train, {info.counts['val']} val, {info.skipped} skipped")
+
+
+def _check(uri: str, page: str) -> None:
+    """Prints what is in a dataset, writes it as a page with pictures, and fails if something is broken."""
+    from pipeline import storage
+    from pipeline.datasets.check import check
+    from pipeline.datasets.format import open_dataset
+    from pipeline.report.check import as_page, as_text
+
+    found = check(open_dataset(uri))
+    print(as_text(found))
+    storage.write_bytes(page, as_page(found).encode())
+    print(f"page {page}")
+    if found.problems:
+        raise RunError(f"{uri}: {len(found.problems)} problems, the first: {found.problems[0]}")
+
+
+def _config(
+    argv: list[str], command: Callable[[list[str]], None], flags: Callable[[cli.Parser], None]
+) -> tuple[Config, argparse.Namespace]:
+    from pipeline.methods import OPTIONS
+
+    return cli.parse_config(argv, inspect.getdoc(command) or "", OPTIONS, flags)
+
+
+def train(argv: list[str]) -> None:
+    """Trains one method on one split: u2pl train --split 1_2."""
+
+    def flags(parser: cli.Parser) -> None:
+        parser.add_argument("--fresh", action="store_true", help="delete the run directory and start anew")
+
+    config, args = _config(argv, train, flags)
+    from pipeline.training.launch import launch
+
+    launch(config, fresh=args.fresh)
+
+
+def self_training(argv: list[str]) -> None:
+    """Trains a teacher, labels the pool with it, trains a student on both: u2pl self_training --split 1_8."""
+
+    def flags(parser: cli.Parser) -> None:
+        parser.add_argument("--fresh", action="store_true", help="delete what earlier stages left and start anew")
+
+    config, args = _config(argv, self_training, flags)
+    from pipeline.training.self_training import self_train
+
+    self_train(config, fresh=args.fresh)
+
+
+def sweep(argv: list[str]) -> None:
+    """Trains method x split x seed: u2pl sweep --methods suponly,u2pl --splits 1_8,1_4 --seeds 2."""
+
+    def flags(parser: cli.Parser) -> None:
+        add = parser.add_argument_group("sweep", "which runs; --out is the sweep's directory").add_argument
+        add("--methods", default="suponly,u2pl", help="names, separated by commas (default: suponly,u2pl)")
+        add("--splits", default="1_16,1_8,1_4,1_2", help="names, separated by commas (default: 1_16,1_8,1_4,1_2)")
+        add("--seeds", type=int, default=1, help="how many, counted up from --seed (default: 1)")
+        add("--grid", nargs="+", default=[], help="section.key=a,b,c, or ablation_reliability, ablation_loss")
+        add("--at_once", type=int, default=0, help="trials at a time (default: as many as fit the nodes that are up)")
+        add("--plan", action="store_true", help="print trials, steps, hours and money, and start nothing")
+        add("--step_seconds", nargs="+", default=[], help="for --plan: METHOD=SECONDS, or SECONDS for all others")
+        add("--node", nargs=3, metavar=("COUNT", "WORKERS", "PRICE"), default=["1", "1", "0"], help="for --plan")
+
+    config, args = _config(argv, sweep, flags)
+    from pipeline.inference.comparison import write_report
+    from pipeline.report import results
+    from pipeline.report.html import text_table
+    from pipeline.sweep.run import sweep as run_trials
+    from pipeline.sweep.trials import TRIALS, make_trials, parse_grid
+
+    if args.seeds < 1 or args.at_once < 0:
+        raise UserError("--seeds: at least 1; --at_once: not below 0")
+    methods, splits = (list(filter(None, text.split(","))) for text in (args.methods, args.splits))
+    trials = make_trials(config, methods, splits, args.seeds, parse_grid(args.grid))
+    if args.plan:
+        from pipeline.sweep.costs import parse_node, parse_step_seconds, plan
+
+        print("\n".join(plan(trials, parse_step_seconds(args.step_seconds), parse_node(args.node))))
+        return
+    failed = run_trials(trials, args.at_once)
+    page = trials[0].out.rpartition(f"/{TRIALS}/")[0] + "/report.html"
+    for each in write_report([trial.out for trial in trials if trial.begun()], page, REPORT_IMAGES, failed):
+        print(*map(text_table, results.tables(each)), sep="\n\n", end="\n\n")
+    print(f"report {page}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
+
+
+def search(argv: list[str]) -> None:
+    """Searches good options of one method: u2pl search --space optim.lr=0.001..0.1 --samples 12 --asha."""
+
+    def flags(parser: cli.Parser) -> None:
+        add = parser.add_argument_group("search", "what to try; --out is the search's directory").add_argument
+        add("--space", nargs="+", default=[], help="section.key=low..high or section.key=a,b,c")
+        add("--samples", type=int, default=16, help="how many to try (default: 16)")
+        add("--optuna", action="store_true", help="draw where earlier ones did well, not at random (u2pl-ray[search])")
+        add("--asha", action="store_true", help="stop early what is not among the best third")
+        add("--at_once", type=int, default=0, help="trials at a time (default: as many as fit the nodes that are up)")
+
+    config, args = _config(argv, search, flags)
+    from pipeline.sweep.follow import table
+    from pipeline.sweep.search import parse_space
+    from pipeline.sweep.search import prepare as prepare_search
+    from pipeline.sweep.search import search as run_search
+
+    if args.samples < 1 or args.at_once < 0:
+        raise UserError("--samples: at least 1; --at_once: not below 0")
+    base, space = prepare_search(config, parse_space(args.space))
+    found = run_search(base, space, args.samples, optuna=args.optuna, asha=args.asha, at_once=args.at_once)
+    if not found:
+        raise RunError("no trial came to an evaluation; their directories say why")
+    print(*table([("sample", "state", "step", "mIoU"), *(row.cells()[:4] for row in found)]), sep="\n")
+    if found[0].state != "done":
+        raise RunError("no trial came to its end")
+    print(f"best: {found[0].trial.name}, {found[0].trial.out}")
+
+
+def evaluate(argv: list[str]) -> None:
+    """Scores a checkpoint on a validation set: u2pl evaluate RUN_OR_CHECKPOINT."""
+    parser = cli.Parser(description=inspect.getdoc(evaluate))
+    parser.add_argument("checkpoint", help="checkpoint folder, or run directory (its newest checkpoint is scored)")
+    parser.add_argument("--data", help="prepared dataset (default: the one of the run)")
+    args = parser.parse(argv)
+    import torch
+
+    from pipeline.inference.restore import score
+    from pipeline.report.tables import class_table
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset, scores = score(args.checkpoint, args.data, device)
+    for name, each in scores.items():
+        print(f"{name}\n{class_table(dataset.info.classes, each.iou)}\nval mIoU {name} {100 * each.miou:.2f}")
+
+
+def report(argv: list[str]) -> None:
+    """Compares runs on a page, as Markdown and as CSV: u2pl report RUNS... --out report.html.
+
+    RUNS are run directories, or folders or URIs that hold some, finished or not.
+    """
+    parser = cli.Parser(description=inspect.getdoc(report))
+    parser.add_argument("runs", nargs="+", help="run directories, or folders or URIs (s3://bucket/prefix) of them")
+    parser.add_argument("--out", default="report.html", help="page to write (default: report.html)")
+    help_text = f"validation images to show; 0: none (default: {REPORT_IMAGES})"
+    parser.add_argument("--images", type=int, default=REPORT_IMAGES, help=help_text)
+    args = parser.parse(argv)
+    from pipeline.inference.comparison import write_report
+    from pipeline.report import results
+    from pipeline.report.html import text_table
+
+    for each in write_report(args.runs, args.out, args.images):
+        print(results.headline(each), *each.notes(), *map(text_table, results.tables(each)), sep="\n\n", end="\n\n")
+    print(f"report {args.out}")
+
+
+def submit(argv: list[str]) -> None:
+    """Sends a command to a cluster and follows it to its end: u2pl submit -- train --split 1_2.
+
+    After -- stands a command of u2pl, a script of the checkout such as jobs/train.py, or any program. The exit code is
+    its own.
+    """
+    from pipeline.submit import LOCAL
+    from pipeline.submit import submit as send
+
+    own, command = argv, []
+    if "--" in argv:
+        place = argv.index("--")
+        own, command = argv[:place], argv[place + 1 :]
+    parser = cli.Parser(description=inspect.getdoc(submit), usage="%(prog)s [--address URL] -- train [FLAGS]")
+    parser.add_argument("--address", metavar="URL", help=f"job server (default: RAY_API_SERVER_ADDRESS, or {LOCAL})")
+    args = parser.parse(own)
+    if not command:
+        raise UserError(f"no command given after --, such as: {parser.prog} -- train --split 1_2")
+    module = ["python", "-m", "pipeline"] if command[0] in COMMANDS else []
+    sys.exit(send([*module, *command], args.address))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    each.__name__: each for each in (prepare, train, self_training, sweep, search, evaluate, report, submit)
+}
+
+
+def call(name: str, argv: list[str]) -> None:
+    """Runs a command by its name (`self-training` is `self_training`), or `--help` or `--version`.
+
+    Raises:
+        UserError: there is no such command, or what the command says.
+        RunError: what the command says.
+    """
+    known = {"--help": _help, "-h": _help, "--version": _version, **COMMANDS}
+    command = known.get(name) or known.get(name.replace("-", "_"))
+    if command is None:
+        raise UserError(f"no command {name!r}{suggest(name, list(COMMANDS))}")
+    command(argv)
+
+
+def _help(argv: list[str]) -> None:
+    del argv
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {(inspect.getdoc(each) or '').splitlines()[0]}" for name, each in COMMANDS.items()]
+    print(
+        "usage: u2pl COMMAND [FLAGS]\n\nSemi-supervised semantic segmentation on Ray.\n",
+        *lines,
+        "\nu2pl COMMAND --help explains one. In a checkout, python jobs/COMMAND.py does the same.",
+        sep="\n",
+    )
+
+
+def _version(argv: list[str]) -> None:
+    del argv
+    print(f"u2pl-ray {pipeline.__version__} ({Path(pipeline.__file__).parent})")
