@@ -15,7 +15,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 # Generates the shapes, trains SupOnly and then U2PL with two CPU workers, and compares them on a page.
-TRAIN_DEMO = $(BIN)/python jobs/train.py --preset demo --data demo/shapes --split 1_16 --scaling.workers 2
+# DEMO_FLAGS are added to both, such as --optim.steps 20 for a look at the output only.
+TRAIN_DEMO = $(BIN)/python jobs/train.py --preset demo --data demo/shapes --split 1_16 --scaling.workers 2 $(DEMO_FLAGS)
 
 demo: install
 	test -f demo/shapes/dataset.json || $(BIN)/python jobs/prepare.py --source shapes --out demo/shapes

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 from pipeline import config as configs
 from pipeline.config import Config
 from pipeline.errors import RunError, UserError
-from pipeline.typed import build, convert, is_list, suggest
+from pipeline.typed import build, convert, suggest
 
 _SHORT = {"data.root": ["--data"]}
 """Flags that have a short form beside their dotted name."""
@@ -200,7 +200,7 @@ def _add_fields(parser: Any, kind: Any, prefix: str) -> None:
         hint = hints[item.name]
         if dataclasses.is_dataclass(hint) or item.default is dataclasses.MISSING:
             continue
-        bare = {"nargs": "?", "const": "true"} if hint is bool else {"nargs": "*"} if is_list(hint) else {}
+        bare = {"nargs": "?", "const": "true"} if hint is bool else {"nargs": "*"} if get_origin(hint) is tuple else {}
         path = prefix + item.name
         text = f"{docs.get(item.name, '')} (default: {item.default})".replace("%", "%%")
         parser.add_argument(f"--{path}", *_SHORT.get(path, []), dest=path, metavar=_type_name(hint), help=text, **bare)

@@ -84,6 +84,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path}: expected values like a,b or [a, b], got {value!r}")
         return tuple(convert(args[0], part, path) for part in parts)
     if origin is tuple:
+        if isinstance(value, list) and len(value) == 1:  # a flag that was given 64,64 or 64x64 instead of 64 64
+            (value,) = value
         parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
         if not isinstance(parts, list | tuple) or len(parts) != len(args):
             raise UserError(f"{path}: expected {len(args)} values like 1,2, got {value!r}")

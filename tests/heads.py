@@ -35,8 +35,8 @@ def _started(cpus: float) -> list[str]:
 class Head:
     """A head of its own, under a private home directory; ended with all that it started at the end of the block."""
 
-    def __init__(self, folder: str) -> None:
-        """Args: folder: a short path, as it holds sockets."""
+    def __init__(self, folder: str, *, cpus: float = 1, **more: str) -> None:
+        """Args: folder: a short path, as it holds sockets; more: variables that its processes have besides."""
         self.folder = Path(folder)
         self.home = self.folder / "home"
         (self.home / ".ray").mkdir(parents=True)
@@ -45,6 +45,7 @@ class Head:
         token.write_text(secrets.token_hex(32))
         gcs, dashboard = free_ports(2)
         self.gcs, self.url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
+        self._cpus, self._more = cpus, more
         self._processes: list[subprocess.Popen] = []
 
     @property
@@ -56,7 +57,7 @@ class Head:
 
     def __enter__(self) -> "Head":
         port, dashboard = self.gcs.rpartition(":")[2], self.url.rpartition(":")[2]
-        self._start("head", head_command(int(port), cpus=1, dashboard=int(dashboard)))
+        self._start("head", head_command(int(port), cpus=self._cpus, dashboard=int(dashboard)))
         wait_for("the job server", self._answers, 300)
         return self
 
@@ -73,7 +74,9 @@ class Head:
         folder = str(self.folder / name)
         command = [*command, f"--temp-dir={folder}"]
         with (self.folder / f"{name}.log").open("wb") as log:
-            self._processes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+            environment = {**self.environment, **self._more}
+            # in a folder of its own, as heads that people start are not in a checkout
+            self._processes.append(subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log))
         return folder
 
     def _answers(self) -> bool:

@@ -1,3 +1,5 @@
+import dataclasses
+import re
 import sys
 
 import pytest
@@ -115,11 +117,42 @@ def test_print_config_is_yaml_of_the_same_config(name, capsys, tmp_path):
     assert _parse("--config", _file(tmp_path, text)) == _parse("--preset", name, "--seed", "5")
 
 
-def test_help_shows_every_section_type_and_default(capsys):
+@pytest.mark.parametrize("words", [["64", "96"], ["64,96"], ["64x96"]])
+def test_two_numbers_are_given_in_any_of_three_ways(words):
+    assert _parse("--data.crop", *words).data.crop == (64, 96)
+
+
+def _help(capsys, *argv: str) -> str:
     with pytest.raises(SystemExit) as end:
-        _parse("--help")
+        _parse(*argv)
     assert end.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_help_fits_two_screens_and_shows_the_methods_and_one_methods_options(method, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = _help(capsys, "--method", method, "--preset", "cityscapes", "--help").splitlines()
+    assert len(lines) <= 80
+    assert max(map(len, lines)) <= 80
+    shown = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert [name for name in shown if name in OPTIONS] == list(OPTIONS)
+    own = [f"--{method}.{item.name}" for item in dataclasses.fields(OPTIONS[method])]
+    assert [flag for flag in shown if flag.partition(".")[0] in {f"--{name}" for name in OPTIONS}] == own
+    assert {"--data", "--optim.lr", "--scaling.workers", "--print_config"} <= set(shown)
+
+
+def test_help_shows_the_values_of_the_command_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    text = _help(capsys, "--preset", "demo", "--optim.lr", "0.25", "-h")
+    assert re.search(r"--optim.lr +Learning rate of the encoder at step 0.* \[0.25\]\n", text)
+    assert re.search(r"--data.crop .* \[64 64\]\n", text)
+    with pytest.raises(UserError, match=r"optim\.lr: expected a number"):
+        _parse("--optim.lr", "fast", "--help")
+
+
+def test_help_all_shows_every_section_type_and_default(capsys):
+    text = " ".join(_help(capsys, "--help", "all").split())
     for words in ("--optim.lr float", "--u2pl.lambda_c float", "--data.root str", "(default: 0.001)", "--print_config"):
         assert words in text
     assert "Learning rate of the encoder at step 0" in text

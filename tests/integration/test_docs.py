@@ -1,0 +1,118 @@
+"""Every command block of the pages that is not marked otherwise, as a reader would type it, on a real Ray and S3.
+
+What is added to a command only makes it shorter: fewer steps, a smaller network, fewer seeds.
+"""
+
+import io
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import storage
+from tests.docs import PAGES, ROOT, blocks
+from tests.heads import Head
+from tests.s3 import S3Server
+from tests.unit.datasets.conftest import Trees
+
+SHORT = "--preset demo --data.crop 64 64 --optim.steps 2 --eval.every 2 --run.tensorboard false"
+SHORT += " --optim.batch_labeled 2 --optim.batch_unlabeled 4 --u2pl.warmup_steps 1"
+SHORTER = {
+    "u2pl train": SHORT,
+    "u2pl sweep": f"{SHORT} --seeds 1 --splits 1_8",
+    "u2pl search": f"{SHORT} --samples 1",
+}
+"""What is added, by how a command begins; of a flag that is given twice the last one counts."""
+DEMO = "--optim.steps 2 --eval.every 2"
+VENV = ROOT / ".venv"
+RUN = [page for page in PAGES if any(block.kind == "sh" for block in blocks(page))]
+
+
+@pytest.fixture(scope="module")
+def head(s3_server: S3Server) -> Iterator[Head]:
+    """A Ray that all commands join."""
+    with (
+        tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        Head(folder, cpus=2, **s3_server.environment()) as it,
+    ):
+        yield it
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder like the checkout, with photos of the reader's own beside it, in which a run leaves no trace in ours."""
+    if not VENV.exists():
+        pytest.skip("no .venv: the pages' commands take the environment that `make install` makes")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "jobs", "pipeline", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").symlink_to(VENV / "bin")
+    (tmp_path / ".venv/installed").touch()  # so that make leaves the environment of this very test alone
+    for number in range(20):
+        subset = "val" if number < 4 else "train"
+        Trees.put(tmp_path / f"photos/images/{subset}/{number:02d}.jpg", Trees.image())
+        if number < 16:
+            Trees.put(tmp_path / f"photos/masks/{subset}/{number:02d}.png", Trees.mask(number))
+    Trees.put(tmp_path / "photo.jpg", Trees.image())
+    return tmp_path
+
+
+def fill_bucket(root: str, folder: Path) -> None:
+    """What the pages take for granted in s3://bucket: a VOC tree, photos, tar shards and a Parquet file."""
+    tree = Trees.voc(folder / "tree", train=16, val=2, extra=4)
+    for file in (path for path in tree.rglob("*") if path.is_file()):
+        storage.write_bytes(f"{root}/VOC2012/{file.relative_to(tree)}", file.read_bytes())
+    photos = [Trees.image() for _ in range(8)]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number, data in enumerate(photos):
+            storage.write_bytes(f"{root}/photos/{number}.jpg", data)
+            member = tarfile.TarInfo(f"{number}.jpg")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    storage.write_bytes(f"{root}/wds/0.tar", buffer.getvalue())
+    table = io.BytesIO()
+    pq.write_table(pa.table({"image": photos}), table)
+    storage.write_bytes(f"{root}/laion/0.parquet", table.getvalue())
+
+
+def shortened(command: str) -> str:
+    added = next((more for start, more in SHORTER.items() if command.startswith(start)), "")
+    return f"{command} {added}".strip()
+
+
+def environment(head: Head, s3: S3Server) -> dict[str, str]:
+    return {**head.environment, **s3.environment(), "RAY_ADDRESS": head.gcs, "DEMO_FLAGS": DEMO}
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page(page: Path, head: Head, s3: S3Server, checkout: Path, tmp_path: Path) -> None:
+    root = f"{s3.bucket_uri}/{tmp_path.name}"
+    lines = [shortened(line) for block in blocks(page) if block.kind == "sh" for line in block.commands]
+    script = "\n".join(["set -euo pipefail", *lines]).replace("s3://bucket", root)
+    if root in script:
+        fill_bucket(root, tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=checkout, env=environment(head, s3), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_lines_of_python(head: Head, s3: S3Server, checkout: Path) -> None:
+    (block,) = [each for each in blocks(ROOT / "docs/README.md") if each.kind == "python"]
+    assert len([line for line in block.text.splitlines() if line]) == 5
+    shorter = block.text.replace('"out": "runs/first"', '"out": "runs/first", "optim.steps": 2, "eval.every": 2')
+    assert shorter != block.text
+    done = subprocess.run(
+        [sys.executable, "-c", shorter], cwd=checkout, env=environment(head, s3), capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "('background', 'disk', 'square', 'triangle', 'cross', 'ring') [[" in done.stdout
