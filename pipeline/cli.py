@@ -252,7 +252,7 @@ def _key_row(path: str, config: Config, options: Mapping[str, type], wide: int) 
 def _row(name: str, text: str, value: str, wide: int) -> str:
     """A line: the name, what it is, and its value; the text gives way."""
     value = f" [{value}]" if value else ""
-    head = f"  {name:<26}"
+    head = f"  {name:<25} "
     return head + textwrap.shorten(text, max(20, wide - len(head) - len(value)), placeholder=" ...") + value
 
 

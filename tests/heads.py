@@ -74,6 +74,7 @@ class Head:
         folder = str(self.folder / name)
         command = [*command, f"--temp-dir={folder}"]
         with (self.folder / f"{name}.log").open("wb") as log:
+            command[0] = str(Path(sys.executable).parent / command[0])  # found whatever PATH its processes have
             environment = {**self.environment, **self._more}
             # in a folder of its own, as heads that people start are not in a checkout
             self._processes.append(subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log))

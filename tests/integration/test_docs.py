@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -47,13 +48,15 @@ def head(s3_server: S3Server) -> Iterator[Head]:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder like the checkout, with photos of the reader's own beside it, in which a run leaves no trace in ours."""
-    if not VENV.exists():
+    if not (VENV / "installed").exists():
         pytest.skip("no .venv: the pages' commands take the environment that `make install` makes")
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "jobs", "pipeline", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv/bin").symlink_to(VENV / "bin")
-    (tmp_path / ".venv/installed").touch()  # so that make leaves the environment of this very test alone
+    for part in VENV.iterdir():
+        (tmp_path / ".venv" / part.name).symlink_to(part)
+    (tmp_path / ".venv/installed").unlink()
+    (tmp_path / ".venv/installed").touch()  # a newer one, so that make leaves the environment of this very test alone
     for number in range(20):
         subset = "val" if number < 4 else "train"
         Trees.put(tmp_path / f"photos/images/{subset}/{number:02d}.jpg", Trees.image())
@@ -63,12 +66,19 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def noise(seed: int) -> bytes:
+    """A JPEG of its own for every seed."""
+    return Trees.encode(np.random.default_rng(seed).integers(0, 255, (24, 32, 3), np.uint8), "JPEG")
+
+
 def fill_bucket(root: str, folder: Path) -> None:
     """What the pages take for granted in s3://bucket: a VOC tree, photos, tar shards and a Parquet file."""
     tree = Trees.voc(folder / "tree", train=16, val=2, extra=4)
+    for number, image in enumerate(sorted(tree.rglob("*.jpg"))):
+        image.write_bytes(noise(number))  # a picture of its own, as `--check` looks for copies
     for file in (path for path in tree.rglob("*") if path.is_file()):
         storage.write_bytes(f"{root}/VOC2012/{file.relative_to(tree)}", file.read_bytes())
-    photos = [Trees.image() for _ in range(8)]
+    photos = [noise(number) for number in range(50, 58)]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number, data in enumerate(photos):

@@ -1,6 +1,7 @@
 """jobs/submit.py against a real head: what is sent, whose exit code comes back, and what is said when it goes wrong."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,76 @@ def test_the_code_is_the_jobs_own(head: Head, command: list[str], code: int) -> 
         assert "train.py: unknown argument '--nonsense'" in done.stdout
 
 
+def by_ray(head: Head, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    """`ray job submit`, as the package's installation and Ray make it, from a folder; the head is in another one."""
+    hook = {"RAY_JOB_SUBMIT_HOOK": "pipeline.submit.from_ray"}  # what u2pl_ray.pth sets where the package is installed
+    values = {**head.environment, **hook, "PYTHONPATH": str(ROOT), "RAY_API_SERVER_ADDRESS": head.url}
+    arguments = ["ray", "job", "submit", *flags]
+    return subprocess.run(arguments, cwd=folder, env=values, capture_output=True, text=True, timeout=300)
+
+
+def test_the_line_of_ray_works_from_a_checkout_whatever_folder_the_head_is_in(head: Head) -> None:
+    done = by_ray(head, ROOT, "--", "python", "jobs/train.py", "--nonsense")
+    assert done.returncode == 2, done.stdout + done.stderr
+    first, second, *_ = done.stdout.splitlines()
+    assert first == "jobs/train.py is a script of this folder, which is sent along (--working-dir .)"
+    assert second.startswith("job raysubmit_")
+    assert "train.py: unknown argument '--nonsense'" in done.stdout
+
+
+def test_with_a_working_dir_ray_does_it_alone(head: Head) -> None:
+    done = by_ray(head, ROOT, "--working-dir", ".", "--", "python", "jobs/train.py", "--nonsense")
+    assert done.returncode == 1
+    assert "is sent along" not in done.stdout
+    assert "train.py: unknown argument '--nonsense'" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["--submission-id", "of-my-own"]], ids=["elsewhere", "with flags of Ray's"])
+def test_else_the_first_line_says_what_to_add(head: Head, tmp_path: Path, flags: list[str]) -> None:
+    done = by_ray(head, ROOT if flags else tmp_path, *flags, "--", "python", "jobs/train.py", "--nonsense")
+    assert done.returncode == 1
+    first = done.stdout.splitlines()[0]
+    remedy = "add --working-dir . before --" if flags else "call it in a checkout, with --working-dir ."
+    assert first.startswith("jobs/train.py: the head looks for it in the folder in which it was started")
+    assert first.endswith(remedy)
+    assert "can't open file" in done.stdout
+
+
+def test_programs_that_are_not_ours_are_let_through(head: Head, tmp_path: Path) -> None:
+    done = by_ray(head, tmp_path, "--", "bash", "-c", "echo it ran")
+    assert done.returncode == 0
+    assert "head looks for it" not in done.stdout
+    assert "it ran" in done.stdout
+
+
+def test_the_hook_is_set_for_ray_alone() -> None:
+    (line,) = (ROOT / "pipeline" / "u2pl_ray.pth").read_text().splitlines()
+    code = f"import sys; sys.orig_argv = ['python', sys.argv[1]]; {line}; print(os.environ.get('RAY_JOB_SUBMIT_HOOK'))"
+    clean = {name: value for name, value in os.environ.items() if name != "RAY_JOB_SUBMIT_HOOK"}
+    for program, told in (("/x/bin/ray", "pipeline.submit.from_ray"), ("/x/bin/u2pl", "None"), ("-c", "None")):
+        done = subprocess.run([sys.executable, "-c", code, program], env=clean, capture_output=True, text=True)
+        assert done.stdout == f"{told}\n"
+
+
+def test_without_a_checkout_the_installed_package_is_sent(head: Head, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "pipeline", tmp_path / "site" / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "site" / "pipeline" / "here.txt").touch()
+
+    def send(*command: str) -> subprocess.CompletedProcess:
+        arguments = [sys.executable, "-m", "pipeline", "submit", "--address", head.url, "--", *command]
+        values = {**head.environment, "PYTHONPATH": str(tmp_path / "site")}
+        return subprocess.run(arguments, cwd=tmp_path, env=values, capture_output=True, text=True, timeout=300)
+
+    done = send("train", "--nonsense")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "u2pl train: unknown argument '--nonsense'" in done.stdout
+    here = "import os, pipeline; print(os.path.exists(os.path.dirname(pipeline.__file__) + '/here.txt'))"
+    assert send("python", "-c", here).stdout.splitlines()[-1] == "True"
+    done = send("jobs/train.py")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "jobs/train.py belongs to a checkout, and this package is installed: say -- train" in done.stderr
+
+
 def test_only_what_is_needed_is_sent(head: Head) -> None:
     secret = ROOT / "pipeline" / "secret.pem"
     secret.write_text("not for the cluster")
@@ -97,10 +168,10 @@ def test_no_cluster_there_is_one_line(head: Head) -> None:
     assert "no job server at http://127.0.0.1:" in line
 
 
-def test_no_job_given_is_one_line(head: Head) -> None:
+def test_no_command_given_is_one_line(head: Head) -> None:
     done = submitted(head)
     assert done.returncode == 2
-    assert "no job given" in done.stderr
+    assert "no command given" in done.stderr
 
 
 @pytest.mark.parametrize("flags", [["--config", "mine.yaml"], ["--config=mine.yaml"]])
@@ -124,10 +195,17 @@ def test_interrupting_leaves_the_job_running_and_says_so(head: Head, tmp_path: P
         wait_for("the job itself", mark.exists)
 
 
-def test_a_head_that_dies_meanwhile_is_one_line(ray_folder: str, tmp_path: Path) -> None:
-    with Head(ray_folder) as own:
-        script = "import time; print('going', flush=True); time.sleep(300)"
-        arguments = [sys.executable, "jobs/submit.py", "--address", own.url, "--", "python", "-c", script]
+def test_a_head_without_the_environment_that_then_dies(ray_folder: str, tmp_path: Path) -> None:
+    programs = tmp_path / "bin"  # a shell and what it needs, and no Python
+    programs.mkdir()
+    for name in ("sh", "bash", "sleep", "env"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    with Head(ray_folder, PATH=str(programs)) as own:
+        done = submitted(own, "jobs/train.py")
+        assert done.returncode == 127, done.stdout + done.stderr
+        assert "the head has no `python` on its PATH: activate the environment there" in done.stderr
+        script = "echo going; sleep 300"
+        arguments = [sys.executable, "jobs/submit.py", "--address", own.url, "--", "bash", "-c", script]
         with Job(arguments, own.environment, tmp_path / "log") as job:
             wait_for("its first line", lambda: "\ngoing" in job.said)
             own.__exit__()
