@@ -1,13 +1,16 @@
 """A real S3 server for tests: SeaweedFS from its PyPI wheel."""
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -37,7 +40,7 @@ class S3Server:
         }
 
     def __enter__(self) -> "S3Server":
-        for _ in range(5):  # another process may take a port between the look and the start
+        for _ in range(5):  # another run of the tests may take a port between the look and the start
             self.start(free_ports(10))
             if self._wait():
                 return self
@@ -113,12 +116,29 @@ def is_ready(endpoint: str) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on right now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that nobody listens on, each given once in this process.
+
+    They lie above those of Ray's workers and below those that the kernel gives to clients: no connection of another
+    test takes one before the server that it is for has started. Processes that run tests side by side have their own.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = next(_ports)
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
+
+
+def _every_port() -> Iterator[int]:
+    """Those of this process, from one that another run of the tests beside this one has hardly begun with."""
+    mine = _FIRST_PORT + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _SHARES * _PORTS
+    begin = random.SystemRandom().randrange(_PORTS)
+    return itertools.cycle(mine + (begin + number) % _PORTS for number in range(_PORTS))
+
+
+_FIRST_PORT, _SHARES, _PORTS = 20_000, 4, 3_000
+_ports = _every_port()
 
 
 def _identity(name: str, key: str, secret: str) -> dict[str, object]:
