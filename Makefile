@@ -1,10 +1,11 @@
 # Two commands do all set-up: `make demo` and `make test`. Each first brings .venv up to date.
+# For daily work there is `make test-fast`.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-cluster lint clean
+.PHONY: install demo test test-fast test-cluster lint clean
 
 install: $(STAMP)
 
@@ -24,8 +25,17 @@ demo: install
 	$(TRAIN_DEMO) --method u2pl --out demo/u2pl
 	$(BIN)/python jobs/report.py demo/suponly demo/u2pl --out demo/report.html
 
+# Two files at a time, in the order in which the folders are named: the tests of real clusters wait the longest, the
+# small files of the unit tests fill the end. What the tests of a file share is made once.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations 20 tests/integration tests/parity tests/unit
+
+# Without what takes long: real clusters (tests/integration), and runs and compiled functions that are compared with
+# others (tests/parity).
+test-fast: lint
+	$(PYTEST) tests/unit
 
 # Hosts with networks of their own on this one machine: training loses them, the launcher reaches them by ssh.
 # As root, with iproute2, openssh-server and rsync; the first command says what is missing.

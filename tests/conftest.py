@@ -1,4 +1,8 @@
-"""Real parts for the tests: an S3 server and a Ray cluster, started once and ended by pid."""
+"""Real parts for the tests: an S3 server and a Ray cluster, started once and ended by pid.
+
+`make test` runs two test files at a time, each in a process that imports this file: servers, data and Ray's temporary
+folder are made once in each.
+"""
 
 import os
 import shutil
@@ -31,6 +35,11 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--camvid", metavar="DIR", help="CamVid as a VOC tree, for -m camvid (docs/data.md says how)")
+
+
+def pytest_unconfigure() -> None:
+    """The end of each process, also of the one that only hands out the tests."""
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -79,12 +88,6 @@ def ray_folder() -> Iterator[str]:
     """A folder of Ray's own, so that no other cluster of this machine is found; short, as it holds sockets."""
     with tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_leftovers() -> Iterator[None]:
-    yield
-    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
