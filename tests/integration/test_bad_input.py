@@ -21,13 +21,15 @@ class Jobs:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
+        self.printed = ""
+        """On stdout, by the job that failed last."""
 
     def fails(self, job: str, *argv: str) -> str:
         """The one line on stderr of a job that must exit with 2."""
         self._monkeypatch.setattr(sys, "argv", [f"{job}.py", *argv])
         with pytest.raises(SystemExit) as ended:
             run(job)
-        line = self._capsys.readouterr().err
+        self.printed, line = self._capsys.readouterr()
         assert ended.value.code == 2
         assert line.count("\n") == 1, line
         assert "Traceback" not in line
@@ -63,6 +65,26 @@ def test_settings(jobs: Jobs, shapes: str, argv: list[str], named: list[str]) ->
     split = [] if "--split" in argv else ["--split", "1_16"]
     line = jobs.fails("train", *base, *split, "--data", shapes, *argv)
     assert [word for word in named if word not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--source", "voc"], "--out"),
+        (["--source", "voc", "--out", "x"], "needs --root"),
+        (["--source", "voc", "--out", "x", "--root", "y", "--splits", "z"], "go together"),
+        (["--source", "shapes", "--out", "x", "--over"], "--over"),
+        (["--source", "folder", "--root", "y", "--out", "x", "--classes", "a,b", "--sbd", "z"], "--sbd belongs to"),
+        (["--source", "voc", "--root", "y", "--out", "x", "--values", "1=99"], "ids are 0 to 20"),
+        (["--check", "x"], "no dataset there"),
+        (["--check", "x", "--source", "voc"], "not allowed with"),
+        ([], "one of the arguments --source --check is required"),
+    ],
+)
+def test_flags_of_prepare(jobs: Jobs, flags: list[str], words: str) -> None:
+    line = jobs.fails("prepare", *flags)
+    assert words in line
+    assert jobs.printed == ""
 
 
 def test_yaml_files(jobs: Jobs, tmp_path: Path) -> None:

@@ -247,21 +247,13 @@ def test_real_camvid(camvid, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--source", "voc"), "--out"),
-        (("--source", "voc", "--out", "x"), "needs --root"),
         (("--source", "vok", "--out", "x"), "invalid choice"),
         (("--source", "voc", "--out", "x", "--root", "nowhere"), "nowhere"),
-        (("--source", "voc", "--out", "x", "--root", "y", "--splits", "z"), "go together"),
-        (("--source", "shapes", "--out", "x", "--over"), "--over"),
-        (("--source", "folder", "--root", "y", "--out", "x", "--classes", "a,b", "--sbd", "z"), "--sbd belongs to"),
-        (("--source", "voc", "--root", "y", "--out", "x", "--values", "1=99"), "ids are 0 to 20"),
-        (("--check", "x"), "no dataset there"),
-        (("--check", "x", "--source", "voc"), "not allowed with"),
-        ((), "one of the arguments --source --check is required"),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_line(tmp_path, flags, words):
-    done = subprocess.run(job(*flags), env=job_environment(), cwd=tmp_path, check=False, capture_output=True, text=True)
+    """As a user sees it; the others are in test_bad_input.py."""
+    done = run(tmp_path, *flags)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert words in done.stderr
 
