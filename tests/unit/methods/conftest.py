@@ -25,24 +25,25 @@ Build = Callable[..., Method]
 
 @pytest.fixture
 def build() -> Build:
-    """Makes a method; where an option has a size, it is small enough for 24 x 24 pixels."""
+    """Makes a method that fits 24 x 24 pixels."""
+    return small
 
-    def make(name: str, classes: int = CLASSES, aux: float = 0.0, **options: Any) -> Method:
-        values = {
-            "method": name,
-            "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
-            "loss": {"aux_weight": aux},
-            "optim": {"steps": TOTAL},
-            "data": {"crop": (SIZE, SIZE)},
-            "u2pl": {"warmup_steps": 2, "anchors": 8, "negatives": 4, "keys": 8, "queue": 20, "queue_background": 30},
-            "gct": {"detector_width": 8},
-            "u2pl_ael": {"contrast_start": 3},
-        }
-        values[name] = {**values.get(name, {}), **options}
-        torch.manual_seed(0)
-        return build_method(resolve(values, OPTIONS), classes).train()
 
-    return make
+def small(name: str, classes: int = CLASSES, aux: float = 0.0, **options: Any) -> Method:
+    """A method with the tiny network; where an option has a size, it is small enough for 24 x 24 pixels."""
+    values = {
+        "method": name,
+        "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
+        "loss": {"aux_weight": aux},
+        "optim": {"steps": TOTAL},
+        "data": {"crop": (SIZE, SIZE)},
+        "u2pl": {"warmup_steps": 2, "anchors": 8, "negatives": 4, "keys": 8, "queue": 20, "queue_background": 30},
+        "gct": {"detector_width": 8},
+        "u2pl_ael": {"contrast_start": 3},
+    }
+    values[name] = {**values.get(name, {}), **options}
+    torch.manual_seed(0)
+    return build_method(resolve(values, OPTIONS), classes).train()
 
 
 def views(count: int, *, masked: bool, seed: int = 0, classes: int = CLASSES) -> Views:
