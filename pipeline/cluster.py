@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 import sys
 import time
 import warnings
@@ -36,7 +37,9 @@ def connect(*, state_api: bool = False) -> None:
     import ray
 
     if not ray.is_initialized():
-        options = {"address": "local", "include_dashboard": state_api} if private else {}
+        options: dict[str, Any] = {"address": "local", "include_dashboard": state_api} if private else {}
+        if private and state_api:
+            options["dashboard_port"] = _announced_port()
         try:
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
         except (ConnectionError, RuntimeError) as error:
@@ -146,6 +149,18 @@ def default_root() -> Path:
     """
     here = Path.cwd()
     return Path.home() / "u2pl-ray" if "working_dir_files" in here.parts else here
+
+
+def _announced_port() -> int:
+    """A port for a private cluster's dashboard, which all its processes are told.
+
+    Else Ray's own processes look for a cluster on this machine, and fail where there is another one beside this one.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    return port
 
 
 def _running() -> bool:

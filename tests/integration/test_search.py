@@ -1,7 +1,11 @@
 """A search as a user starts it: samples of real runs, early stops that free their workers."""
 
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from pipeline import storage
 from tests.jobs import Job, environment, records
@@ -11,6 +15,17 @@ SEARCH = ["jobs/search.py", "--preset", "demo", "--method", "suponly", "--split"
 SEARCH += ["--eval.every", "10", "--run.log_every", "5", "--run.tensorboard", "false", "--scaling.cpus_per_worker", "2"]
 
 
+@pytest.fixture
+def _another_cluster(tmp_path: Path) -> Iterator[None]:
+    """What looks like a node of another cluster on this machine: who searches for a cluster finds two."""
+    (tmp_path / "raylet").symlink_to(sys.executable)
+    script = ["-c", "import time; time.sleep(3600)", "--gcs-address=10.0.0.1:6379"]
+    with subprocess.Popen([str(tmp_path / "raylet"), *script]) as process:
+        yield
+        process.kill()
+
+
+@pytest.mark.usefixtures("_another_cluster")
 def test_bad_samples_are_stopped_and_make_room(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
     """On two CPUs one run fits: a sample starts only if the one that was stopped before it has left nothing behind."""
     env, out = environment(ray_folder, s3), "s3://runs/search"
