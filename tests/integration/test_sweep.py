@@ -40,25 +40,25 @@ def _written(out: str, files: list[str]) -> list[int]:
 def test_a_killed_sweep_goes_on_and_gives_the_table_of_one_that_was_not(
     shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
 ) -> None:
-    env, flags = environment(ray_folder, s3), ["--methods", "suponly,u2pl", "--seeds", "2"]
+    """Two trials side by side: SupOnly is the first to end."""
+    env, flags = environment(ray_folder, s3), ["--methods", "suponly,u2pl"]
     calm, hurt = "s3://runs/calm", "s3://runs/hurt"
     with Job(_command(shapes, hurt, *flags), env, tmp_path / "first.log") as job:
         wait_for("a finished trial, and one that has begun", lambda: _summaries(hurt) and _begun(hurt), 240)
         kill(job.pid, *descendants(job.pid))
     first, begun = _summaries(hurt), _begun(hurt)
-    assert 1 <= len(first) < 4, job.said
+    assert len(first) == len(begun) == 1, job.said
     stamps = _written(hurt, [*first])
     with Job(_command(shapes, hurt, *flags), env, tmp_path / "second.log") as job:
         assert job.wait(480) == 0, job.said
         assert "Traceback" not in job.said
     assert _written(hurt, [*first]) == stamps  # nothing that was finished was made again
-    assert begun
-    for trial in begun:
-        assert f"resuming from {trial}/step_" in storage.read_bytes(f"{trial}/log.txt").decode()
+    (trial,) = begun
+    assert f"resuming from {trial}/step_" in storage.read_bytes(f"{trial}/log.txt").decode()
     with Job(_command(shapes, calm, *flags), env, tmp_path / "calm.log") as job:
         assert job.wait(480) == 0, job.said
     results = [{file: json.loads(text) for file, text in _summaries(out).items()} for out in (calm, hurt)]
-    assert len(results[0]) == 4
+    assert len(results[0]) == 2
     assert results[0] == results[1]
     tables = [storage.read_bytes(f"{out}/report.csv") for out in (calm, hurt)]
     assert tables[0] == tables[1]

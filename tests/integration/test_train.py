@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ ROOT = Path(__file__).parents[2]
 CALM = ["--optim.optimizer", "sgd", "--optim.lr", "0.005"]
 """AdamW's first steps turn rounding errors into whole steps: two orders of one batch then differ by 3e-3."""
 
+LONG = ["--optim.steps", "60", "--u2pl.warmup_steps", "5", "--scaling.workers", "2", "--run.checkpoint_every", "10"]
+"""A run in which there is time to lose something."""
+
 
 def configured(*flags: str) -> Config:
     config, _ = cli.parse_config([*SHORT, *flags], "test", OPTIONS)
@@ -41,25 +45,36 @@ def assert_same_state(one: str, other: str) -> None:
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
+class Calm(NamedTuple):
+    """A run that nothing happened to."""
+
+    run: str
+    progress: Progress
+
+
+@pytest.fixture(scope="module")
+def calm(shapes: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Calm:
+    """With the flags `LONG`."""
+    run = str(tmp_path_factory.mktemp("calm") / "run")
+    return Calm(run, launch(configured(*LONG, "--data", shapes, "--out", run)))
+
+
 @pytest.mark.usefixtures("ray_cluster")
 class TestWorkers:
     def test_two_workers_equal_one_process(self, shapes: str, tmp_path: Path) -> None:
-        for method, extra in (("suponly", ()), ("u2pl", ("--u2pl.warmup_steps", "3", "--u2pl.lambda_c", "0"))):
-            flags = ("--data", shapes, "--method", method, "--optim.steps", "10", *CALM, *extra)
-            plain, ray_run = str(tmp_path / f"{method}-plain"), str(tmp_path / f"{method}-ray")
-            train(configured(*flags, "--out", plain), PlainHost(plain))
-            launch(configured(*flags, "--out", ray_run, "--scaling.workers", "2"))
-            losses = [[record["total"] for record in records(run)] for run in (plain, ray_run)]
-            assert len(losses[0]) == len(losses[1]) == 10
-            assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        """U2PL, whose warm-up is SupOnly; tests/parity/test_worlds.py compares the loop of each method, without Ray."""
+        flags = ("--data", shapes, "--optim.steps", "10", *CALM, "--u2pl.warmup_steps", "3", "--u2pl.lambda_c", "0")
+        plain, ray_run = str(tmp_path / "plain"), str(tmp_path / "ray")
+        train(configured(*flags, "--out", plain), PlainHost(plain))
+        launch(configured(*flags, "--out", ray_run, "--scaling.workers", "2"))
+        losses = [[record["total"] for record in records(run)] for run in (plain, ray_run)]
+        assert len(losses[0]) == len(losses[1]) == 10
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
     def test_a_killed_worker_costs_nothing_but_time(
-        self, shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, shapes: str, calm: Calm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        flags = ["--optim.steps", "60", "--u2pl.warmup_steps", "5", "--scaling.workers", "2"]
-        flags += ["--run.checkpoint_every", "10"]
-        calm, hurt = str(tmp_path / "calm"), str(tmp_path / "hurt")
-        launch(configured(*flags, "--data", shapes, "--out", calm))
+        hurt = str(tmp_path / "hurt")
 
         def assassin() -> None:
             wait_for("a registered checkpoint", lambda: has_checkpoint(hurt))
@@ -67,21 +82,20 @@ class TestWorkers:
 
         thread = threading.Thread(target=assassin)
         thread.start()
-        progress = launch(configured(*flags, "--data", shapes, "--out", hurt))
+        progress = launch(configured(*LONG, "--data", shapes, "--out", hurt))
         thread.join()
         said = capsys.readouterr().out
         assert "was lost" in said
         assert "resuming from" in said
         assert progress.step == 60
-        assert_same_state(*(storage.join(run, checkpoint.name(60)) for run in (calm, hurt)))
+        assert_same_state(*(storage.join(run, checkpoint.name(60)) for run in (calm.run, hurt)))
         steps = [record["step"] for record in records(hurt)]
         assert steps == list(range(1, 61))  # no record lost, none twice
 
     def test_evaluate_and_report_repeat_the_figure_of_the_loop(
-        self, shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, calm: Calm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        run = str(tmp_path / "run")
-        progress = launch(configured("--data", shapes, "--out", run, "--optim.steps", "8", "--u2pl.warmup_steps", "2"))
+        run, progress = calm
         assert progress.last is not None
         _, scores = score(run, None, torch.device("cpu"))
         assert {name: each.miou for name, each in scores.items()} == progress.last.miou
@@ -96,14 +110,12 @@ class TestWorkers:
         assert "CPU-hours of training and evaluation" in text
 
     def test_a_finished_run_is_not_trained_again(
-        self, shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, shapes: str, calm: Calm, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        config = configured(
-            "--data", shapes, "--out", str(tmp_path / "run"), "--optim.steps", "2", "--method", "suponly"
-        )
-        first = launch(config)
-        assert launch(config) == first
+        before = records(calm.run)
+        assert launch(configured(*LONG, "--data", shapes, "--out", calm.run)) == calm.progress
         assert "is finished" in capsys.readouterr().out
+        assert records(calm.run) == before
 
     def test_mistakes_that_only_workers_see(self, shapes: str, tmp_path: Path) -> None:
         weights = tmp_path / "weights.pth"
@@ -125,8 +137,7 @@ class TestWorkers:
 
 def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
     run = "s3://runs/killed"
-    flags = ["--data", shapes, "--out", run, "--optim.steps", "60", "--u2pl.warmup_steps", "5"]
-    command = train_command(*flags, "--scaling.workers", "2", "--run.checkpoint_every", "10")
+    command = train_command(*LONG, "--data", shapes, "--out", run)
     env = environment(ray_folder, s3)
     with Job(command, env, tmp_path / "first.log") as job:
         wait_for("a registered checkpoint", lambda: has_checkpoint(run))
