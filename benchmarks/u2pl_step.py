@@ -137,7 +137,7 @@ def ours(case: Case, groups: int) -> Step:
     grid = make_grid((shape.large, shape.large), (shape.small, shape.small))
     rule = Rule(options.delta_p, min(options.r_l, shape.classes - 1), options.r_h)  # ranks end at the classes
     small_truth = shrink(case.truth, grid.small)
-    count = shape.images
+    count, shown = shape.images, torch.ones_like(case.pseudo_label, dtype=torch.bool)
 
     def step(contrast: bool) -> Tensor:
         label = grid.arrange(case.pseudo_label)
@@ -145,7 +145,7 @@ def ours(case: Case, groups: int) -> Step:
         alpha = torch.full((), unreliable_share(round(1000 * case.progress), 1000, options.alpha_0))
         gamma = threshold(values, label != IGNORE, alpha, world)
         kept = reliable_labels(values, label, gamma)
-        unsupervised = unsupervised_cross_entropy(case.student_logits[count:], kept, world, grid)
+        unsupervised = unsupervised_cross_entropy(case.student_logits[count:], kept, shown, world, grid)
         known = small_truth != IGNORE
         parts = partition(grid.shrink(values), grid.shrink(label) != IGNORE, gamma)
         reliable = torch.cat([known, parts.reliable])

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.methods.base import Losses, Method, Step, untouched
+from pipeline.methods.base import BatchNorm, Losses, Method, Step, untouched
 from pipeline.models import Prediction, SegmentationModel, upsample
 from pipeline.ops import ema, mixing
 from pipeline.ops.boxes import Boxes, class_boxes, inside
@@ -60,6 +60,8 @@ class AELOptions:
     """Crops that the reservoir holds per class."""
     fresh: int = 4
     """Crops that enter the reservoir per step, of all workers together."""
+    batch_norm: BatchNorm = "separate"
+    """Whether labeled and mixed images share batch statistics (release: separate)."""
 
     def __post_init__(self) -> None:
         require_positive("ael", self, "paste_classes", "paste_zoom", "depth", "fresh")
@@ -102,8 +104,9 @@ class AEL(Method):
     """float [C], 0 for classes that are never pasted."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options: AELOptions = convert(AELOptions, config.methods.get("ael", {}), "ael")
+        options = convert(AELOptions, config.methods.get("ael", {}), "ael")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: AELOptions = options
         self.student = self.build_network(features=self.features)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.confidence = ClassConfidence(num_classes, self.options.momentum)
@@ -130,7 +133,7 @@ class AEL(Method):
             supervised = self._labeled_loss(prediction, labeled, step)
             return Losses({"supervised": supervised + untouched(prediction)}, {})
         task = self._prepare(labeled, unlabeled, step)
-        student: Prediction = self.student(torch.cat([labeled.image, task.mixed]))
+        student = self.together(self.student, labeled.image, task.mixed)
         with torch.autocast(labeled.image.device.type, enabled=False):
             return self._losses(student, task, step)
 

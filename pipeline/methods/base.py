@@ -1,19 +1,31 @@
 """The interface between a method and the trainer, and the supervised loss that all methods share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from itertools import accumulate
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.models import Prediction, SegmentationModel, build_model
+from pipeline.models.norm import freeze_batchnorm
+from pipeline.models.parts import Taps, joined
 from pipeline.ops.grid import make_grid, upsample
 from pipeline.ops.losses import cross_entropy, ohem_cross_entropy
 from pipeline.ops.uniform import uniform
 from pipeline.ops.world import World
+
+BatchNorm = Literal["joint", "separate", "frozen"]
+"""Which images share the statistics of batch norm in training: `joint`, labeled and unlabeled ones pass the network in
+one batch; `separate`, each group by itself; `frozen`, each group by itself, and the encoder keeps the statistics that
+came with its weights. Releases differ, and on small sets it moves scores by points (docs/methods.md)."""
+In = TypeVar("In", Tensor, Taps)
+Out = TypeVar("Out", Taps, Prediction)
 
 
 class Losses(NamedTuple):
@@ -54,6 +66,11 @@ class Step:
         return uniform(f"{self.seed}/{self.index}/{name}", shape, device)
 
 
+def _length(group: Tensor | Taps) -> int:
+    """Number of images."""
+    return len(group) if isinstance(group, Tensor) else len(group.high)
+
+
 def untouched(prediction: Prediction) -> Tensor:
     """0 with a gradient for the representation head: DDP waits for every parameter, also where no loss needs it."""
     if prediction.features is None:
@@ -84,10 +101,11 @@ class Method(nn.Module, ABC):
     """Frozen dataclass of the method's own knobs."""
     views: ClassVar[ViewSpec]
 
-    def __init__(self, config: Config, num_classes: int) -> None:
+    def __init__(self, config: Config, num_classes: int, batch_norm: BatchNorm = "joint") -> None:
         super().__init__()
         self.config = config
         self.num_classes = num_classes
+        self.batch_norm: BatchNorm = batch_norm
 
     @abstractmethod
     def forward(self, batch: Batch, step: Step) -> Losses:
@@ -121,8 +139,39 @@ class Method(nn.Module, ABC):
         return Predictor(next(iter(self.networks().values())))
 
     def build_network(self, *, features: bool) -> SegmentationModel:
-        """A network as the config says, its auxiliary head included if its loss has a weight."""
-        return build_model(self.config.model, self.num_classes, features=features, aux=self.config.loss.aux_weight > 0)
+        """A network as the config says, its auxiliary head included if its loss has a weight.
+
+        Raises:
+            UserError: its batch norms are to be frozen and have no statistics yet, or its weights do not fit.
+        """
+        model = self.config.model
+        if self.batch_norm == "frozen" and model.weights == "none":
+            raise UserError(
+                f"{self.config.method}.batch_norm frozen: model.weights none brings no statistics to keep; "
+                "name weights, or take separate"
+            )
+        network = build_model(model, self.num_classes, features=features, aux=self.config.loss.aux_weight > 0)
+        if self.batch_norm == "frozen":
+            freeze_batchnorm(network.encoder)
+        return network
+
+    def passes(self, network: Callable[[In], Out], *groups: In) -> list[Out]:
+        """What a network makes of each group of images; `batch_norm` says whether they share batch statistics.
+
+        Args:
+            network: a network, or its `encode` or `decode`.
+            groups: images uint8 [B,3,H,W], or what the encoder made of them; labeled ones first.
+        """
+        if self.batch_norm != "joint":
+            return [network(group) for group in groups]
+        outputs, ends = network(joined(groups)), list(accumulate(map(_length, groups)))
+        return [outputs.of(slice(end - _length(group), end)) for end, group in zip(ends, groups, strict=True)]
+
+    def together(self, network: Callable[[Tensor], Prediction], *groups: Tensor) -> Prediction:
+        """As `passes`, for losses over all images: what the network makes of them as one batch, in order."""
+        if self.batch_norm == "joint":
+            return network(torch.cat(groups))
+        return joined([network(group) for group in groups])
 
     def sides(self, batch: Batch) -> tuple[Views, Views]:
         """The labeled side with its masks, and the unlabeled one with the views that the method asks for.

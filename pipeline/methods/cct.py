@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config import Config, ModelConfig
 from pipeline.errors import UserError
-from pipeline.methods.base import Losses, Method, Step
-from pipeline.models import SegmentationModel, Taps, upsample
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
+from pipeline.models import SegmentationModel, upsample
 from pipeline.models.parts import subpixel_decoder
 from pipeline.ops import perturbations
 from pipeline.ops.grid import shrink
@@ -71,6 +71,8 @@ class CCTOptions:
     foreground: Literal["nonzero", "random"] = "nonzero"
     """What is an object: `nonzero`, every class but 0 (VOC), or `random`, each class with probability 1/2 per image
     (for data without a background class)."""
+    batch_norm: BatchNorm = "separate"
+    """Whether labeled and unlabeled images share batch statistics (release: separate)."""
 
     def __post_init__(self) -> None:
         require_positive("cct", self, "xi")
@@ -86,8 +88,9 @@ class CCT(Method):
     views = ViewSpec(unlabeled=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options: CCTOptions = convert(CCTOptions, config.methods.get("cct", {}), "cct")
+        options = convert(CCTOptions, config.methods.get("cct", {}), "cct")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: CCTOptions = options
         self.student = self.build_network(features=False)
         self.kinds = [kind for kind in KINDS for _ in range(getattr(self.options, kind))]
         inputs, doublings = self.student.channels.high, _doublings(config.model)
@@ -105,15 +108,14 @@ class CCT(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s + w(t) L_u (paper eq. 1 and 2)."""
         labeled, unlabeled = self.sides(batch)
-        count = len(labeled.image)
-        taps = self.student.encode(torch.cat([labeled.image, unlabeled.image]))
-        prediction = self.student.decode(Taps(*(tap[:count] for tap in taps)))
+        known, taps = self.passes(self.student.encode, labeled.image, unlabeled.image)
+        prediction = self.student.decode(known)
         with torch.no_grad():
-            target = self.student.decode(Taps(*(tap[count:] for tap in taps))).logits.float().softmax(1)
+            target = self.student.decode(taps).logits.float().softmax(1)
         valid = shrink(unlabeled.valid, (target.shape[2], target.shape[3]))
         heard = [
             probability_mse(logits, target, valid, step.world, "valid") / self.num_classes
-            for logits in self._auxiliary_logits(taps.high[count:], target, step)
+            for logits in self._auxiliary_logits(taps.high, target, step)
         ]
         weight = self.options.weight * sigmoid_ramp(step.index, self.options.ramp * step.total)
         terms = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import mixing
 from pipeline.ops.boxes import box_masks
@@ -31,6 +31,8 @@ class CPSOptions:
     """Label clean unlabeled images and learn from mixed ones; false: cross supervision of all images as they are."""
     lambda_cps: float = 1.0
     """Weight of the cross supervision (release: VOC 1 with CutMix, 1.5 without; Cityscapes 5 and 6)."""
+    batch_norm: BatchNorm = "separate"
+    """Whether labeled and unlabeled images share batch statistics (release: separate)."""
 
 
 class CPS(Method):
@@ -40,8 +42,9 @@ class CPS(Method):
     views = ViewSpec(unlabeled=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options: CPSOptions = convert(CPSOptions, config.methods.get("cps", {}), "cps")
+        options = convert(CPSOptions, config.methods.get("cps", {}), "cps")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: CPSOptions = options
         self.first = self.build_network(features=False)
         self.second = self.build_network(features=False)  # other random numbers, so other heads
 
@@ -56,22 +59,22 @@ class CPS(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s1 + L_s2 + lambda_cps (CE(S_1(x), y_2) + CE(S_2(x), y_1)), y_k = argmax S_k(x) (paper section 3)."""
         labeled, unlabeled = self.sides(batch)
-        count = len(labeled.image)
         mixed = self._mixed(unlabeled, step) if self.options.cutmix else None
-        images = torch.cat([labeled.image, unlabeled.image if mixed is None else mixed[0]])
-        predictions = [network(images) for network in self.trained()]
-        scores = [upsample(prediction.logits.float(), unlabeled.size) for prediction in predictions]
+        pool = unlabeled.image if mixed is None else mixed[0]
+        seen = [self.passes(network, labeled.image, pool) for network in self.trained()]
         if mixed is None:
-            known = torch.cat([labeled.valid, unlabeled.valid])
-            labels = [_labels(score, known) for score in scores]
+            valid = torch.cat([labeled.valid, unlabeled.valid])
+            logits = [torch.cat([known.logits, other.logits]) for known, other in seen]
+            scores = [upsample(each.float(), unlabeled.size) for each in logits]
+            labels = [_labels(score, valid) for score in scores]
         else:
-            labels, scores = mixed[1], [score[count:] for score in scores]
+            labels, scores = mixed[1], [upsample(other.logits.float(), unlabeled.size) for _, other in seen]
         # labels hold 255 where there is no image, so kept and valid pixels are the same
         cross = [
             masked_cross_entropy(score, label, label != IGNORE, step.world, "valid")
             for score, label in zip(scores, reversed(labels), strict=True)
         ]
-        one, two = (self.supervised(prediction.of(slice(count)), labeled, step.world) for prediction in predictions)
+        one, two = (self.supervised(known, labeled, step.world) for known, _ in seen)
         terms = {"supervised": one, "supervised_2": two, "cross": self.options.lambda_cps * (cross[0] + cross[1])}
         agree = (labels[0] == labels[1]) & (labels[0] != IGNORE)
         return Losses(terms, {"agreement": agree.sum() / (labels[0] != IGNORE).sum().clamp_min(1)})

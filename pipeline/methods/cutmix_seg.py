@@ -10,7 +10,7 @@ import torch
 
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config import Config
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import ema, mixing
 from pipeline.ops.boxes import box_masks
@@ -34,6 +34,8 @@ class CutMixSegOptions:
     """Largest decay of the EMA teacher (release: teacher_alpha)."""
     strong: bool = True
     """Change the colours of the student's images (release since 2021; false: as in its first version)."""
+    batch_norm: BatchNorm = "separate"
+    """Whether labeled and unlabeled images share batch statistics (release: separate, on VOC frozen: --freeze_bn)."""
 
     def __post_init__(self) -> None:
         require_share("cutmix_seg", self, "threshold", "ema_decay")
@@ -46,8 +48,9 @@ class CutMixSeg(Method):
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options: CutMixSegOptions = convert(CutMixSegOptions, config.methods.get("cutmix_seg", {}), "cutmix_seg")
+        options = convert(CutMixSegOptions, config.methods.get("cutmix_seg", {}), "cutmix_seg")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: CutMixSegOptions = options
         self.student = self.build_network(features=False)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
@@ -66,7 +69,7 @@ class CutMixSeg(Method):
         c is the share of pixels whose mixed target is confident, one number for the batch of all ranks.
         """
         (labeled, unlabeled), options = self.sides(batch), self.options
-        count, size, device = len(labeled.image), unlabeled.size, unlabeled.image.device
+        size, device = unlabeled.size, unlabeled.image.device
         with torch.no_grad():
             clean = upsample(self.teacher.eval()(unlabeled.image).logits.float(), size).softmax(1)
         draws = step.uniform_per_image("cutmix", (len(clean), 1, 4), device)
@@ -74,12 +77,12 @@ class CutMixSeg(Method):
         view = unlabeled.strong[0] if options.strong else unlabeled.image
         image, target, valid = (mixing.mix(part, box, partner) for part in (view, clean, unlabeled.valid))
 
-        student = self.student(torch.cat([labeled.image, image]))
-        scores = upsample(student.logits[count:].float(), size)
+        known, student = self.passes(self.student, labeled.image, image)
+        scores = upsample(student.logits.float(), size)
         confident = confident_share(target.amax(1), valid, options.threshold, step.world)
         distance = probability_mse(scores, target, valid, step.world, "all")
         terms = {
-            "supervised": self.supervised(student.of(slice(count)), labeled, step.world),
+            "supervised": self.supervised(known, labeled, step.world),
             "consistency": options.lambda_u * confident * distance,
         }
         return Losses(terms, {"confident": confident})

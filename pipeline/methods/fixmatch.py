@@ -1,17 +1,16 @@
 """FixMatch (Sohn et al., NeurIPS 2020) for segmentation, as UniMatch's authors run it: weak labels strong.
 
-L = (L_s + L_u) / 2. No teacher: the network's confident labels of the weak view supervise the strong one.
+L = (L_s + lambda_u L_u) / 2. No teacher: the network's confident labels of the weak view supervise the strong one.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config import Config
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import mixing
 from pipeline.ops.boxes import small_box_masks
@@ -24,10 +23,14 @@ from pipeline.typed import convert, require_share
 class FixMatchOptions:
     """FixMatch: confident labels of a weak view teach the strong one. The defaults are UniMatch's for PASCAL VOC."""
 
+    lambda_u: float = 1.0
+    """Weight of L_u (release: 1)."""
     threshold: float = 0.95
     """Least probability of a pseudo-label (release: VOC 0.95, Cityscapes 0)."""
     cutmix: float = 0.5
     """Probability that an image is mixed."""
+    batch_norm: BatchNorm = "joint"
+    """Whether labeled and weak unlabeled images share batch statistics; strong ones never do (release: joint)."""
 
     def __post_init__(self) -> None:
         require_share("fixmatch", self, "threshold", "cutmix")
@@ -51,8 +54,9 @@ class FixMatch(Method):
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options: FixMatchOptions = convert(FixMatchOptions, config.methods.get("fixmatch", {}), "fixmatch")
+        options = convert(FixMatchOptions, config.methods.get("fixmatch", {}), "fixmatch")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: FixMatchOptions = options
         self.student = self.build_network(features=False)
 
     def networks(self) -> dict[str, SegmentationModel]:
@@ -62,15 +66,16 @@ class FixMatch(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_u = mean_valid [max q >= threshold] CE(S(strong), argmax q), q = softmax S(weak) (paper eq. 4)."""
         (labeled, unlabeled), options = self.sides(batch), self.options
-        count = len(labeled.image)
-        weak = self.student(torch.cat([labeled.image, unlabeled.image]))
-        scores = upsample(weak.logits[count:].float(), unlabeled.size)
+        known, weak = self.passes(self.student, labeled.image, unlabeled.image)
+        scores = upsample(weak.logits.float(), unlabeled.size)
         label = confident_labels(scores, unlabeled.valid, options.threshold)
         mixed = cutmixed(Pseudo(unlabeled.strong[0], label, unlabeled.valid), step, "cutmix", options.cutmix)
         strong = upsample(self.student(mixed.image).logits.float(), unlabeled.size)
         terms = {
-            "supervised": self.supervised(weak.of(slice(count)), labeled, step.world) / 2,
-            "strong": masked_cross_entropy(strong, mixed.label, mixed.valid, step.world, "valid") / 2,
+            "supervised": self.supervised(known, labeled, step.world) / 2,
+            "strong": options.lambda_u
+            * masked_cross_entropy(strong, mixed.label, mixed.valid, step.world, "valid")
+            / 2,
         }
         return Losses(terms, {"kept": kept_share(label, unlabeled.valid)})
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.models.detector import FlawDetector
 from pipeline.ops.flaws import exchange, flaw_target, handled
@@ -45,6 +45,8 @@ class GCTOptions:
     """Learning rate of the detector's Adam at step 0; it follows the schedule of the run."""
     detector_width: int = 64
     """Channels of the detector's first layer; the last has eight times as many."""
+    batch_norm: BatchNorm = "joint"
+    """Whether labeled and unlabeled images share batch statistics (release: joint)."""
 
     def __post_init__(self) -> None:
         require_positive("gct", self, "detector_width")
@@ -58,8 +60,9 @@ class GCT(Method):
     views = ViewSpec(unlabeled=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options: GCTOptions = convert(GCTOptions, config.methods.get("gct", {}), "gct")
+        options = convert(GCTOptions, config.methods.get("gct", {}), "gct")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: GCTOptions = options
         self.left = self.build_network(features=False)
         self.right = self.build_network(features=False)
         self.detector = FlawDetector(3 + num_classes, self.options.detector_width)
@@ -89,7 +92,7 @@ class GCT(Method):
         count, size = len(labeled.image), labeled.size
         images = torch.cat([labeled.image, unlabeled.image])
         valid = torch.cat([labeled.valid, unlabeled.valid])
-        predictions = self.left(images), self.right(images)
+        predictions = [self.together(network, labeled.image, unlabeled.image) for network in self.trained()]
         normal = self.left.normalise(images)
         pair = [upsample(prediction.logits.float(), size).softmax(1) for prediction in predictions]
         flaws = [self._frozen_detector(normal, probability) for probability in pair]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config import Config
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import ema
 from pipeline.ops.masked import probability_mse, squared_error
@@ -34,6 +34,8 @@ class MeanTeacherOptions:
     """Compare logits instead of probabilities (PixelSSL)."""
     input_noise: float = 0.0
     """Deviation of Gaussian noise on the student's unlabeled images, in grey levels of 0..255 (PixelSSL: 0)."""
+    batch_norm: BatchNorm = "separate"
+    """Whether labeled and unlabeled images share batch statistics (TorchSemiSeg: separate; PixelSSL: joint)."""
 
     def __post_init__(self) -> None:
         require_share("mean_teacher", self, "ema_decay")
@@ -46,9 +48,9 @@ class MeanTeacher(Method):
     views = ViewSpec(unlabeled=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        given = config.methods.get("mean_teacher", {})
-        self.options: MeanTeacherOptions = convert(MeanTeacherOptions, given, "mean_teacher")
+        options = convert(MeanTeacherOptions, config.methods.get("mean_teacher", {}), "mean_teacher")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: MeanTeacherOptions = options
         self.student = self.build_network(features=False)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
@@ -64,18 +66,17 @@ class MeanTeacher(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s + lambda_u w(t) mean_{pixels, classes} (softmax S(x) - softmax T(x))^2 (paper section 2)."""
         (labeled, unlabeled), options = self.sides(batch), self.options
-        count = len(labeled.image)
-        student = self.student(torch.cat([labeled.image, self._noisy(unlabeled.image, step)]))
+        known, student = self.passes(self.student, labeled.image, self._noisy(unlabeled.image, step))
         with torch.no_grad():
             target = upsample(self.teacher.eval()(unlabeled.image).logits.float(), unlabeled.size)
-        scores = upsample(student.logits[count:].float(), unlabeled.size)
+        scores = upsample(student.logits.float(), unlabeled.size)
         if options.on_logits:
             distance = squared_error(scores, target, unlabeled.valid, step.world, "valid")
         else:
             distance = probability_mse(scores, target.softmax(1), unlabeled.valid, step.world, "valid")
         weight = options.lambda_u * sigmoid_ramp(step.index, options.ramp_steps)
         terms = {
-            "supervised": self.supervised(student.of(slice(count)), labeled, step.world),
+            "supervised": self.supervised(known, labeled, step.world),
             "consistency": weight / self.num_classes * distance,
         }
         return Losses(terms, {"consistency_weight": torch.full((), weight)})

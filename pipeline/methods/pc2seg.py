@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import Prediction, SegmentationModel
 from pipeline.ops.grid import shrink
 from pipeline.ops.masked import probability_mse
@@ -36,6 +36,8 @@ class PC2SegOptions:
     """Pixels per image that others may take as negatives."""
     negatives: int = 256
     """N: how many negatives an anchor has, in the weight of their mean."""
+    batch_norm: BatchNorm = "separate"
+    """Whether labeled and strong unlabeled images share batch statistics (ours: separate)."""
 
     def __post_init__(self) -> None:
         require_positive("pc2seg", self, "temperature", "anchors", "keys", "negatives")
@@ -48,8 +50,9 @@ class PC2Seg(Method):
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options: PC2SegOptions = convert(PC2SegOptions, config.methods.get("pc2seg", {}), "pc2seg")
+        options = convert(PC2SegOptions, config.methods.get("pc2seg", {}), "pc2seg")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: PC2SegOptions = options
         self.student = self.build_network(features=True)
 
     def networks(self) -> dict[str, SegmentationModel]:
@@ -59,16 +62,13 @@ class PC2Seg(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s on labeled images, both consistencies between the views of the unlabeled ones."""
         labeled, unlabeled = self.sides(batch)
-        count = len(labeled.image)
         with torch.no_grad():
             weak = self.student(unlabeled.image)
-        both = self.student(torch.cat([labeled.image, unlabeled.strong[0]]))
-        assert both.features is not None
-        strong = both.of(slice(count, None))
-        with torch.autocast(both.logits.device.type, enabled=False):
+        known, strong = self.passes(self.student, labeled.image, unlabeled.strong[0])
+        with torch.autocast(strong.logits.device.type, enabled=False):
             consistency, contrast = self._consistencies(strong, weak, unlabeled, step)
         terms = {
-            "supervised": self.supervised(both.of(slice(count)), labeled, step.world),
+            "supervised": self.supervised(known, labeled, step.world),
             "consistency": self.options.consistency * consistency,
             "contrast": self.options.contrast * contrast,
         }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, Taps, upsample
 from pipeline.ops.boxes import cutout
 from pipeline.ops.fusion import calibrated_fusion
@@ -30,6 +30,8 @@ class PseudoSegOptions:
 
     weight: float = 1.0
     """Weight of the consistency loss (unlabeled_weight)."""
+    head_weight: float = 1.0
+    """Weight of L_att and L_cls (release: 1); 0 with weight 0 is SupOnly."""
     temperature: float = 0.5
     """T: below 1 the fused pseudo-labels are sharpened."""
     attention_dim: int = 128
@@ -38,6 +40,8 @@ class PseudoSegOptions:
     """Least probability of a class in an unlabeled image to get an activation map."""
     cutout: float = 0.2
     """Height and width of the hole in the strong view, relative to the crop (release: 100 of 513 pixels)."""
+    batch_norm: BatchNorm = "separate"
+    """Whether labeled and strong unlabeled images share batch statistics (release: separate)."""
 
     def __post_init__(self) -> None:
         require_positive("pseudoseg", self, "temperature", "attention_dim")
@@ -51,8 +55,9 @@ class PseudoSeg(Method):
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options: PseudoSegOptions = convert(PseudoSegOptions, config.methods.get("pseudoseg", {}), "pseudoseg")
+        options = convert(PseudoSegOptions, config.methods.get("pseudoseg", {}), "pseudoseg")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: PseudoSegOptions = options
         self.student = self.build_network(features=False)
         channels = self.student.channels
         self.cam = AttentiveCAM(channels.mid, channels.high, num_classes, self.options.attention_dim)
@@ -69,19 +74,18 @@ class PseudoSeg(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s + L_att + L_cls on labeled images, L_u on the strong view of unlabeled ones."""
         labeled, unlabeled = self.sides(batch)
-        count = len(labeled.image)
         target = self._pseudo_labels(unlabeled, step.world)
         strong, valid = self._strong(unlabeled, step)
-        taps = self.student.encode(torch.cat([labeled.image, strong]))
-        prediction = self.student.decode(taps)
+        taps = self.passes(self.student.encode, labeled.image, strong)
+        known, prediction = self.passes(self.student.decode, *taps)
         with torch.autocast(strong.device.type, enabled=False):
-            attention, classifier = self._labeled_losses(Taps(*(tap[:count].float() for tap in taps)), labeled, step)
+            attention, classifier = self._labeled_losses(Taps(*(tap.float() for tap in taps[0])), labeled, step)
             grid = (target.shape[2], target.shape[3])
-            consistency = soft_cross_entropy(prediction.logits[count:], target, shrink(valid, grid), step.world)
+            consistency = soft_cross_entropy(prediction.logits, target, shrink(valid, grid), step.world)
         terms = {
-            "supervised": self.supervised(prediction.of(slice(count)), labeled, step.world),
-            "attention": attention,
-            "classifier": classifier,
+            "supervised": self.supervised(known, labeled, step.world),
+            "attention": self.options.head_weight * attention,
+            "classifier": self.options.head_weight * classifier,
             "consistency": self.options.weight * consistency,
         }
         return Losses(terms, {"confidence": target.amax(1).mean()})

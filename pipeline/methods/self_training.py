@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.methods.fixmatch import kept_share
 from pipeline.models import SegmentationModel
 from pipeline.ops.boxes import small_box_masks
@@ -32,6 +32,8 @@ class SelfTrainingOptions:
     """Label with the mean of five scales, mirrored and not, as the release does; false: of the image as it is."""
     keep: float = 1.0
     """Share of each image's pixels that get a label, the most certain ones (release: all)."""
+    batch_norm: BatchNorm = "joint"
+    """Whether labeled and pseudo-labeled images share batch statistics (release: joint, one list of both)."""
 
     def __post_init__(self) -> None:
         require_share("self_training", self, "cutout", "keep")
@@ -44,9 +46,9 @@ class SelfTraining(Method):
     views = ViewSpec(unlabeled=True, strong=1, pseudo=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        values = config.methods.get("self_training", {})
-        self.options: SelfTrainingOptions = convert(SelfTrainingOptions, values, "self_training")
+        options = convert(SelfTrainingOptions, config.methods.get("self_training", {}), "self_training")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: SelfTrainingOptions = options
         self.student = self.build_network(features=False)
 
     def networks(self) -> dict[str, SegmentationModel]:
@@ -64,7 +66,7 @@ class SelfTraining(Method):
             torch.cat([labeled.valid, unlabeled.valid]),
             labeled.ids + unlabeled.ids,
         )
-        loss = self.supervised(self.student(union.image), union, step.world)
+        loss = self.supervised(self.together(self.student, labeled.image, image), union, step.world)
         return Losses({"supervised": loss}, {"kept": kept_share(label, unlabeled.valid)})
 
     def _seen(self, pool: Views, label: Tensor, step: Step) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.methods.base import Losses, Method, Step, untouched
+from pipeline.methods.base import BatchNorm, Losses, Method, Step, untouched
 from pipeline.models import Prediction, SegmentationModel
 from pipeline.ops import ema, mixing, upstream
 from pipeline.ops.bank import MemoryBank
@@ -32,7 +32,7 @@ from pipeline.ops.contrast import (
     contrastive_loss,
     positives,
 )
-from pipeline.ops.entropy import IGNORE, partition, reliable_labels, threshold
+from pipeline.ops.entropy import IGNORE, partition, reliable_labels, surest_threshold, threshold
 from pipeline.ops.grid import make_grid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.schedules import ema_decay, unreliable_share
@@ -67,12 +67,15 @@ class U2PLOptions:
     """Share of unlabeled pixels that is unreliable at step 0; it falls linearly to 0."""
     thresholds: Literal["global", "rank"] = "global"
     """Whether the entropy threshold is taken over the pixels of all workers or of each (release)."""
+    lambda_u: float = 1.0
+    """Further weight of L_u, whose own is shown pixels / kept pixels (release: 1)."""
     loss: Literal["contrastive", "binary"] = "contrastive"
     """contrastive: L_c, InfoNCE; binary: L_b, our derivation, as the release calls it without defining it."""
     lambda_c: float = 0.1
     """Weight of that loss."""
     negative_pixels: Literal["unreliable", "reliable", "all"] = "unreliable"
-    """Which unlabeled pixels become negatives (the paper's ablation)."""
+    """Which unlabeled pixels become negatives (the paper's ablation): the alpha_t share of the highest entropy, that of
+    the lowest, or all."""
     temperature: float = 0.5
     """tau of the contrastive loss."""
     delta_p: float = 0.3
@@ -101,6 +104,8 @@ class U2PLOptions:
     """How keys are stored; bfloat16 halves memory and traffic."""
     prototype_ema: bool = False
     """Smooth the positives over the steps (the release's anchor_ema, which it leaves off)."""
+    batch_norm: BatchNorm = "joint"
+    """Whether labeled and unlabeled images share batch statistics, in student and teacher (release: joint)."""
 
     def __post_init__(self) -> None:
         sizes = ("temperature", "r_l", "anchors", "negatives", "keys", "keys_in_all", "queue", "queue_background")
@@ -149,6 +154,8 @@ class _Taught(NamedTuple):
     """uint8 [B_u,3,H,W], strongly augmented."""
     label: Tensor
     """int64 [B_u,H,W], pseudo-labels of them; 255 where there is no pixel."""
+    shown: Tensor
+    """bool [B_u,H,W], where they show an image: no padding; what is cut out counts, as in the release."""
     teacher: Prediction
     """The teacher's view of labeled and unlabeled images, for entropy, ranks and keys; no gradient."""
 
@@ -163,8 +170,9 @@ class U2PL(Method):
     """float32 [C,D], smoothed positives."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options = read_options(config, num_classes)
+        options = read_options(config, num_classes)
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options = options
         self.student = self.build_network(features=True)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.bank = make_bank(self.options, config, num_classes)
@@ -193,7 +201,7 @@ class U2PL(Method):
             supervised = self.supervised(prediction, labeled, step.world)
             return Losses({"supervised": supervised + untouched(prediction)}, {})
         taught = self._teach(labeled, unlabeled, step)
-        student: Prediction = self.student(torch.cat([labeled.image, taught.images]))
+        student = self.together(self.student, labeled.image, taught.images)
         with torch.autocast(labeled.image.device.type, enabled=False):
             return self._losses(student, taught, labeled, step)
 
@@ -211,16 +219,17 @@ class U2PL(Method):
         logits = self.teacher.eval()(image).logits if look is None else look.logits[count:]
         grid = make_grid((image.shape[-2], image.shape[-1]), (logits.shape[-2], logits.shape[-1]))
         label = grid.label(logits).masked_fill(~unlabeled.valid, IGNORE)
-        change = self._change(label, step)
+        change, shown = self._change(label, step), unlabeled.valid
         if change is not None:
+            shown = change.apply(shown, shown)
             image = change.apply(image, self.student.mean.round().to(image.dtype))  # about 0 after normalisation
             label = change.apply(label, IGNORE)
             look = look and _mixed_outputs(look, count, change)
-        return _Taught(image, label, look or self._look(labeled.image, image))
+        return _Taught(image, label, shown, look or self._look(labeled.image, image))
 
     def _look(self, labeled: Tensor, unlabeled: Tensor) -> Prediction:
         """The teacher with batch statistics, which also moves its running ones."""
-        return self.teacher.train()(torch.cat([labeled, unlabeled]))
+        return self.together(self.teacher.train(), labeled, unlabeled)
 
     def _change(self, label: Tensor, step: Step) -> _Change | None:
         """This step's strong augmentation; on steps without it, its mask is empty."""
@@ -247,16 +256,16 @@ class U2PL(Method):
         among = step.world if options.thresholds == "global" else World()
         gamma = threshold(values, label != IGNORE, alpha, among)
         kept = reliable_labels(values, label, gamma)
-        unsupervised = unsupervised_cross_entropy(student.logits[count:], kept, step.world, grid)
+        unsupervised = unsupervised_cross_entropy(student.logits[count:], kept, taught.shown, step.world, grid)
 
         small_values, small_known = grid.shrink(values), grid.shrink(label) != IGNORE
         parts = partition(small_values, small_known, gamma)
-        anchors = parts.reliable
-        if options.variant == "upstream":
-            surest = upstream.surest_threshold(values, label != IGNORE, alpha, among)
-            anchors = small_known & (small_values <= surest)
-        negatives = {"unreliable": parts.unreliable, "reliable": parts.reliable, "all": small_known}
-        pixels = make_pixels(student, taught.teacher, truth, taught.label, anchors, negatives[options.negative_pixels])
+        anchors, negatives = parts.reliable, small_known if options.negative_pixels == "all" else parts.unreliable
+        if options.variant == "upstream" or options.negative_pixels == "reliable":
+            surest = small_known & (small_values <= surest_threshold(values, label != IGNORE, alpha, among))
+            anchors = surest if options.variant == "upstream" else anchors
+            negatives = surest if options.negative_pixels == "reliable" else negatives
+        pixels = make_pixels(student, taught.teacher, truth, taught.label, anchors, negatives)
         draws = make_draws(options, step, self.num_classes, truth.device)
         found, positive = self._candidates(pixels, draws, step)
         contrastive = contrastive_loss(
@@ -265,7 +274,7 @@ class U2PL(Method):
         supervised = self.supervised(student.of(slice(count)), labeled, step.world)
         terms = {
             "supervised": supervised,
-            "unsupervised": unsupervised,
+            "unsupervised": options.lambda_u * unsupervised,
             "contrastive": self._lambda_c(step.world) * contrastive,
         }
         logs = {

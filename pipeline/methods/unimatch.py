@@ -11,9 +11,10 @@ from torch import Tensor
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.methods.base import Losses, Method, Step
+from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.methods.fixmatch import Pseudo, cutmixed, kept_share
 from pipeline.models import Prediction, SegmentationModel, Taps, upsample
+from pipeline.models.parts import joined
 from pipeline.ops.masked import confident_labels, masked_cross_entropy
 from pipeline.ops.perturbations import drop_channels
 from pipeline.typed import convert, require_share
@@ -33,6 +34,8 @@ class UniMatchOptions:
     """Weight of the mean loss of the two strong views."""
     lambda_fp: float = 0.5
     """Weight of the loss of the perturbed features."""
+    batch_norm: BatchNorm = "joint"
+    """Whether labeled and weak unlabeled images share batch statistics; strong ones never do (release: joint)."""
 
     def __post_init__(self) -> None:
         require_share("unimatch", self, "threshold", "cutmix", "dropout")
@@ -47,8 +50,9 @@ class UniMatch(Method):
     views = ViewSpec(unlabeled=True, strong=2)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.options: UniMatchOptions = convert(UniMatchOptions, config.methods.get("unimatch", {}), "unimatch")
+        options = convert(UniMatchOptions, config.methods.get("unimatch", {}), "unimatch")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: UniMatchOptions = options
         self.student = self.build_network(features=False)
 
     def networks(self) -> dict[str, SegmentationModel]:
@@ -58,13 +62,13 @@ class UniMatch(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s1, L_s2 and L_fp are each the L_u of FixMatch, with the labels of the one weak view (paper section 3)."""
         (labeled, unlabeled), options = self.sides(batch), self.options
-        count, size = len(labeled.image), unlabeled.size
+        size = unlabeled.size
 
         def loss(logits: Tensor, target: Pseudo) -> Tensor:
             return masked_cross_entropy(upsample(logits.float(), size), target.label, target.valid, step.world, "valid")
 
-        weak, perturbed = self._weak(torch.cat([labeled.image, unlabeled.image]), count, step)
-        label = confident_labels(upsample(weak.logits[count:].float(), size), unlabeled.valid, options.threshold)
+        known, weak, perturbed = self._weak(labeled.image, unlabeled.image, step)
+        label = confident_labels(upsample(weak.float(), size), unlabeled.valid, options.threshold)
         own = Pseudo(unlabeled.image, label, unlabeled.valid)
         one, two = (
             cutmixed(own._replace(image=view), step, f"cutmix/{number}", options.cutmix)
@@ -72,22 +76,26 @@ class UniMatch(Method):
         )
         strong_1, strong_2 = self.student(torch.cat([one.image, two.image])).logits.chunk(2)
         terms = {
-            "supervised": self.supervised(weak.of(slice(count)), labeled, step.world) / 2,
+            "supervised": self.supervised(known, labeled, step.world) / 2,
             "strong": options.lambda_s * (loss(strong_1, one) + loss(strong_2, two)) / 4,
             "features": options.lambda_fp * loss(perturbed, own) / 2,
         }
         return Losses(terms, {"kept": kept_share(label, unlabeled.valid)})
 
-    def _weak(self, image: Tensor, count: int, step: Step) -> tuple[Prediction, Tensor]:
-        """Predictions of the weak views, and logits of those from `count` on with channels dropped.
+    def _weak(self, labeled: Tensor, unlabeled: Tensor, step: Step) -> tuple[Prediction, Tensor, Tensor]:
+        """The labeled images' prediction, and the unlabeled ones' logits, as they are and with channels dropped.
 
         The encoder runs once. The decoder sees both versions in one batch, as in the release.
         """
-        taps = self.student.encode(image)
-        dropped = []
-        for name, tap in zip(Taps._fields, taps, strict=True):
-            unlabeled = tap[count:]
-            draws = step.uniform_per_image(f"drop/{name}", tuple(unlabeled.shape[:2]), image.device)
-            dropped.append(drop_channels(unlabeled, draws, self.options.dropout))
-        both = self.student.decode(Taps(*(torch.cat(pair) for pair in zip(taps, dropped, strict=True))))
-        return both.of(slice(len(image))), both.logits[len(image) :]
+        known, taps = self.passes(self.student.encode, labeled, unlabeled)
+        dropped = Taps(
+            *(
+                drop_channels(
+                    tap, step.uniform_per_image(f"drop/{name}", tuple(tap.shape[:2]), tap.device), self.options.dropout
+                )
+                for name, tap in zip(Taps._fields, taps, strict=True)
+            )
+        )
+        prediction, both = self.passes(self.student.decode, known, joined([taps, dropped]))
+        plain, perturbed = both.logits.chunk(2)
+        return prediction, plain, perturbed

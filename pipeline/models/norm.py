@@ -19,11 +19,31 @@ def sync_batchnorm(model: nn.Module) -> nn.Module:
     Returns:
         The model, changed in place unless it is a BatchNorm2d itself.
     """
-    if isinstance(model, nn.BatchNorm2d) and not isinstance(model, SyncBatchNorm2d):
+    if isinstance(model, nn.BatchNorm2d) and not isinstance(model, SyncBatchNorm2d | FrozenBatchNorm2d):
         return _converted(model)
     for name, child in model.named_children():
         setattr(model, name, sync_batchnorm(child))
     return model
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that keeps the running statistics it has, in training too; its weight and bias learn."""
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
+        """Stays in evaluation mode."""
+        del mode
+        return super().train(False)
+
+
+def freeze_batchnorm(model: nn.Module) -> None:
+    """Makes each BatchNorm2d below `model` a frozen one, in place, under the same state_dict keys."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps, child.momentum)
+            frozen.load_state_dict(child.state_dict())
+            setattr(model, name, frozen.train())
+        else:
+            freeze_batchnorm(child)
 
 
 def _converted(bn: nn.BatchNorm2d) -> nn.Module:

@@ -1,6 +1,7 @@
 """What encoders, decoders and the network share: the tensors between them and the smallest blocks."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ class Taps(NamedTuple):
     """[B,c,h',w'], input of the auxiliary head: the stage before the last."""
     high: Tensor
     """[B,c,h'',w''] at the output stride."""
+
+    def of(self, images: slice) -> "Taps":
+        """The same for some of the images."""
+        return Taps(*(tensor[images] for tensor in self))
 
 
 class Channels(NamedTuple):
@@ -38,6 +43,18 @@ class Prediction(NamedTuple):
     def of(self, images: slice) -> "Prediction":
         """The same for some of the images."""
         return Prediction(*(None if tensor is None else tensor[images] for tensor in self))  # type: ignore[arg-type]
+
+
+Maps = TypeVar("Maps", Tensor, Taps, Prediction)
+
+
+def joined(parts: Sequence[Maps]) -> Maps:
+    """What belongs to several groups of images as that of one batch, in order."""
+    first: Any = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))  # type: ignore[arg-type]
+    columns: Any = zip(*parts, strict=True)
+    return type(first)(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:

@@ -47,6 +47,15 @@ def threshold(values: Tensor, known: Tensor, alpha: Tensor, world: World) -> Ten
     return masked_quantile(values, known, (1.0 - alpha).reshape(1), world)[0]
 
 
+def surest_threshold(values: Tensor, known: Tensor, alpha: Tensor, world: World) -> Tensor:
+    """The alpha_t quantile of the entropy, float32 0-dim: pixels up to it are the surest alpha_t share.
+
+    They are the "reliable" negatives of the paper's ablation (tables 4 and A2), as many as there are unreliable ones,
+    and what the release calls reliable in L_c. Arguments as for `threshold`.
+    """
+    return masked_quantile(values, known, alpha.reshape(1), world)[0]
+
+
 def partition(values: Tensor, known: Tensor, gamma: Tensor) -> Partition:
     """Parts the known pixels at gamma_t (paper eq. 2); without any, gamma is NaN and both sets are empty."""
     return Partition(known & (values < gamma), known & (values >= gamma))

@@ -48,11 +48,20 @@ def ohem_cross_entropy(
     return cross_entropy(logits, target.masked_fill(~kept, IGNORE), world)
 
 
-def unsupervised_cross_entropy(logits: Tensor, pseudo_label: Tensor, world: World, grid: Grid | None = None) -> Tensor:
-    """L_u: mean cross entropy over the kept pixels, times all pixels / kept pixels (the paper's lambda_u).
+def unsupervised_cross_entropy(
+    logits: Tensor, pseudo_label: Tensor, shown: Tensor, world: World, grid: Grid | None = None
+) -> Tensor:
+    """L_u: mean cross entropy over the kept pixels, times shown pixels / kept pixels (the paper's lambda_u, eq. 3).
 
-    Arguments as for `cross_entropy`; dropped pixels of the pseudo-label are 255.
+    The paper counts B x H x W, as the release labels padding, too; here padding is neither kept nor shown.
+
+    Args:
+        logits: as for `cross_entropy`.
+        pseudo_label: as its target; dropped pixels are 255.
+        shown: bool [B,H,W], pixels that show an image, in any order.
+        world: ranks that share the mean.
+        grid: as for `cross_entropy`.
     """
     grid = grid or FullGrid.of(pseudo_label)
     kept = mean_count(pseudo_label != IGNORE, world)
-    return grid.cross_entropy(logits, pseudo_label) * (len(logits) * grid.size[0] * grid.size[1]) / kept.square()
+    return grid.cross_entropy(logits, pseudo_label) * mean_count(shown, world) / kept.square()

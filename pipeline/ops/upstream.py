@@ -11,17 +11,7 @@ from torch import Tensor
 
 from pipeline.ops.contrast import Candidates, Draws, Pixels, Positives, Rule, kth_largest
 from pipeline.ops.entropy import IGNORE
-from pipeline.ops.quantile import masked_quantile
 from pipeline.ops.selection import Members, rows
-from pipeline.ops.world import World
-
-
-def surest_threshold(values: Tensor, known: Tensor, alpha: Tensor, world: World) -> Tensor:
-    """The alpha_t quantile of the entropy, up to which the release calls pixels reliable in L_c: float32 0-dim.
-
-    Arguments as for `ops.entropy.threshold`.
-    """
-    return masked_quantile(values, known, alpha.reshape(1), world)[0]
 
 
 def one_hot(label: Tensor, classes: int) -> Tensor:

@@ -24,7 +24,7 @@ from pipeline.ops.contrast import (
     negative_mask,
     positives,
 )
-from pipeline.ops.entropy import entropy, partition, reliable_labels, threshold
+from pipeline.ops.entropy import entropy, partition, reliable_labels, surest_threshold, threshold
 from pipeline.ops.grid import FullGrid, QuarterGrid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.schedules import ema_decay, poly, unreliable_share
@@ -60,7 +60,7 @@ def test_unsupervised_loss(case: int):
     assert torch.equal(kept, golden["targets_after"][case])
 
     logits = golden["pred_student"].clone().requires_grad_()
-    loss = unsupervised_cross_entropy(logits, kept, ALONE, grid)
+    loss = unsupervised_cross_entropy(logits, kept, torch.ones_like(label, dtype=torch.bool), ALONE, grid)
     loss.backward()
     assert _number(loss) == pytest.approx(_number(golden["losses"][case]), rel=1e-6)
     assert logits.grad is not None
@@ -83,7 +83,7 @@ def test_entropy_masks(case: int):
     assert torch.equal(parts.unreliable, golden["high_mask_full"][case] > 0)
     assert torch.equal(parts.reliable, known & ~parts.unreliable)  # the paper's, not low_mask
 
-    low = upstream.surest_threshold(values, known, torch.tensor(share), ALONE)
+    low = surest_threshold(values, known, torch.tensor(share), ALONE)
     assert _number(low) == pytest.approx(_number(golden["low_thresh"][case]), abs=1e-6)
     surest = known & (values <= low)
     assert torch.equal(surest, golden["low_mask_full"][case] > 0)
@@ -107,7 +107,7 @@ def test_the_quarter_grid_gives_the_same(case: int):
         gamma = threshold(values, target != 255, alpha, ALONE)
         kept = reliable_labels(values, target, gamma)
         logits = student.clone().requires_grad_()
-        loss = unsupervised_cross_entropy(logits, kept, ALONE, grid)
+        loss = unsupervised_cross_entropy(logits, kept, torch.ones_like(label, dtype=torch.bool), ALONE, grid)
         loss.backward()
         found.append((loss.detach(), logits.grad, gamma, grid.shrink(values) < gamma))
     (loss, gradient, gamma, reliable), (other, other_gradient, other_gamma, other_reliable) = found

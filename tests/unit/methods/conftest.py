@@ -1,6 +1,6 @@
 """A method of the registry with the tiny network, and batches made by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -29,11 +29,17 @@ def build() -> Build:
     return small
 
 
-def small(name: str, classes: int = CLASSES, aux: float = 0.0, **options: Any) -> Method:
+def small(
+    name: str,
+    classes: int = CLASSES,
+    aux: float = 0.0,
+    model: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Method:
     """A method with the tiny network; where an option has a size, it is small enough for 24 x 24 pixels."""
     values = {
         "method": name,
-        "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
+        "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8, **(model or {})},
         "loss": {"aux_weight": aux},
         "optim": {"steps": TOTAL},
         "data": {"crop": (SIZE, SIZE)},

@@ -31,7 +31,8 @@ def test_cross_supervision_of_all_images_without_cutmix(build):
     method, on = _trained(build, cutmix=False, lambda_cps=1.5), batch(seed=3)
     unlabeled = method.sides(on)[1]
     found = method(on, step(3)).terms["cross"]
-    one, two = _scores(method, torch.cat([on.labeled.image, unlabeled.image]))
+    sides = [_scores(method, side.image) for side in (on.labeled, unlabeled)]
+    one, two = (torch.cat(each) for each in zip(*sides, strict=True))
     valid = torch.cat([on.labeled.valid, unlabeled.valid])
     expected = _cross_entropy(one, two.argmax(1), valid) + _cross_entropy(two, one.argmax(1), valid)
     assert float(found.detach()) == pytest.approx(1.5 * expected, rel=1e-4)
@@ -53,7 +54,7 @@ def test_cross_supervision_of_mixed_images_with_cutmix(build):
         valid[b, y, x] = unlabeled.valid[other, y, x]
         for mixed, label in zip(labels, clean, strict=True):
             mixed[b, y, x] = label[other, y, x]
-    one, two = (score[4:] for score in _scores(method, torch.cat([on.labeled.image, image])))
+    one, two = _scores(method, image)
     expected = _cross_entropy(one, labels[1], valid) + _cross_entropy(two, labels[0], valid)
     assert float(found.detach()) == pytest.approx(0.7 * expected, rel=1e-4)
 

@@ -30,7 +30,7 @@ def _expected(method: CutMixSeg, on: Batch, threshold: float, strong: bool) -> t
         target[b, :, y, x] = teacher[other, :, y, x]
         valid[b, y, x] = unlabeled.valid[other, y, x]
     with torch.no_grad():
-        student = full(method.student(torch.cat([on.labeled.image, image])).logits[count:]).softmax(1)
+        student = full(method.student(image).logits).softmax(1)
     pixels = valid.nonzero().tolist()
     confident = sum(float(target[b, :, y, x].max()) >= threshold for b, y, x in pixels) / len(pixels)
     distance = sum(float((student[b, :, y, x] - target[b, :, y, x]).square().sum()) for b, y, x in pixels)

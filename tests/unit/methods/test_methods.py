@@ -5,8 +5,10 @@ import io
 
 import pytest
 import torch
+import torchvision
 
 from pipeline.batch import Batch, Views
+from pipeline.errors import UserError
 from pipeline.methods import METHODS, OPTIONS
 from tests.unit.methods.conftest import CLASSES, SIZE, batch, step, train_step, views
 
@@ -141,6 +143,80 @@ def test_unlabeled_masks_are_not_looked_at(name, build):
     one = build(name)(on, step(5)).terms
     torch.manual_seed(0)
     assert build(name)(masked, step(5)).terms == one
+
+
+JOINABLE = [name for name in NAMES if hasattr(OPTIONS[name], "batch_norm")]
+"""Methods that may pass labeled and unlabeled images through the network in one batch or apart."""
+
+
+def test_every_method_with_two_sides_says_how_they_share_batch_statistics():
+    apart = {name for name in NAMES if METHODS[name].views.unlabeled} - set(JOINABLE)
+    assert apart == {"u2pl_ael"}, "it has `ael`'s option"
+
+
+@pytest.mark.parametrize("kind", ["joint", "separate"])
+@pytest.mark.parametrize("name", [name for name in JOINABLE if name != "self_training"])
+def test_the_labeled_loss_knows_unlabeled_images_by_joint_statistics_alone(name, kind, build):
+    losses = []
+    for seed in (0, 7):
+        torch.manual_seed(0)
+        on = Batch(batch(seed=0).labeled, batch(seed=seed).unlabeled)
+        losses.append(build(name, batch_norm=kind)(on, step(5)).terms["supervised"].detach())
+    assert torch.equal(*losses) == (kind == "separate")
+
+
+OFF: dict[str, dict[str, object]] = {
+    "mean_teacher": {"lambda_u": 0},
+    "cutmix_seg": {"lambda_u": 0},
+    "cct": {"weight": 0},
+    "gct": {"consistency": 0, "correction": 0},
+    "cps": {"lambda_cps": 0},
+    "pseudoseg": {"weight": 0, "head_weight": 0},
+    "pc2seg": {"consistency": 0, "contrast": 0},
+    "ael": {"weight": 0, "paste": 0},
+    "u2pl": {"lambda_u": 0, "lambda_c": 0},
+    "fixmatch": {"lambda_u": 0},
+    "unimatch": {"lambda_s": 0, "lambda_fp": 0},
+}
+"""What switches a method's unlabeled side off."""
+HALVED = ("fixmatch", "unimatch")
+"""Their releases halve L_s."""
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_with_its_unlabeled_side_switched_off_a_method_trains_as_suponly_does(name, build):
+    """With statistics of its own for each side. Dropout is off: other passes before it would take its numbers."""
+    quiet = {"dropout": 0.0}
+    alone, other = build("suponly", model=quiet), build(name, model=quiet, batch_norm="separate", **OFF[name])
+    student = other.trained()[0]
+    student.load_state_dict(alone.student.state_dict(), strict=False)
+    for index in range(5):
+        train_step(alone, index, lr=0.01)
+        train_step(other, index, lr=0.02 if name in HALVED else 0.01)
+    mine = dict(student.named_parameters())
+    for key, parameter in alone.student.named_parameters():
+        torch.testing.assert_close(mine[key], parameter, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+
+
+def test_frozen_statistics_stay_those_of_the_weights(tmp_path, build):
+    torch.manual_seed(3)
+    weights = torchvision.models.resnet18().state_dict()
+    for key, value in weights.items():
+        if "running_var" in key:
+            value.uniform_(0.1, 0.9)
+    torch.save(weights, tmp_path / "weights.pth")
+    model = {"backbone": "resnet18", "weights": str(tmp_path / "weights.pth"), "width": 8}
+    method = build("cutmix_seg", batch_norm="frozen", model=model)
+    before = {name: value.clone() for name, value in method.student.state_dict().items()}
+    for index in range(2):
+        train_step(method, index)
+        method.train()  # as after an evaluation
+    moved = {name for name, value in method.student.state_dict().items() if not torch.equal(value, before[name])}
+    assert not [name for name in moved if name.startswith("encoder.") and "running" in name]
+    assert [name for name in moved if name.startswith("decoder.") and "running" in name]
+    assert [name for name in moved if name.startswith("encoder.") and "bn" in name], "its scale and shift learn"
+    with pytest.raises(UserError, match=r"cutmix_seg\.batch_norm frozen: model\.weights none brings no statistics"):
+        build("cutmix_seg", batch_norm="frozen")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,11 +9,13 @@ from torch import nn
 
 from pipeline.batch import Batch, Views
 from pipeline.errors import UserError
+from pipeline.methods import u2pl as u2pl_module
 from pipeline.methods.u2pl import U2PL, U2PLOptions
 from pipeline.models import Prediction, upsample
+from pipeline.ops.grid import shrink
 from pipeline.ops.mixing import cutmix_masks
 from pipeline.ops.world import World
-from tests.unit.methods.conftest import CLASSES, SIZE, batch, step, train_step
+from tests.unit.methods.conftest import CLASSES, SIZE, TOTAL, batch, step, train_step
 
 WARM = 2
 
@@ -133,6 +135,65 @@ def test_cutmix_moves_image_and_label_together(build):
     assert torch.equal(mixed.label, torch.where(box, clean[partner], clean))
     assert torch.equal(mixed.images, torch.where(box[:, None], unlabeled.image[partner], unlabeled.image))
     assert not torch.equal(mixed.label, clean)
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
+    """What each step hands to the contrast: see `make_pixels`."""
+    calls: list[tuple[torch.Tensor, ...]] = []
+    make = u2pl_module.make_pixels
+    monkeypatch.setattr(u2pl_module, "make_pixels", lambda *args: calls.append(args) or make(*args))
+    return calls
+
+
+def _padded(seed: int = 9) -> Batch:
+    """Four images of each side; of the unlabeled ones a half, a third and an eighth are padding, differently."""
+    on = batch(4, seed=seed)
+    assert on.unlabeled is not None
+    on.unlabeled.valid[0, 12:], on.unlabeled.valid[1, :, 16:], on.unlabeled.valid[3, :3] = False, False, False
+    return on
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "none", "cutout"])
+def test_the_unsupervised_loss_pixel_by_pixel_with_padding(build, mix, given):
+    """Sum of the kept pixels' cross entropies x shown / kept^2; what is cut out is shown, padding is not."""
+    method, on = cast("U2PL", build("u2pl", mix=mix, mix_share=1.0)), _padded()
+    for index in range(4):
+        train_step(method, index)
+    unlabeled = method.sides(on)[1]
+    found = method(on, step(4)).terms["unsupervised"]
+    student, teacher, _, label, *_ = given[-1]
+    logits, p = (upsample(each.logits[4:].detach(), (SIZE, SIZE)) for each in (student, teacher))
+    entropy = -(p.softmax(1) * p.log_softmax(1)).sum(1)
+    gamma = torch.quantile(entropy[label != 255], 1 - 0.2 * (1 - 4 / TOTAL))
+    kept = (label != 255) & (entropy < gamma)
+    shown = unlabeled.valid
+    if mix == "cutmix":
+        box = cutmix_masks(step(4).uniform_per_image("cutmix", (4, 3), torch.device("cpu")), (SIZE, SIZE))
+        shown = torch.where(box, shown[[1, 0, 3, 2]], shown)
+        assert torch.equal(shown, label != 255)
+    total = nn.functional.cross_entropy(logits, label.masked_fill(~kept, 255), ignore_index=255, reduction="sum")
+    torch.testing.assert_close(found.detach(), total * shown.sum() / kept.sum() ** 2, rtol=1e-4, atol=1e-6)
+    assert int(shown.sum()) < shown.numel()
+
+
+@pytest.mark.parametrize("kind", ["unreliable", "reliable", "all"])
+def test_the_ablation_takes_the_share_of_highest_or_of_lowest_entropy(build, kind, given):
+    """Tables 4 and A2 of the paper: as many reliable as unreliable pixels, and not all below gamma_t."""
+    method, on = cast("U2PL", build("u2pl", negative_pixels=kind, mix="none", alpha_0=0.3)), _padded()
+    for index in range(4):
+        train_step(method, index)
+    method(on, step(4))
+    _, teacher, _, label, _, negatives = given[-1]
+    p = upsample(teacher.logits[4:], (SIZE, SIZE))
+    entropy, known = -(p.softmax(1) * p.log_softmax(1)).sum(1), label != 255
+    alpha = 0.3 * (1 - 4 / TOTAL)
+    low, high = (torch.quantile(entropy[known], share) for share in (alpha, 1 - alpha))
+    expected = {"unreliable": entropy >= high, "reliable": entropy <= low, "all": torch.ones_like(known)}[kind] & known
+    size = (negatives.shape[1], negatives.shape[2])
+    assert torch.equal(negatives, shrink(expected, size))
+    share = {"unreliable": alpha, "reliable": alpha, "all": 1.0}[kind]
+    assert float(expected.sum() / known.sum()) == pytest.approx(share, abs=0.01)
 
 
 def test_cutmix_probability(build):

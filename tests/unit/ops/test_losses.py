@@ -8,6 +8,12 @@ from pipeline.ops.world import World
 from tests.unit.ops.worlds import on_ranks
 
 
+def unsupervised(logits: torch.Tensor, target: torch.Tensor, world: World, grid: Grid | None = None) -> torch.Tensor:
+    """L_u of images without padding."""
+    size = grid.size if grid else (target.shape[1], target.shape[2])
+    return unsupervised_cross_entropy(logits, target, torch.ones(len(logits), *size, dtype=torch.bool), world, grid)
+
+
 def _batch(ignored: tuple[float, ...] = (0.1, 0.9, 0.5, 1.0)) -> tuple[torch.Tensor, torch.Tensor]:
     """Four images with unequal shares of ignored pixels."""
     torch.manual_seed(0)
@@ -16,14 +22,14 @@ def _batch(ignored: tuple[float, ...] = (0.1, 0.9, 0.5, 1.0)) -> tuple[torch.Ten
     return torch.randn(4, 3, 6, 7), target
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, unsupervised_cross_entropy])
+@pytest.mark.parametrize("loss", [cross_entropy, unsupervised])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_mean_of_the_shares_is_the_loss_of_the_global_batch(loss, ranks):
     """Value and gradient, as DDP averages them, however the ignored pixels lie."""
     logits, target = _batch()
     reference = logits.clone().requires_grad_()
     expected = F.cross_entropy(reference, target, ignore_index=IGNORE)
-    if loss is unsupervised_cross_entropy:
+    if loss is unsupervised:
         expected = expected * target.numel() / (target != IGNORE).sum()
     expected.backward()
 
@@ -35,7 +41,20 @@ def test_mean_of_the_shares_is_the_loss_of_the_global_batch(loss, ranks):
     torch.testing.assert_close(torch.cat([part.grad for part in inputs if part.grad is not None]), reference.grad)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, ohem_cross_entropy, unsupervised_cross_entropy])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_padding_adds_nothing_to_the_weight_of_the_unsupervised_loss(ranks):
+    """Its value is that of the images without their padding, wherever that lies."""
+    logits, target = _batch()
+    shown = torch.ones(4, 6, 7, dtype=torch.bool)
+    shown[0, 3:], shown[2, :, 2:], shown[3] = False, False, False
+    target = target.masked_fill(~shown, IGNORE)
+    expected = F.cross_entropy(logits, target, ignore_index=IGNORE) * shown.sum() / (target != IGNORE).sum()
+    parts = [each.chunk(ranks) for each in (logits, target, shown)]
+    shares = on_ranks(ranks, lambda w: unsupervised_cross_entropy(*[part[w.rank] for part in parts], world=w))
+    torch.testing.assert_close(torch.stack(shares).mean(), expected)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, ohem_cross_entropy, unsupervised])
 def test_nothing_known_is_loss_0_with_a_graph(loss):
     logits = torch.randn(2, 3, 4, 5, requires_grad=True)
     value = loss(logits, torch.full((2, 4, 5), IGNORE), World())
@@ -78,7 +97,7 @@ def _coarse() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: type(grid).__name__)
-@pytest.mark.parametrize("loss", [cross_entropy, unsupervised_cross_entropy])
+@pytest.mark.parametrize("loss", [cross_entropy, unsupervised])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_with_a_grid_the_loss_is_that_of_resized_logits(loss, grid: Grid, ranks):
     """The places of a grid that are no pixels count nowhere, neither in the mean nor in the weight of L_u."""
@@ -95,7 +114,7 @@ def test_with_a_grid_the_loss_is_that_of_resized_logits(loss, grid: Grid, ranks)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: type(grid).__name__)
-@pytest.mark.parametrize("loss", [cross_entropy, unsupervised_cross_entropy])
+@pytest.mark.parametrize("loss", [cross_entropy, unsupervised])
 def test_with_a_grid_nothing_known_is_loss_0(loss, grid: Grid):
     leaf = _coarse()[0].requires_grad_()
     value = loss(leaf, grid.arrange(torch.full((4, *SIZE), IGNORE)), World(), grid)

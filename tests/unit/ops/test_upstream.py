@@ -7,6 +7,7 @@ from torch import Tensor
 from pipeline.ops import upstream
 from pipeline.ops.bank import MemoryBank
 from pipeline.ops.contrast import Candidates, Draws, Pixels, Positives, Rule, contrastive_loss
+from pipeline.ops.entropy import surest_threshold
 from pipeline.ops.selection import Members
 from pipeline.ops.world import World
 from tests.unit.ops.banks import ordered
@@ -201,7 +202,7 @@ def test_the_whole_loss_is_that_of_the_releases_loop(labels):
 
 
 def _surest(values: Tensor, known: Tensor, share: Tensor, world: World) -> Tensor:
-    return known & (values <= upstream.surest_threshold(values, known, share, world))
+    return known & (values <= surest_threshold(values, known, share, world))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
