@@ -1,6 +1,7 @@
 """Naive self-training as a user starts it: real Ray, a real S3 server, a killed driver."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import pytest
 
 from pipeline import checkpoint, cli, storage
 from pipeline.checkpoint import Progress
+from pipeline.config import Config
 from pipeline.datasets.format import open_dataset
 from pipeline.datasets.pseudo import LABELS_FILE, open_labels
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch
-from pipeline.training.self_training import self_train
 from tests.jobs import Job, environment
 from tests.processes import descendants, kill, wait_for
 from tests.s3 import S3Server
@@ -21,7 +22,10 @@ from tests.s3 import S3Server
 FLAGS = ["--preset", "demo", "--split", "1_4", "--optim.steps", "6", "--run.tensorboard", "false"]
 
 
-def test_a_killed_recipe_goes_on_where_it_was(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
+def test_a_killed_recipe_goes_on_where_it_was_and_keeps_its_options(
+    shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
+) -> None:
+    """Other options do not pass for the same run."""
     run, env = "s3://runs/self-training", environment(ray_folder, s3)
     command = [sys.executable, "jobs/self_training.py", *FLAGS, "--data", shapes, "--out", run]
     labels = f"{run}/pseudo_labels"
@@ -34,6 +38,22 @@ def test_a_killed_recipe_goes_on_where_it_was(shapes: str, s3: S3Server, ray_fol
         assert job.wait() == 0, job.said
         assert f"{run}/teacher is finished" in job.said
         assert "Traceback" not in job.said
+    _check(run, shapes, first)
+    other = [*command, "--self_training.keep", "0.5"]
+    with Job(other, env, tmp_path / "other.log") as job:
+        assert job.wait() == 2, job.said
+    assert re.search(r"pseudo_labels holds labels .* --fresh", job.said.splitlines()[-1])
+    _check(run, shapes, first)
+    with Job([*other, "--self_training.strong", "false", "--fresh"], env, tmp_path / "fresh.log") as job:
+        assert job.wait() == 0, job.said
+        assert "is finished" not in job.said
+    assert not _written(labels).items() & first.items()
+    _check(run, shapes, {})
+
+
+def _check(run: str, shapes: str, first: dict[str, object]) -> None:
+    """All labels are there, those of `first` as they were, and the student is of them."""
+    labels = f"{run}/pseudo_labels"
     dataset = open_dataset(shapes)
     info = open_labels(labels, dataset)
     assert info.images == 300
@@ -53,18 +73,12 @@ def _written(root: str) -> dict[str, object]:
     return {name: filesystem.get_file_info(f"{path}/{name}").mtime_ns for name in storage.list_files(root)}
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_other_options_do_not_pass_for_the_same_run(shapes: str, tmp_path: Path) -> None:
+def test_labels_are_given_to_the_method_that_uses_them(shapes: str, tmp_path: Path) -> None:
     flags = [*FLAGS, "--data", shapes, "--out", str(tmp_path)]
 
-    def configured(*more: str):
+    def configured(*more: str) -> Config:
         return cli.parse_config([*flags, *more], "test", OPTIONS)[0]
 
-    self_train(configured())
-    with pytest.raises(UserError, match=r"pseudo_labels holds labels .* --fresh"):
-        self_train(configured("--self_training.keep", "0.5"))
-    progress = self_train(configured("--self_training.keep", "0.5", "--self_training.strong", "false"), fresh=True)
-    assert progress.step == 6
     with pytest.raises(UserError, match=r"needs data\.pseudo_labels; `u2pl self_training`"):
         launch(configured("--method", "self_training"))
     with pytest.raises(UserError, match="method u2pl uses none"):
