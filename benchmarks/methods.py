@@ -48,6 +48,7 @@ def configured(arguments: argparse.Namespace, method: str) -> Config:
         "data": {"crop": [arguments.crop] * 2},
         "model": {"backbone": arguments.backbone, "weights": "none"},
         "optim": {"batch_labeled": arguments.images, "batch_unlabeled": arguments.images},
+        "cutmix_seg": {"batch_norm": "separate"},  # without weights there are no statistics to freeze
     }
     return resolve(merge(read_preset("voc_classic"), values), OPTIONS)
 
