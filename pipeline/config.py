@@ -40,12 +40,23 @@ class DataConfig:
     scale: tuple[float, float] = (0.5, 2.0)
     """Range of the random resize before the crop, relative to the stored image."""
     flip: bool = True
-    """Mirror every second view."""
+    """Mirror a view with probability 1/2."""
+    strength: float = 0.5
+    """Largest change of brightness, contrast and saturation in strong views, relative to what they are."""
     hue: float = 0.25
     """Largest change of the hue in strong views, as a share of the colour circle; less where colour tells classes."""
+    grey: float = 0.2
+    """Probability that a strong view loses its colours."""
+    blur: float = 0.5
+    """Probability that a strong view is blurred, by 0.1 to 2 pixels; less where fine texture tells classes."""
+    background: str = "auto"
+    """Class of what is no object: its number, none, or auto: the dataset's class named background, if it has one."""
 
     def __post_init__(self) -> None:
         require_positive("data", self, "crop", "scale")
+        require_share("data", self, "strength", "grey", "blur")
+        if self.background not in ("auto", "none") and not (self.background.isascii() and self.background.isdigit()):
+            raise UserError(f"data.background: expected a class number, none or auto, got {self.background}")
         if not 0 <= self.hue <= 0.5:
             raise UserError(f"data.hue: must be between 0 and 0.5, got {self.hue}")
         require_positive("data", self, "pool_generations")
@@ -101,8 +112,8 @@ class OptimConfig:
     """Decay of all weights."""
     power: float = 0.9
     """Exponent of the poly schedule."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate first rises linearly from 0."""
+    warmup: float = 0.0
+    """Over which the learning rate first rises linearly from 0: steps, or below 1 a share of the run."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0: no limit."""
     steps: int = 45600

@@ -88,6 +88,11 @@ class DatasetInfo:
     schema_version: int = SCHEMA_VERSION
     """Version of this format."""
 
+    @property
+    def background(self) -> int | None:
+        """The class of what is no object: the one named background; None for data in which every class is something."""
+        return self.classes.index("background") if "background" in self.classes else None
+
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""
         return json.dumps(asdict(self), indent=1) + "\n"

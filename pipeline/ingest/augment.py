@@ -84,7 +84,7 @@ def fill(sample: Sample, recipe: Recipe, views: Views, place: int) -> Outcome:
         area = geometry.shown(window, recipe.data.crop[1])
         for number, view in enumerate(strong):
             rng = generator(recipe.seed, sample.epoch, sample.id, "strong", number)
-            fill_strong(image, area, recipe.data.hue, rng, view)
+            fill_strong(image, area, recipe.data, rng, view)
     except DecodeError as error:
         problem = str(error)
         valid[:] = False

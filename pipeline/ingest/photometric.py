@@ -8,35 +8,35 @@ import numpy as np
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as F
 
-JITTER, GREY, BLUR = 0.8, 0.2, 0.5
-"""Probabilities of the three changes."""
-STRENGTH = 0.5
-"""Brightness, contrast and saturation change by up to +-STRENGTH of themselves."""
+from pipeline.config import DataConfig
+
+JITTER = 0.8
+"""Probability of a change of brightness, contrast, saturation and hue."""
 SIGMA = (0.1, 2.0)
 """Range of the blur's standard deviation, pixels."""
 
 
 def fill_strong(
-    image: np.ndarray, area: tuple[slice, slice], hue: float, rng: np.random.Generator, out: np.ndarray
+    image: np.ndarray, area: tuple[slice, slice], config: DataConfig, rng: np.random.Generator, out: np.ndarray
 ) -> None:
     """Makes one strong view; padding keeps its colour and takes no part (the contrast's mean, the blur).
 
     Args:
         image: uint8 [3,H,W], the weak view.
         area: rows and columns of it that show the image.
-        hue: the hue changes by up to +-hue of the colour circle (release: 0.25).
+        config: how much it changes: `strength`, `hue`, `grey`, `blur`.
         rng: decides everything.
         out: uint8 [3,H,W], overwritten.
     """
     picture = Image.fromarray(np.ascontiguousarray(image[:, area[0], area[1]].transpose(1, 2, 0)))
     out[:] = image
-    out[:, area[0], area[1]] = np.asarray(_changed(picture, hue, rng)).transpose(2, 0, 1)
+    out[:, area[0], area[1]] = np.asarray(_changed(picture, config, rng)).transpose(2, 0, 1)
 
 
-def _changed(picture: Image.Image, hue: float, rng: np.random.Generator) -> Image.Image:
-    jitter, grey, blur = rng.random(3) < (JITTER, GREY, BLUR)
+def _changed(picture: Image.Image, config: DataConfig, rng: np.random.Generator) -> Image.Image:
+    jitter, grey, blur = rng.random(3) < (JITTER, config.grey, config.blur)
     if jitter:
-        picture = _jittered(picture, hue, rng)
+        picture = _jittered(picture, config, rng)
     if grey:
         picture = picture.convert("L").convert("RGB")
     if blur:
@@ -44,10 +44,10 @@ def _changed(picture: Image.Image, hue: float, rng: np.random.Generator) -> Imag
     return picture
 
 
-def _jittered(picture: Image.Image, hue: float, rng: np.random.Generator) -> Image.Image:
+def _jittered(picture: Image.Image, config: DataConfig, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast, saturation and hue, changed in random order."""
-    brightness, contrast, saturation = rng.uniform(1 - STRENGTH, 1 + STRENGTH, 3)
-    turn = rng.uniform(-hue, hue)
+    brightness, contrast, saturation = rng.uniform(1 - config.strength, 1 + config.strength, 3)
+    turn = rng.uniform(-config.hue, config.hue)
     changes = (
         lambda seen: F.adjust_brightness(seen, brightness),
         lambda seen: F.adjust_contrast(seen, contrast),

@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline import cli
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.methods.ael import AEL
 from pipeline.methods.base import Losses, Method, Predictor, Step
 from pipeline.methods.cct import CCT
@@ -20,6 +21,7 @@ from pipeline.methods.suponly import SupOnly
 from pipeline.methods.u2pl import U2PL
 from pipeline.methods.u2pl_ael import U2PLAEL
 from pipeline.methods.unimatch import UniMatch
+from pipeline.ops.schedules import steps_of
 
 METHODS: dict[str, type[Method]] = {
     "suponly": SupOnly,
@@ -57,9 +59,42 @@ def make_config(
     return cli.layered(values or {}, OPTIONS, preset=preset, file=file)
 
 
+def check_durations(config: Config) -> None:
+    """Refuses a warm-up, ramp or start that the run does not outlast: the method would silently be another one.
+
+    Raises:
+        UserError: names the option.
+    """
+    total, values = config.optim.steps, {"optim.warmup": config.optim.warmup}
+    for key in METHODS[config.method].durations:
+        section, _, name = key.partition(".")
+        values[key] = config.methods[section][name]
+    for key, value in values.items():
+        if steps_of(value, total) >= total:
+            raise UserError(
+                f"{key} {value:g}: the run ends after {total} steps (optim.steps); give fewer steps, or a share of the "
+                "run such as 0.3"
+            )
+
+
 def build_method(config: Config, num_classes: int) -> Method:
-    """The method that the config names, with freshly initialised networks."""
+    """The method that the config names, with freshly initialised networks.
+
+    Raises:
+        UserError: an option does not fit the run, the classes or the network.
+    """
+    check_durations(config)
     return METHODS[config.method](config, num_classes)
 
 
-__all__ = ["METHODS", "OPTIONS", "Losses", "Method", "Predictor", "Step", "build_method", "make_config"]
+__all__ = [
+    "METHODS",
+    "OPTIONS",
+    "Losses",
+    "Method",
+    "Predictor",
+    "Step",
+    "build_method",
+    "check_durations",
+    "make_config",
+]

@@ -33,9 +33,9 @@ from pipeline.typed import convert, require_positive, require_share
 class AELOptions:
     """AEL: classes that are known badly are seen more often. The defaults are the release's for PASCAL VOC."""
 
-    warmup_steps: int = 0
-    """Steps of supervised training with pastes before the teacher starts (release: none, from ImageNet weights; a
-    network from scratch is better with some)."""
+    warmup: float = 0.0
+    """Supervised training with pastes before the teacher starts: steps, or below 1 a share of the run (release: none,
+    from ImageNet weights; a network from scratch is better with some)."""
     ema_decay: float = 0.99
     """Largest decay of the EMA teacher."""
     momentum: float = 0.999
@@ -50,8 +50,8 @@ class AELOptions:
     """Probability that a labeled image gets a paste."""
     paste_classes: int = 1
     """Draws of classes to paste, per step (Cityscapes: 3)."""
-    paste_exclude: str = "0"
-    """Classes that are never pasted (the release: 0,1,2,8,10 of Cityscapes, for VOC too)."""
+    paste_exclude: str = ""
+    """Classes that are never pasted, beside the background (the release: 0,1,2,8,10 of Cityscapes, for VOC too)."""
     paste_zoom: tuple[float, float] = (0.2, 1.0)
     """Size of a paste relative to its crop; with crops at 0.5..2 that spans the release's 0.1..2."""
     area: float = 0.03
@@ -98,6 +98,7 @@ class AEL(Method):
 
     Options: ClassVar[type] = AELOptions
     views = ViewSpec(unlabeled=True)
+    durations = ("ael.warmup",)
     features: ClassVar[bool] = False
     """Whether the networks have a representation head."""
     allowed: Tensor
@@ -107,12 +108,14 @@ class AEL(Method):
         options = convert(AELOptions, config.methods.get("ael", {}), "ael")
         super().__init__(config, num_classes, options.batch_norm)
         self.options: AELOptions = options
+        self.warmup = self.steps(options.warmup)
         self.student = self.build_network(features=self.features)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.confidence = ClassConfidence(num_classes, self.options.momentum)
         self.reservoir = Reservoir(num_classes, self.options.depth, 4, config.data.crop)
         allowed = torch.ones(num_classes)
-        allowed[[k for k in _class_ids(self.options.paste_exclude) if k < num_classes]] = 0.0
+        excluded = {*_class_ids(self.options.paste_exclude), self.background}
+        allowed[[k for k in range(num_classes) if k in excluded]] = 0.0
         self.register_buffer("allowed", allowed, persistent=False)
 
     def networks(self) -> dict[str, SegmentationModel]:
@@ -121,14 +124,14 @@ class AEL(Method):
 
     def after_step(self, step: Step) -> None:
         """EMA of parameters and batch statistics, min(1 - 1/(t+1), ema_decay); until the end of the warm-up a copy."""
-        decay = ema_decay(step.index, self.options.warmup_steps, self.options.ema_decay)
+        decay = ema_decay(step.index, self.warmup, self.options.ema_decay)
         ema.update(self.teacher, self.student, decay, buffers=True)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """Supervised loss with pastes, then consistency with the teacher on labeled and mixed images (paper eq. 1)."""
         labeled, unlabeled = self.sides(batch)
         labeled = self._paste(labeled, step)
-        if step.index < self.options.warmup_steps:
+        if step.index < self.warmup:
             prediction = self.student(labeled.image)
             supervised = self._labeled_loss(prediction, labeled, step)
             return Losses({"supervised": supervised + untouched(prediction)}, {})

@@ -17,6 +17,7 @@ from pipeline.models.norm import freeze_batchnorm
 from pipeline.models.parts import Taps, joined
 from pipeline.ops.grid import make_grid, upsample
 from pipeline.ops.losses import cross_entropy, ohem_cross_entropy
+from pipeline.ops.schedules import steps_of
 from pipeline.ops.uniform import uniform
 from pipeline.ops.world import World
 
@@ -100,12 +101,23 @@ class Method(nn.Module, ABC):
     Options: ClassVar[type]
     """Frozen dataclass of the method's own knobs."""
     views: ClassVar[ViewSpec]
+    durations: ClassVar[tuple[str, ...]] = ()
+    """Options, such as `u2pl.warmup`, that are steps or, below 1, a share of the run, and must end before it does."""
 
     def __init__(self, config: Config, num_classes: int, batch_norm: BatchNorm = "joint") -> None:
         super().__init__()
         self.config = config
         self.num_classes = num_classes
         self.batch_norm: BatchNorm = batch_norm
+        given = config.data.background
+        self.background = int(given) if given.isdigit() else None
+        """Class of what is no object, or None; the trainer asks the dataset."""
+        if self.background is not None and self.background >= num_classes:
+            raise UserError(f"data.background {given}: there are classes 0 to {num_classes - 1}")
+
+    def steps(self, duration: float) -> int:
+        """Of an option that is steps or, below 1, a share of the run."""
+        return steps_of(duration, self.config.optim.steps)
 
     @abstractmethod
     def forward(self, batch: Batch, step: Step) -> Losses:

@@ -6,7 +6,6 @@ image, P_k one of seven perturbations. Code: yassouali/CCT; `docs/methods.md` sa
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ class CCTOptions:
     weight: float = 30.0
     """Weight of the consistency loss after its rise (release: unsupervised_w)."""
     ramp: float = 0.1
-    """Share of the run over which the weight rises (release: rampup_ends)."""
+    """Over which the weight rises: steps, or below 1 a share of the run (release: rampup_ends)."""
     dropout: int = 1
     """Decoders that see spatial dropout (release: 6)."""
     feature_noise: int = 1
@@ -68,15 +67,12 @@ class CCTOptions:
     """Length of the probing step of VAT (release: 1e-6, at which float32 gives no direction at all)."""
     epsilon: float = 2.0
     """Length of the adversarial shift, over a whole feature map."""
-    foreground: Literal["nonzero", "random"] = "nonzero"
-    """What is an object: `nonzero`, every class but 0 (VOC), or `random`, each class with probability 1/2 per image
-    (for data without a background class)."""
     batch_norm: BatchNorm = "separate"
     """Whether labeled and unlabeled images share batch statistics (release: separate)."""
 
     def __post_init__(self) -> None:
         require_positive("cct", self, "xi")
-        require_share("cct", self, "ramp", "dropout_rate", "drop_low", "drop_high", "erase")
+        require_share("cct", self, "dropout_rate", "drop_low", "drop_high", "erase")
         if not any(getattr(self, kind) for kind in KINDS) or self.dropout_rate == 1.0:
             raise UserError("cct: needs an auxiliary decoder, and a dropout_rate below 1")
 
@@ -86,6 +82,7 @@ class CCT(Method):
 
     Options = CCTOptions
     views = ViewSpec(unlabeled=True)
+    durations = ("cct.ramp",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = convert(CCTOptions, config.methods.get("cct", {}), "cct")
@@ -117,7 +114,7 @@ class CCT(Method):
             probability_mse(logits, target, valid, step.world, "valid") / self.num_classes
             for logits in self._auxiliary_logits(taps.high, target, step)
         ]
-        weight = self.options.weight * sigmoid_ramp(step.index, self.options.ramp * step.total)
+        weight = self.options.weight * sigmoid_ramp(step.index, self.steps(self.options.ramp))
         terms = {
             "supervised": self.supervised(prediction, labeled, step.world),
             "consistency": weight * torch.stack(heard).mean(),
@@ -161,10 +158,13 @@ class CCT(Method):
         return features * (objects if kind == "context" else ~objects)
 
     def _foreground(self, count: int, step: Step, device: torch.device) -> Tensor:
-        """Which classes are objects in each image: bool [B,C]."""
-        if self.options.foreground == "random":
+        """Which classes are objects in each image, bool [B,C]: all but the background (the release's rule, for VOC).
+
+        In data without a background each class is one with probability 1/2.
+        """
+        if self.background is None:
             return step.uniform_per_image("cct/foreground", (count, self.num_classes), device) < 0.5
-        return (torch.arange(self.num_classes, device=device) > 0).expand(count, -1)
+        return (torch.arange(self.num_classes, device=device) != self.background).expand(count, -1)
 
 
 def _doublings(config: ModelConfig) -> int:

@@ -30,7 +30,7 @@ class GCTOptions:
     consistency: float = 100.0
     """Weight of the dynamic consistency after its rise (dc_ssl_scale)."""
     ramp: float = 0.11
-    """Share of the run over which it rises (5 of 45 epochs)."""
+    """Over which it rises: steps, or below 1 a share of the run (5 of 45 epochs)."""
     correction: float = 1.0
     """Weight of the flaw correction (fc_ssl_scale)."""
     detector: float = 10.0
@@ -50,7 +50,7 @@ class GCTOptions:
 
     def __post_init__(self) -> None:
         require_positive("gct", self, "detector_width")
-        require_share("gct", self, "ramp", "limit")
+        require_share("gct", self, "limit")
 
 
 class GCT(Method):
@@ -58,6 +58,7 @@ class GCT(Method):
 
     Options = GCTOptions
     views = ViewSpec(unlabeled=True)
+    durations = ("gct.ramp",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = convert(GCTOptions, config.methods.get("gct", {}), "gct")
@@ -98,7 +99,7 @@ class GCT(Method):
         flaws = [self._frozen_detector(normal, probability) for probability in pair]
         exchanged = exchange(pair[0], pair[1], handled(flaws[0]), handled(flaws[1]), self.options.limit)
 
-        ramp = sigmoid_ramp(step.index, self.options.ramp * step.total)
+        ramp = sigmoid_ramp(step.index, self.steps(self.options.ramp))
         supervised = [self.supervised(prediction.of(slice(count)), labeled, step.world) for prediction in predictions]
         agreements = zip(pair, exchanged.targets, strict=True)
         consistency = [squared_error(own, target, valid, step.world, "valid") for own, target in agreements]

@@ -26,8 +26,8 @@ class MeanTeacherOptions:
 
     lambda_u: float = 100.0
     """Weight of the consistency loss (TorchSemiSeg 100 on probabilities; PixelSSL 1 on logits)."""
-    ramp_steps: int = 2850
-    """Steps over which the weight rises (PixelSSL: 5 epochs, here of VOC's 570 steps); 0: none."""
+    ramp: float = 0.0625
+    """Over which the weight rises: steps, or below 1 a share of the run (PixelSSL: 5 epochs, here of 80); 0: none."""
     ema_decay: float = 0.99
     """Largest decay of the EMA teacher (TorchSemiSeg, PixelSSL)."""
     on_logits: bool = False
@@ -46,6 +46,7 @@ class MeanTeacher(Method):
 
     Options = MeanTeacherOptions
     views = ViewSpec(unlabeled=True)
+    durations = ("mean_teacher.ramp",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = convert(MeanTeacherOptions, config.methods.get("mean_teacher", {}), "mean_teacher")
@@ -74,7 +75,7 @@ class MeanTeacher(Method):
             distance = squared_error(scores, target, unlabeled.valid, step.world, "valid")
         else:
             distance = probability_mse(scores, target.softmax(1), unlabeled.valid, step.world, "valid")
-        weight = options.lambda_u * sigmoid_ramp(step.index, options.ramp_steps)
+        weight = options.lambda_u * sigmoid_ramp(step.index, self.steps(options.ramp))
         terms = {
             "supervised": self.supervised(known, labeled, step.world),
             "consistency": weight / self.num_classes * distance,

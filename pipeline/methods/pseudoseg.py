@@ -60,7 +60,9 @@ class PseudoSeg(Method):
         self.options: PseudoSegOptions = options
         self.student = self.build_network(features=False)
         channels = self.student.channels
-        self.cam = AttentiveCAM(channels.mid, channels.high, num_classes, self.options.attention_dim)
+        self.cam = AttentiveCAM(
+            channels.mid, channels.high, num_classes, self.options.attention_dim, background=self.background
+        )
 
     def networks(self) -> dict[str, SegmentationModel]:
         """The plain segmentation network."""
@@ -113,8 +115,10 @@ class PseudoSeg(Method):
     def _labeled_losses(self, taps: Taps, labeled: Views, step: Step) -> tuple[Tensor, Tensor]:
         """L_att: cross entropy of the maps of the classes that are there; L_cls: which ones are there."""
         truth = labeled.truth
-        classes = torch.arange(1, self.num_classes, device=truth.device).view(1, -1, 1, 1)
+        classes = torch.arange(self.num_classes, device=truth.device).view(1, -1, 1, 1)
         present = (truth.unsqueeze(1) == classes).flatten(2).any(2)
+        if self.background is not None:
+            present = torch.cat([present[:, : self.background], present[:, self.background + 1 :]], 1)
         refined = upsample(self.cam(taps, present, labeled.valid), (truth.shape[1], truth.shape[2]))
         scores = self.cam.scores(taps.high)
         return (
@@ -124,35 +128,39 @@ class PseudoSeg(Method):
 
 
 class AttentiveCAM(nn.Module):
-    """Classifier of images and self-attention that refines its activation maps; class 0 is the background.
+    """Classifier of images and self-attention that refines its activation maps.
+
+    K classes are objects: all C, or C-1 beside a background, whose map is what the others leave.
 
     Args:
         mid: channels of `Taps.mid`.
         high: channels of `Taps.high`.
         classes: C.
         dim: channels of queries and keys.
+        background: its class, or None.
     """
 
-    def __init__(self, mid: int, high: int, classes: int, dim: int) -> None:
+    def __init__(self, mid: int, high: int, classes: int, dim: int, background: int | None) -> None:
         super().__init__()
-        self.classifier = nn.Linear(high, classes - 1)
+        self.background = background
+        self.classifier = nn.Linear(high, classes - (background is not None))
         self.query = nn.Conv2d(mid + high, dim, 1, bias=False)
         self.key = nn.Conv2d(mid + high, dim, 1, bias=False)
         self.merge = nn.Sequential(nn.Conv2d(classes, classes, 1, bias=False), nn.BatchNorm2d(classes))
 
     def scores(self, high: Tensor) -> Tensor:
-        """Which classes but the background an image shows: float [B,c,h,w] -> logits [B,C-1]."""
+        """Which objects an image shows: float [B,c,h,w] -> logits [B,K]."""
         return self.classifier(high.mean((2, 3)))
 
     def activation(self, high: Tensor, present: Tensor) -> Tensor:
-        """Activation maps of the classes that are present, 0..1, detached: [B,C-1,h,w].
+        """Activation maps of the objects that are present, 0..1, detached: [B,K,h,w].
 
-        The release's Grad-CAM takes C-1 gradients of the scores; behind mean pooling and a linear layer they are that
+        The release's Grad-CAM takes K gradients of the scores; behind mean pooling and a linear layer they are that
         layer's weights (over h*w, which the division by the largest value takes out).
 
         Args:
             high: float [B,c,h,w].
-            present: bool [B,C-1].
+            present: bool [B,K].
         """
         maps = F.conv2d(high.detach(), self.classifier.weight.detach()[:, :, None, None]).relu()
         maps = maps * present[..., None, None]
@@ -163,7 +171,7 @@ class AttentiveCAM(nn.Module):
 
         Args:
             taps: float32 feature maps.
-            present: bool [B,C-1].
+            present: bool [B,K].
             valid: bool [B,H,W]; cells without an image are not attended to.
         """
         maps = self.activation(taps.high, present)
@@ -173,5 +181,7 @@ class AttentiveCAM(nn.Module):
         hidden = torch.where(shrink(valid, size).flatten(1), 0.0, -1e9)[:, None, :]  # finite: all may be hidden
         spread = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
         refined = spread.transpose(1, 2).unflatten(2, size) + maps
-        background = 2.0 - refined.amax(1, keepdim=True)  # with the shortcut a map reaches 2
-        return self.merge(torch.cat([background, refined], 1))
+        if self.background is None:
+            return self.merge(refined)
+        rest = 2.0 - refined.amax(1, keepdim=True)  # with the shortcut a map reaches 2
+        return self.merge(torch.cat([refined[:, : self.background], rest, refined[:, self.background :]], 1))

@@ -51,8 +51,9 @@ class U2PLOptions:
 
     variant: Literal["paper", "upstream"] = "paper"
     """upstream: one-hot, negatives, class pairing, weight, padding and teacher start as in the released code."""
-    warmup_steps: int = 570
-    """Supervised steps before the teacher starts (release: one epoch on VOC, none on Cityscapes)."""
+    warmup: float = 0.0125
+    """Supervised training before the teacher starts: steps, or below 1 a share of the run (release: one epoch of 80 on
+    VOC, none on Cityscapes)."""
     epoch_steps: int = 0
     """Steps for which alpha_t stays what it is (release: an epoch, 570 on VOC at 1_2); 0: it moves in every step."""
     ema_decay: float = 0.99
@@ -165,6 +166,7 @@ class U2PL(Method):
 
     Options = U2PLOptions
     views = ViewSpec(unlabeled=True)
+    durations = ("u2pl.warmup",)
 
     prototypes: Tensor
     """float32 [C,D], smoothed positives."""
@@ -172,7 +174,7 @@ class U2PL(Method):
     def __init__(self, config: Config, num_classes: int) -> None:
         options = read_options(config, num_classes)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options = options
+        self.options, self.warmup = options, self.steps(options.warmup)
         self.student = self.build_network(features=True)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.bank = make_bank(self.options, config, num_classes)
@@ -185,8 +187,8 @@ class U2PL(Method):
 
     def after_step(self, step: Step) -> None:
         """EMA of the parameters; until the end of the warm-up the teacher is the student's copy."""
-        decay = ema_decay(step.index, self.options.warmup_steps, self.options.ema_decay)
-        if self.options.variant == "upstream" and step.index < self.options.warmup_steps + self.options.epoch_steps:
+        decay = ema_decay(step.index, self.warmup, self.options.ema_decay)
+        if self.options.variant == "upstream" and step.index < self.warmup + self.options.epoch_steps:
             decay = 0.0  # D8: the release ties the teacher to the student for its whole first epoch
         ema.update(self.teacher, self.student, decay)
 
@@ -196,7 +198,7 @@ class U2PL(Method):
         if self.options.variant == "upstream":  # D6: padding is class 0, and pseudo-labels of padding count
             labeled = replace(labeled, mask=labeled.truth.masked_fill(~labeled.valid, 0))
             unlabeled = replace(unlabeled, valid=torch.ones_like(unlabeled.valid))
-        if step.index < self.options.warmup_steps:
+        if step.index < self.warmup:
             prediction = self.student(labeled.image)
             supervised = self.supervised(prediction, labeled, step.world)
             return Losses({"supervised": supervised + untouched(prediction)}, {})
@@ -313,7 +315,7 @@ class U2PL(Method):
         """The positives, or their moving average with the release's decay, min(1 - 1/i, 0.999)."""
         if not self.options.prototype_ema:
             return positive
-        decay = torch.full((), ema_decay(step.index, self.options.warmup_steps, 0.999), device=positive.mean.device)
+        decay = torch.full((), ema_decay(step.index, self.warmup, 0.999), device=positive.mean.device)
         self.prototypes.copy_(averaged(self.prototypes, positive, decay))
         return positive._replace(mean=self.prototypes)
 

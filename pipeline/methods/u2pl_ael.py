@@ -33,8 +33,9 @@ class U2PLAELOptions:
     The defaults are the release's. Of `u2pl` count what its contrast needs, alpha_0 and thresholds.
     """
 
-    contrast_start: int = 11400
-    """Steps before the contrast joins (release: 20 epochs, here of VOC's 570 steps; Cityscapes at 1_4: 2780)."""
+    contrast_start: float = 0.25
+    """When the contrast joins: a number of steps, or below 1 a share of the run (release: 20 of 80 epochs; Cityscapes
+    0.1)."""
     low: float = 0.2
     """Share of unlabeled pixels, the surest ones, that may be anchors and positives."""
     high: float = 0.8
@@ -59,6 +60,7 @@ class U2PLAEL(AEL):
     """AEL's networks with representation heads, and memory banks."""
 
     Options = U2PLAELOptions
+    durations = (*AEL.durations, "u2pl_ael.contrast_start")
     features = True
 
     def __init__(self, config: Config, num_classes: int) -> None:
@@ -75,7 +77,7 @@ class U2PLAEL(AEL):
         at = self._thresholds(values, known, step)
         said = task.of_mixed._replace(confidence=task.of_mixed.confidence * (values < at.kept))
         losses = super()._losses(student, task._replace(of_mixed=said), step)
-        if step.index < self.own.contrast_start:
+        if step.index < self.steps(self.own.contrast_start):
             return Losses({**losses.terms, "contrastive": untouched(student)}, losses.logs)
 
         label = task.of_mixed.label.masked_fill(~known, IGNORE)

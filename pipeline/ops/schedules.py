@@ -3,6 +3,11 @@
 import math
 
 
+def steps_of(duration: float, total: int) -> int:
+    """A duration in steps: from 1 on it is a number of steps, below 1 a share of the run's `total` steps."""
+    return round(duration * total) if duration < 1 else round(duration)
+
+
 def poly(step: int, steps: int, power: float, warmup: int = 0) -> float:
     """Poly learning-rate factor (1 - step/steps)^power, after a linear rise over `warmup` steps.
 

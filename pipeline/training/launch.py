@@ -15,7 +15,7 @@ from pipeline.datasets.shapes import prepare_shapes
 from pipeline.datasets.splits import Split, load_split
 from pipeline.errors import UserError
 from pipeline.ingest.mixture import Source, open_sources, share_lanes
-from pipeline.methods import METHODS, OPTIONS
+from pipeline.methods import METHODS, OPTIONS, check_durations
 from pipeline.report.tables import class_table
 from pipeline.training.claim import CLAIM_FILE
 from pipeline.training.meter import Diverged
@@ -87,6 +87,7 @@ def check(config: Config, *, fresh: bool = False) -> Checked:
     dataset = open_dataset(str(config.data.root))
     split = load_split(dataset, config.split, config.data.protocol)
     config, sources = _with_pools(config, dataset, split, fresh)
+    check_durations(config)
     check_batch(config, split, sources)
     check_val(dataset)
     check_weights(config)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline import checkpoint, storage
 from pipeline.batch import Batch
 from pipeline.checkpoint import Progress, Score
 from pipeline.config import Config
-from pipeline.datasets.format import open_dataset
+from pipeline.datasets.format import Dataset, open_dataset
 from pipeline.datasets.pseudo import open_labels
 from pipeline.datasets.splits import load_split
 from pipeline.errors import UserError
@@ -40,6 +41,14 @@ def train(config: Config, host: Host) -> Progress:
     return Session(config, host).train()
 
 
+def _with_background(config: Config, dataset: Dataset) -> Config:
+    """The config with the class that the dataset calls background, so that a checkpoint knows it."""
+    if config.data.background != "auto":
+        return config
+    known = dataset.info.background
+    return replace(config, data=replace(config.data, background="none" if known is None else str(known)))
+
+
 class Session:
     """One attempt of a run on one rank: data, method, optimiser, progress."""
 
@@ -53,10 +62,11 @@ class Session:
         Raises:
             UserError: dataset, split, weights or checkpoint cannot be used.
         """
-        self.config, self.host = config, host
+        self.host = host
         self.world, self.device = World.current(), host.device()
         # the driver has read all this, so trouble is brief: it is waited for, as it may be the reason of a restart
         self.dataset = storage.retried(lambda: open_dataset(str(config.data.root)))
+        self.config = config = _with_background(config, self.dataset)
         self.split = storage.retried(lambda: load_split(self.dataset, config.split, config.data.protocol))
         unlabeled = METHODS[config.method].views.unlabeled
         self.sources = storage.retried(lambda: open_sources(config, self.dataset, self.split)) if unlabeled else []

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.config import OptimConfig
 from pipeline.methods import Method
-from pipeline.ops.schedules import poly
+from pipeline.ops.schedules import poly, steps_of
 
 
 class Chain:
@@ -70,7 +70,7 @@ def set_lr(optimizer: Optimizer, config: OptimConfig, step: int) -> float:
 
     It is a function of the step, not of a scheduler's state, so a resumed run has the right one.
     """
-    lr = config.lr * poly(step, config.steps, config.power, config.warmup_steps)
+    lr = config.lr * poly(step, config.steps, config.power, steps_of(config.warmup, config.steps))
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
     return lr

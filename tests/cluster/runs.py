@@ -13,7 +13,7 @@ from tests.cluster.site import Submitted
 
 STEPS, EVERY = 120, 10
 """Of a run, and between its checkpoints."""
-FLAGS = ["--u2pl.warmup_steps", "5", "--run.checkpoint_every", str(EVERY), "--scaling.cpus_per_worker", "1.5"]
+FLAGS = ["--u2pl.warmup", "5", "--run.checkpoint_every", str(EVERY), "--scaling.cpus_per_worker", "1.5"]
 TWO = [*FLAGS, "--optim.steps", str(STEPS), "--scaling.workers", "2"]
 
 

@@ -155,7 +155,7 @@ def test_a_run_without_storage_ends_and_goes_on(
 ) -> None:
     """Data and results on the same storage: briefly in trouble, then away for good, then back."""
     run = "s3://runs/away"
-    flags = ["--data", ROOT, "--out", run, "--optim.steps", "100", "--u2pl.warmup_steps", "5", "--scaling.workers", "1"]
+    flags = ["--data", ROOT, "--out", run, "--optim.steps", "100", "--u2pl.warmup", "5", "--scaling.workers", "1"]
     command = train_command(*flags, "--run.checkpoint_every", "10", "--run.storage_patience", "10")
     env = {**environment(ray_folder, server), "AWS_ENDPOINT_URL": proxy.endpoint}
     proxy.plan(*["reset"] * 12, path="shards/train")  # four threads read the labeled set: one of them meets three

@@ -151,7 +151,7 @@ def parts(out: str) -> dict[str, object]:
 
 def configured(*flags: str) -> Config:
     short = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.tensorboard", "false"]
-    return cli.parse_config([*short, "--u2pl.warmup_steps", "2", *flags], "test", OPTIONS)[0]
+    return cli.parse_config([*short, "--u2pl.warmup", "2", *flags], "test", OPTIONS)[0]
 
 
 def test_a_pool_of_plain_jpegs_trains(

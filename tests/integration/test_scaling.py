@@ -26,7 +26,7 @@ def test_a_run_shrinks_and_grows(shapes: str, s3: S3Server, ray_folder: str, tmp
     (gcs,) = free_ports(1)
     run, env = "s3://runs/elastic", {**environment(ray_folder, s3), **QUICK}
     inside = {**env, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
-    flags = ["--data", shapes, "--out", run, "--optim.steps", "100000", "--u2pl.warmup_steps", "5", *ONE_EACH]
+    flags = ["--data", shapes, "--out", run, "--optim.steps", "100000", "--u2pl.warmup", "5", *ONE_EACH]
     command = train_command(
         *flags, "--run.checkpoint_every", str(EVERY), "--eval.every", "100000", "--run.max_failures", "0"
     )

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 CALM = ["--optim.optimizer", "sgd", "--optim.lr", "0.005"]
 """AdamW's first steps turn rounding errors into whole steps: two orders of one batch then differ by 3e-3."""
 
-LONG = ["--optim.steps", "60", "--u2pl.warmup_steps", "5", "--scaling.workers", "2", "--run.checkpoint_every", "10"]
+LONG = ["--optim.steps", "60", "--u2pl.warmup", "5", "--scaling.workers", "2", "--run.checkpoint_every", "10"]
 """A run in which there is time to lose something."""
 
 
@@ -63,7 +63,7 @@ def calm(shapes: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactor
 class TestWorkers:
     def test_two_workers_equal_one_process(self, shapes: str, tmp_path: Path) -> None:
         """U2PL, whose warm-up is SupOnly; tests/parity/test_worlds.py compares the loop of each method, without Ray."""
-        flags = ("--data", shapes, "--optim.steps", "10", *CALM, "--u2pl.warmup_steps", "3", "--u2pl.lambda_c", "0")
+        flags = ("--data", shapes, "--optim.steps", "10", *CALM, "--u2pl.warmup", "3", "--u2pl.lambda_c", "0")
         plain, ray_run = str(tmp_path / "plain"), str(tmp_path / "ray")
         train(configured(*flags, "--out", plain), PlainHost(plain))
         launch(configured(*flags, "--out", ray_run, "--scaling.workers", "2"))
@@ -164,7 +164,7 @@ def test_a_submitted_job_succeeds(shapes: str, s3: S3Server, ray_folder: str, tm
     env = environment(ray_folder, s3)
     gcs, dashboard = free_ports(2)
     head = head_command(gcs, cpus=2, dashboard=dashboard)
-    flags = ["--data", shapes, "--out", "s3://runs/submitted", "--optim.steps", "8", "--u2pl.warmup_steps", "2"]
+    flags = ["--data", shapes, "--out", "s3://runs/submitted", "--optim.steps", "8", "--u2pl.warmup", "2"]
     submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
     submit += ["python", "jobs/train.py", *SHORT, *flags]
     with Job(head, env, tmp_path / "head.log") as cluster:

@@ -55,7 +55,7 @@ def _share(images: list[int], world: World) -> dict[str, Any]:
 
 def _unequal_classes(rank: int, world: World) -> float:
     """A step of the whole method in which the ranks have no class in common."""
-    small = {"warmup_steps": 0, "anchors": 8, "negatives": 4, "keys": 8, "queue": 20, "queue_background": 20}
+    small = {"warmup": 0, "anchors": 8, "negatives": 4, "keys": 8, "queue": 20, "queue_background": 20}
     model = {"backbone": "tiny", "weights": "none", "feature_dim": 8}
     torch.manual_seed(0)
     config = resolve({"method": "u2pl", "model": model, "optim": {"steps": 4}, "u2pl": small}, OPTIONS)

@@ -36,7 +36,7 @@ what CCT's thresholds cut off."""
 
 
 def _config(root: str, labels: str, out: Path, method: str, **u2pl: Any) -> Config:
-    options = {"warmup_steps": WARMUP, "anchors": 16, "negatives": 8, "keys": 16, "queue": 40, "queue_background": 40}
+    options = {"warmup": WARMUP, "anchors": 16, "negatives": 8, "keys": 16, "queue": 40, "queue_background": 40}
     return resolve(
         {
             "method": method,
@@ -48,7 +48,7 @@ def _config(root: str, labels: str, out: Path, method: str, **u2pl: Any) -> Conf
             "eval": {"every": COMPARED},
             "run": {"log_every": 1, "checkpoint_every": 1000, "tensorboard": False},
             "u2pl": {**options, "mix_share": 1.0, **u2pl},
-            "mean_teacher": {"ramp_steps": 0},
+            "mean_teacher": {"ramp": 0},
             "gct": {"detector_width": 8},
             **{name: {"threshold": 0.0} for name in ("cutmix_seg", "ael", "fixmatch", "unimatch")},
         },
@@ -250,7 +250,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, 
     config = _config(shapes, pseudo_labels, tmp_path / "whole", method)
     config = replace(
         config,
-        optim=replace(config.optim, optimizer=optimizer, steps=END, clip_norm=1.0, warmup_steps=LOST + 2),
+        optim=replace(config.optim, optimizer=optimizer, steps=END, clip_norm=1.0, warmup=LOST + 2),
         run=replace(config.run, checkpoint_every=LOST),
     )
     cut = replace(config, out=str(tmp_path / "cut"))

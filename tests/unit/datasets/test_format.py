@@ -15,8 +15,8 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.datasets import shards
-from pipeline.datasets.facts import KNOWN
-from pipeline.datasets.format import SHARD_SCHEMA, open_dataset, read_group
+from pipeline.datasets.facts import KNOWN, voc_palette
+from pipeline.datasets.format import SHARD_SCHEMA, DatasetInfo, open_dataset, read_group
 from pipeline.datasets.images import BadSampleError, canonical_mask, check_image, class_lookup
 from pipeline.datasets.readers import read_voc
 from pipeline.datasets.work import ShardPlan, carry_out, read_row
@@ -294,3 +294,18 @@ def test_the_bad_file_is_named(trees, tmp_path):
     trees.put(tree / "SegmentationClass/a0.png", b"x")
     with pytest.raises(BadSampleError, match=r"SegmentationClass/a0.png: unreadable mask"):
         read_row(read_voc(str(tree))[0], LOOKUP)
+
+
+def test_the_background_is_the_class_of_that_name():
+    """CamVid's class 0 is sky, ADE20K's wall: nothing may take class 0 for the background."""
+    known = {name: _info(facts.classes).background for name, facts in KNOWN.items()}
+    assert {name for name, background in known.items() if background == 0} == {"voc", "shapes"}
+    assert set(known.values()) == {0, None}
+    assert _info(("road", "background")).background == 1
+
+
+def _info(classes: tuple[str, ...]) -> DatasetInfo:
+    return DatasetInfo(
+        name="n", classes=classes, palette=voc_palette(len(classes)), counts={}, evaluation="whole", protocol="",
+        index_hash="", shards={},
+    )  # fmt: skip

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as F
 
+from pipeline.config import DataConfig
 from pipeline.ingest import photometric
 from pipeline.ingest.photometric import fill_strong
 from pipeline.ingest.randomness import generator
@@ -24,10 +25,10 @@ def _image() -> np.ndarray:
     return image
 
 
-def _strong(seed: int, image: np.ndarray | None = None, hue: float = 0.25) -> np.ndarray:
+def _strong(seed: int, image: np.ndarray | None = None, **options: float) -> np.ndarray:
     image = _image() if image is None else image
     out = np.empty_like(image)
-    fill_strong(image, AREA, hue, generator("photometric", seed), out)
+    fill_strong(image, AREA, DataConfig(**options), generator("photometric", seed), out)  # type: ignore[arg-type]
     return out
 
 
@@ -56,49 +57,48 @@ def test_padding_does_not_reach_the_picture():
         assert np.array_equal(_strong(seed, black)[INSIDE], _strong(seed)[INSIDE])
 
 
-def test_geometry_is_kept(monkeypatch):
+def test_geometry_is_kept():
     """Edges stay where they are: a picture of two halves, seen without blur."""
-    monkeypatch.setattr(photometric, "BLUR", 0.0)
     image = np.full((3, 36, 44), 60, np.uint8)
     image[0, :, 22:] = 200
     for seed in range(30):
-        view = _strong(seed, image)[INSIDE].astype(int)
+        view = _strong(seed, image, blur=0.0)[INSIDE].astype(int)
         assert (view[:, :, :15] == view[:, :1, :1]).all()
         assert (view[:, :, 15:] == view[:, :1, -1:]).all()
         assert (view[:, 0, 0] != view[:, 0, -1]).any()
 
 
-@pytest.mark.parametrize("which", ["JITTER", "GREY", "BLUR"])
+@pytest.mark.parametrize("which", ["jitter", "grey", "blur"])
 def test_each_change_alone_is_what_it_says(which, monkeypatch):
-    for name in ("JITTER", "GREY", "BLUR"):
-        monkeypatch.setattr(photometric, name, float(name == which))
+    monkeypatch.setattr(photometric, "JITTER", float(which == "jitter"))
+    options: Any = {name: float(name == which) for name in ("grey", "blur")} | {"strength": 0.3, "hue": 0.1}
     picture = Image.fromarray(np.ascontiguousarray(_image()[INSIDE].transpose(1, 2, 0)))
     different = 0
     for seed in range(5):
         rng = generator("photometric", seed)
         rng.random(3)
         expected: Any = picture
-        if which == "JITTER":
-            factors = [*rng.uniform(0.5, 1.5, 3), rng.uniform(-0.25, 0.25)]
+        if which == "jitter":
+            factors = [*rng.uniform(0.7, 1.3, 3), rng.uniform(-0.1, 0.1)]
             for number in rng.permutation(4):
                 change = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[number]
                 expected = change(expected, factors[number])
-        elif which == "GREY":
+        elif which == "grey":
             expected = Image.merge("RGB", [picture.convert("L")] * 3)
         else:
             expected = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
-        assert np.array_equal(_strong(seed)[INSIDE], np.asarray(expected).transpose(2, 0, 1))
+        assert np.array_equal(_strong(seed, **options)[INSIDE], np.asarray(expected).transpose(2, 0, 1))
         different += expected.tobytes() != picture.tobytes()
     assert different > 2  # the least blur changes nothing
 
 
 def test_the_hue_turns_as_far_as_asked(monkeypatch):
-    for name, value in (("JITTER", 1.0), ("GREY", 0.0), ("BLUR", 0.0), ("STRENGTH", 0.0)):
-        monkeypatch.setattr(photometric, name, value)
+    monkeypatch.setattr(photometric, "JITTER", 1.0)
     red = np.zeros((3, 36, 44), np.uint8)
     red[0] = 200
     for hue in (0.0, 0.02, 0.25):
-        views = [Image.fromarray(_strong(seed, red, hue)[INSIDE].transpose(1, 2, 0)) for seed in range(40)]
+        made = (_strong(seed, red, hue=hue, strength=0.0, grey=0.0, blur=0.0) for seed in range(40))
+        views = [Image.fromarray(view[INSIDE].transpose(1, 2, 0)) for view in made]
         turned = [np.asarray(view.convert("HSV"))[0, 0, 0].astype(np.int8) / 256 for view in views]
         assert 0.8 * hue <= max(turned) + 1 / 256
         assert max(map(abs, turned)) <= hue + 1 / 256
@@ -127,4 +127,4 @@ def test_how_often_each_change_is_drawn(monkeypatch):
 @pytest.mark.parametrize("area", [(slice(3, 4), slice(5, 6)), (slice(0, 36), slice(0, 1))])
 def test_a_sliver_of_a_picture_is_no_trouble(area):
     for seed in range(20):
-        fill_strong(_image(), area, 0.25, generator(seed), np.empty((3, 36, 44), np.uint8))
+        fill_strong(_image(), area, DataConfig(), generator(seed), np.empty((3, 36, 44), np.uint8))

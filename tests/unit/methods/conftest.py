@@ -34,6 +34,7 @@ def small(
     classes: int = CLASSES,
     aux: float = 0.0,
     model: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Method:
     """A method with the tiny network; where an option has a size, it is small enough for 24 x 24 pixels."""
@@ -42,8 +43,8 @@ def small(
         "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8, **(model or {})},
         "loss": {"aux_weight": aux},
         "optim": {"steps": TOTAL},
-        "data": {"crop": (SIZE, SIZE)},
-        "u2pl": {"warmup_steps": 2, "anchors": 8, "negatives": 4, "keys": 8, "queue": 20, "queue_background": 30},
+        "data": {"crop": (SIZE, SIZE), "background": "0", **(data or {})},
+        "u2pl": {"warmup": 2, "anchors": 8, "negatives": 4, "keys": 8, "queue": 20, "queue_background": 30},
         "gct": {"detector_width": 8},
         "u2pl_ael": {"contrast_start": 3},
     }

@@ -58,20 +58,21 @@ def test_each_perturbation_alone_trains_encoder_and_decoder_but_not_the_main_one
     assert not any(p.grad is not None and p.grad.any() for p in method.student.head_parameters())
 
 
-def test_context_and_object_masks_complement_each_other(build):
-    method = _cct(build)
+@pytest.mark.parametrize("background", [0, 3])
+def test_context_and_object_masks_complement_each_other(build, background):
+    method = _cct(build, data={"background": str(background)})
     features, label = torch.rand(2, 4, 3, 3), torch.randint(0, CLASSES, (2, 3, 3))
     foreground = method._foreground(2, step(0), features.device)
     context, objects = (
         method._perturb(kind, features, label, foreground, torch.nn.Identity(), lambda *_: features)
         for kind in ("context", "objects")
     )
-    assert torch.equal(context, features * (label > 0).unsqueeze(1))
+    assert torch.equal(context, features * (label != background).unsqueeze(1))
     assert torch.equal(context + objects, features)
 
 
 def test_without_a_background_class_objects_are_drawn(build):
-    method = _cct(build, foreground="random")
+    method = _cct(build, data={"background": "none"})
     drawn = method._foreground(200, step(0), torch.device("cpu"))
     assert drawn.shape == (200, CLASSES)
     assert 0.4 < float(drawn.float().mean()) < 0.6

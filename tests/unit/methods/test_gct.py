@@ -81,7 +81,7 @@ def test_losses_follow_the_equations(build):
     targets = [flaw_target(probability[:2], on.labeled.mask, 0.5, 1) for probability in p]
     seen = on.labeled.valid
     detector = sum(((flaws[k][:2] - targets[k]) ** 2).squeeze(1)[seen].mean() for k in (0, 1)) / 2
-    ramp = sigmoid_ramp(1, 0.11 * 20)
+    ramp = sigmoid_ramp(1, 2)
     torch.testing.assert_close(terms["dynamic_consistency"], 100 * ramp * consistency, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(terms["flaw_correction"], correction, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(terms["flaw_detector"], 10 * detector, rtol=1e-3, atol=1e-6)

@@ -18,7 +18,7 @@ def _trained(build, **options) -> MeanTeacher:
 
 @pytest.mark.parametrize("on_logits", [False, True])
 def test_the_consistency_pixel_by_pixel(build, on_logits):
-    method, on = _trained(build, on_logits=on_logits, lambda_u=7.0, ramp_steps=40), batch(seed=3)
+    method, on = _trained(build, on_logits=on_logits, lambda_u=7.0, ramp=10), batch(seed=3)
     unlabeled = method.sides(on)[1]
     found = method(on, step(3))
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_the_consistency_pixel_by_pixel(build, on_logits):
         for b, y, x in unlabeled.valid.nonzero().tolist()
         for c in range(CLASSES)
     ]
-    ramp = math.exp(-5 * (1 - 3 / 40) ** 2)
+    ramp = math.exp(-5 * (1 - 3 / 10) ** 2)
     assert float(found.terms["consistency"].detach()) == pytest.approx(7 * ramp * sum(errors) / len(errors), rel=1e-4)
     assert float(found.logs["consistency_weight"]) == pytest.approx(7 * ramp)
 

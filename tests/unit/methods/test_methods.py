@@ -2,14 +2,16 @@
 
 import dataclasses
 import io
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 
 from pipeline.batch import Batch, Views
+from pipeline.cli import resolve
 from pipeline.errors import UserError
-from pipeline.methods import METHODS, OPTIONS
+from pipeline.methods import METHODS, OPTIONS, check_durations
 from tests.unit.methods.conftest import CLASSES, SIZE, batch, step, train_step, views
 
 NAMES = sorted(METHODS)
@@ -163,6 +165,29 @@ def test_the_labeled_loss_knows_unlabeled_images_by_joint_statistics_alone(name,
         on = Batch(batch(seed=0).labeled, batch(seed=seed).unlabeled)
         losses.append(build(name, batch_norm=kind)(on, step(5)).terms["supervised"].detach())
     assert torch.equal(*losses) == (kind == "separate")
+
+
+DURATIONS = sorted({key for method in METHODS.values() for key in method.durations} | {"optim.warmup"})
+
+
+@pytest.mark.parametrize("key", DURATIONS)
+def test_a_warm_up_or_start_beyond_the_run_is_refused(key):
+    section, _, name = key.partition(".")
+    method = next((each for each in NAMES if key in METHODS[each].durations), "suponly")
+    for value, fits in ((0, True), (0.3, True), (19, True), (20, False), (0.99, False), (11400, False)):
+        values: dict[str, Any] = {"method": method, "optim": {"steps": 20}}
+        values.setdefault(section, {})[name] = value
+        config = resolve(values, OPTIONS)
+        if fits:
+            check_durations(config)
+        else:
+            with pytest.raises(UserError, match=rf"{key} {value}: the run ends after 20 steps .* share of the run"):
+                check_durations(config)
+
+
+def test_a_background_that_is_no_class_is_refused(build):
+    with pytest.raises(UserError, match=r"data\.background 5: there are classes 0 to 4"):
+        build("suponly", data={"background": "5"})
 
 
 OFF: dict[str, dict[str, object]] = {

@@ -18,7 +18,7 @@ def pseudoseg(build) -> PseudoSeg:
 @pytest.fixture
 def cam() -> AttentiveCAM:
     torch.manual_seed(0)
-    return AttentiveCAM(4, 6, CLASSES, 3)
+    return AttentiveCAM(4, 6, CLASSES, 3, background=0)
 
 
 def _taps() -> Taps:
@@ -62,6 +62,33 @@ def test_attention_is_a_softmax_over_the_cells_that_show_the_image(cam):
     torch.testing.assert_close(found, torch.stack(merged))
 
 
+def test_the_background_takes_its_own_place_and_without_one_every_class_has_a_map():
+    taps, valid = _taps(), torch.ones(2, 12, 12, dtype=torch.bool)
+    maps = {}
+    for background in (0, 2, None):
+        torch.manual_seed(0)
+        cam = AttentiveCAM(4, 6, CLASSES, 3, background)
+        cam.merge = torch.nn.Identity()  # type: ignore[assignment]
+        present = torch.ones(2, CLASSES - (background is not None), dtype=torch.bool)
+        assert cam.scores(taps.high).shape == present.shape
+        maps[background] = cam(taps, present, valid)
+        assert maps[background].shape == (2, CLASSES, 3, 3)
+    assert torch.equal(maps[2], maps[0][:, [1, 2, 0, 3, 4]])
+
+
+@pytest.mark.parametrize("background", ["0", "3", "none"])
+def test_the_classifier_is_asked_for_the_objects_alone(build, background):
+    method, on = build("pseudoseg", data={"background": background}), batch()
+    assert on.labeled.mask is not None
+    on.labeled.mask[on.labeled.mask == 1] = 255
+    found = method(on, step(3)).terms["classifier"]
+    high = method.student.encode(on.labeled.image).high
+    objects = [k for k in range(CLASSES) if str(k) != background]
+    shown = torch.tensor([[float((mask == k).any()) for k in objects] for mask in on.labeled.mask])
+    expected = F.binary_cross_entropy(method.cam.scores(high).sigmoid(), shown)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_image_that_is_padding_alone_stays_finite(cam):
     found = cam(_taps(), torch.ones(2, CLASSES - 1, dtype=torch.bool), torch.zeros(2, 12, 12, dtype=torch.bool))
     assert found.isfinite().all()
@@ -99,15 +126,3 @@ def test_the_strong_view_has_a_hole_in_the_mean_colour(pseudoseg):
     assert 0 < int(hole.sum()) <= 2 * 25  # a fifth of 24 is 5
     assert (image.movedim(1, -1)[hole] == torch.tensor([124, 116, 104])).all()
     assert torch.equal(image.movedim(1, -1)[valid], unlabeled.strong[0].movedim(1, -1)[valid])
-
-
-def test_the_classifier_learns_what_the_masks_show(pseudoseg):
-    on = batch()
-    assert on.labeled.mask is not None
-    on.labeled.mask[on.labeled.mask == 3] = 255
-    terms = pseudoseg(on, step(3)).terms
-    high = pseudoseg.student.encode(on.labeled.image).high
-    shown = torch.tensor([[float((mask == k).any()) for k in range(1, CLASSES)] for mask in on.labeled.mask])
-    assert not shown[:, 2].any()
-    expected = F.binary_cross_entropy(pseudoseg.cam.scores(high).sigmoid(), shown)
-    torch.testing.assert_close(terms["classifier"], expected, rtol=1e-4, atol=1e-5)

@@ -59,7 +59,9 @@ def test_what_happens_when(shapes, tmp_path):
         ("train", 2), ("train", 4), ("eval", 4), ("train", 6), ("eval", 6),
     ]  # fmt: skip
     assert all(r["worker_seconds"] > 0 for r in _records(tmp_path))
-    about = checkpoint.read_meta(f"{tmp_path}/{checkpoint.name(6)}")["about"]
+    meta = checkpoint.read_meta(f"{tmp_path}/{checkpoint.name(6)}")
+    assert meta["config"]["data"]["background"] == "0", "the class that the dataset calls background"
+    about = meta["about"]
     assert (about["dataset"], about["protocol"], about["labeled"], about["unlabeled"]) == ("shapes", "random", 100, 300)
     assert (about["workers"], about["device"], about["torch"]) == (1, "cpu", torch.__version__)
     folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())

@@ -60,7 +60,7 @@ def test_a_group_with_an_optimiser_of_its_own_steps_beside_the_others_and_resume
 
 
 def test_the_rate_is_a_function_of_the_step():
-    _, optimizer, config = _parts("sgd", warmup_steps=10)
+    _, optimizer, config = _parts("sgd", warmup=10)
     for step in (50, 0, 99):  # in any order, as after a resume
         rate = set_lr(optimizer, config, step)
         assert rate == pytest.approx(0.01 * min(1, (step + 1) / 10) * (1 - step / 100) ** 0.9)
