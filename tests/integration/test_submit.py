@@ -95,13 +95,21 @@ def test_programs_that_are_not_ours_are_let_through(head: Head, tmp_path: Path) 
     assert "it ran" in done.stdout
 
 
-def test_the_hook_is_set_for_ray_alone() -> None:
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("/x/bin/ray job submit -- python jobs/train.py", "pipeline.submit.from_ray"),
+        ("/x/bin/ray start --head", "None"),  # its children may be of other environments
+        ("/x/bin/u2pl job submit", "None"),
+        ("", "None"),
+    ],
+)
+def test_the_hook_is_set_for_ray_job_submit_alone(words: str, told: str) -> None:
     (line,) = (ROOT / "pipeline" / "u2pl_ray.pth").read_text().splitlines()
-    code = f"import sys; sys.orig_argv = ['python', sys.argv[1]]; {line}; print(os.environ.get('RAY_JOB_SUBMIT_HOOK'))"
+    code = f"import sys; sys.orig_argv = sys.argv; {line}; print(os.environ.get('RAY_JOB_SUBMIT_HOOK'))"
     clean = {name: value for name, value in os.environ.items() if name != "RAY_JOB_SUBMIT_HOOK"}
-    for program, told in (("/x/bin/ray", "pipeline.submit.from_ray"), ("/x/bin/u2pl", "None"), ("-c", "None")):
-        done = subprocess.run([sys.executable, "-c", code, program], env=clean, capture_output=True, text=True)
-        assert done.stdout == f"{told}\n"
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], env=clean, capture_output=True, text=True)
+    assert done.stdout == f"{told}\n"
 
 
 def test_without_a_checkout_the_installed_package_is_sent(head: Head, tmp_path: Path) -> None:
