@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-fast test-cluster lint clean
+.PHONY: install demo test test-fast test-controls test-cluster lint clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ test: install
 # others (tests/parity).
 test-fast: lint
 	$(PYTEST) tests/unit
+
+# Whole runs, three seeds each: a method without its unlabeled side must score as SupOnly. About an hour on two cores.
+test-controls: install
+	$(BIN)/python -m pytest --numprocesses 2 --dist load -m controls tests/parity/test_controls.py
 
 # Hosts with networks of their own on this one machine: training loses them, the launcher reaches them by ssh.
 # As root, with iproute2, openssh-server and rsync; the first command says what is missing.

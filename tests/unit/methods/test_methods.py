@@ -12,6 +12,7 @@ from pipeline.batch import Batch, Views
 from pipeline.cli import resolve
 from pipeline.errors import UserError
 from pipeline.methods import METHODS, OPTIONS, check_durations
+from tests.controls import HALVED, OFF
 from tests.unit.methods.conftest import CLASSES, SIZE, batch, step, train_step, views
 
 NAMES = sorted(METHODS)
@@ -188,24 +189,6 @@ def test_a_warm_up_or_start_beyond_the_run_is_refused(key):
 def test_a_background_that_is_no_class_is_refused(build):
     with pytest.raises(UserError, match=r"data\.background 5: there are classes 0 to 4"):
         build("suponly", data={"background": "5"})
-
-
-OFF: dict[str, dict[str, object]] = {
-    "mean_teacher": {"lambda_u": 0},
-    "cutmix_seg": {"lambda_u": 0},
-    "cct": {"weight": 0},
-    "gct": {"consistency": 0, "correction": 0},
-    "cps": {"lambda_cps": 0},
-    "pseudoseg": {"weight": 0, "head_weight": 0},
-    "pc2seg": {"consistency": 0, "contrast": 0},
-    "ael": {"weight": 0, "paste": 0},
-    "u2pl": {"lambda_u": 0, "lambda_c": 0},
-    "fixmatch": {"lambda_u": 0},
-    "unimatch": {"lambda_s": 0, "lambda_fp": 0},
-}
-"""What switches a method's unlabeled side off."""
-HALVED = ("fixmatch", "unimatch")
-"""Their releases halve L_s."""
 
 
 @pytest.mark.parametrize("name", OFF)
