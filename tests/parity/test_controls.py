@@ -17,7 +17,7 @@ from tests.controls import OFF
 
 SEEDS = (0, 1, 2)
 NOISE = 1.5
-"""Points of mIoU: SupOnly's seeds differ by half a point, and passes of other images take dropout's numbers before it."""
+"""Points of mIoU. SupOnly's seeds differ by half a point; passes of other images take dropout's numbers before it."""
 
 pytestmark = pytest.mark.controls
 
