@@ -20,13 +20,44 @@ NAMED = 4
 """So many runs or rows are named in a note, the others counted."""
 
 
+STUDENT = (
+    12.71,
+    4.30,
+    3.18,
+    2.78,
+    2.57,
+    2.45,
+    2.36,
+    2.31,
+    2.26,
+    2.23,
+    2.20,
+    2.18,
+    2.16,
+    2.14,
+    2.13,
+    2.12,
+    2.11,
+    2.10,
+    2.09,
+)
+"""0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom; beyond them 2.09 is a little wide."""
+
+
 class Spread(NamedTuple):
-    """Some runs' mIoU in percent."""
+    """Some runs' mIoU in percent, or differences of it in points."""
 
     mean: float
     sd: float | None
     """Sample standard deviation; None of a single run."""
     seeds: int
+
+    @property
+    def margin(self) -> float | None:
+        """Half the width of the mean's 95 % confidence interval, by Student's t; None of a single run."""
+        if self.sd is None:
+            return None
+        return STUDENT[min(self.seeds - 1, len(STUDENT)) - 1] * self.sd / self.seeds**0.5
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -107,10 +138,11 @@ class Comparison:
         shares = [a.labeled / (a.labeled + a.unlabeled) for a in counts if a.labeled and a.unlabeled is not None]
         return shares[0] if shares else 1 / FRACTIONS[split] if split in FRACTIONS else None
 
-    def gain(self, row: Row, split: str) -> float | None:
+    def gain(self, row: Row, split: str) -> Spread | None:
         """Points of mIoU, last evaluation, over the baseline of the same split and budget, the nearest of several.
 
-        The mean over the seeds that both have finished, as another seed is more than a small change; None without any.
+        Of the differences seed by seed, over those that both have finished, as another seed is more than a small change;
+        None without any.
         """
         bases = [each for each in self.rows if each.method == BASELINE and each.budget == row.budget]
         over = min((each for each in bases if each.finished(split)), key=row.distance, default=None)
@@ -118,7 +150,7 @@ class Comparison:
             return None
         base, own = _by_seed(over, split), _by_seed(row, split)
         both = base.keys() & own.keys()
-        return 100 * statistics.fmean(own[seed] - base[seed] for seed in both) if both else None
+        return spread([own[seed] - base[seed] for seed in both])
 
     def shown(self) -> list[tuple[Row, Run]]:
         """Two finished runs to look at, of one split and seed if there are: the baseline and U2PL, or the best.

@@ -18,10 +18,10 @@ TOGETHER = 2
 HASH = 12
 """Shown digits of a hash."""
 COLUMNS: tuple[str, ...] = (
-    "dataset", "protocol", "split", "method", "source", "seeds", "last", "last_sd", "best", "best_sd", "gain",
+    "dataset", "protocol", "split", "method", "source", "seeds", "last", "last_sd", "best", "best_sd", "gain", "gain_margin",
     "unfinished", "list_hash", "dataset_hash",
 )  # fmt: skip
-"""Of the CSV: mIoU and its deviation in percent, the gain in points; what there is none of is empty."""
+"""Of the CSV: mIoU and its deviation in percent, the gain and half of its 95 % interval in points; what there is none of is empty."""
 
 
 def headline(comparison: Comparison) -> str:
@@ -41,25 +41,28 @@ def _scores(comparison: Comparison, kinds: Sequence[str]) -> Table:
     spreads = [[getattr(row, kind)(split) for split, kind in columns] for row in comparison.rows]
     counts = [spread.seeds for line in spreads for spread in line if spread]
     usual = statistics.mode(counts) if counts else 0
-    rows = []
+    rows, margins = [], False
     for row, line in zip(comparison.rows, spreads, strict=True):
         gains = [comparison.gain(row, split) if kind == "last" else None for split, kind in columns]
+        margins |= any(gain and gain.margin is not None for gain in gains)
         cells = [_cell(spread, gain, usual) for spread, gain in zip(line, gains, strict=True)]
         rows.append([row.label, *cells])
     title = f"{' and '.join(kinds).capitalize()}: mIoU in %"
     title += f" ± deviation of {usual} seeds" if usual > 1 else ", one seed"
     title += "" if len(set(counts)) == 1 else " unless n says other"
+    title += "; in brackets the gain over SupOnly, ± its 95 % interval" if margins else ""
     names = [split if len(kinds) == 1 else f"{split} {kind}" for split, kind in columns]
     return Table(title, ("method", *names), rows if counts else [])
 
 
-def _cell(spread: Spread | None, gain: float | None, usual: int) -> str:
-    """Mean, deviation, gain, and the number of seeds if it is not the usual one."""
+def _cell(spread: Spread | None, gain: Spread | None, usual: int) -> str:
+    """Mean, deviation, gain with its margin, and the number of seeds if it is not the usual one."""
     if spread is None:
         return NONE
     parts = [f"{spread.mean:.2f}"]
     parts += [f"± {spread.sd:.2f}"] if spread.sd is not None else []
-    parts += [f"({gain:+.2f})"] if gain is not None else []
+    if gain is not None:
+        parts.append(f"({gain.mean:+.2f})" if gain.margin is None else f"({gain.mean:+.2f} ± {gain.margin:.2f})")
     parts += [f"n={spread.seeds}"] if spread.seeds != usual else []
     return " ".join(parts)
 
@@ -191,7 +194,8 @@ def _line(comparison: Comparison, row: Row, split: str) -> dict[str, object]:
     digests = sorted({run.about.digest for run in runs if run.about.digest})
     return {
         **line,
-        "gain": "" if gain is None else f"{gain:.4f}",
+        "gain": "" if gain is None else f"{gain.mean:.4f}",
+        "gain_margin": "" if gain is None or gain.margin is None else f"{gain.margin:.4f}",
         "unfinished": sum(not run.finished for run in runs),
         "list_hash": " ".join(digests),
     }

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import scipy.stats
 
-from pipeline.report.compare import spread
+from pipeline.report.compare import STUDENT, spread
 from tests.unit.report.made import compared, only, write_run
 
 
@@ -22,6 +23,16 @@ def test_spread():
     assert (three.mean, three.sd, three.seeds) == (pytest.approx(60.0), pytest.approx(10.0), 3)  # n - 1 below
 
 
+def test_the_margin_is_that_of_students_t():
+    values = [0.1, 0.12, 0.09, 0.15, 0.11]
+    found = spread(values)
+    assert found is not None
+    low, high = scipy.stats.t.interval(0.95, 4, loc=found.mean, scale=scipy.stats.sem([100 * each for each in values]))
+    assert found.margin == pytest.approx((high - low) / 2, rel=2e-3)
+    for seeds, quantile in enumerate(STUDENT, 2):
+        assert quantile == pytest.approx(scipy.stats.t.ppf(0.975, seeds - 1), abs=0.006)
+
+
 def test_means_over_seeds_last_and_best_and_the_gain(tmp_path):
     for seed, scores in enumerate([(0.6, 0.5), (0.6, 0.7)]):
         write_run(tmp_path / f"s{seed}", seed=seed, scores=scores)
@@ -35,7 +46,10 @@ def test_means_over_seeds_last_and_best_and_the_gain(tmp_path):
     assert best is not None
     assert last == (pytest.approx(60.0), pytest.approx(14.1421356), 2)
     assert best == (pytest.approx(65.0), pytest.approx(7.0710678), 2)
-    assert found.gain(u2pl, "1_4") == pytest.approx(8.0)
+    gain = found.gain(u2pl, "1_4")
+    assert gain == (pytest.approx(8.0), pytest.approx(11.3137085), 2)  # 16 and 0, seed by seed
+    assert gain is not None
+    assert gain.margin == pytest.approx(12.71 * 11.3137085 / 2**0.5)
     assert found.gain(base, "1_4") is None
     assert found.notes() == []
     assert found.missing() == []
@@ -95,7 +109,7 @@ def test_a_gain_is_over_the_seeds_that_both_have(tmp_path):
     write_run(tmp_path / "c2", "cps", seed=2, scores=(0.9,))
     found = only(tmp_path)
     assert {row.label: found.gain(row, "1_4") for row in found.rows} == {
-        "suponly": None, "cps": None, "u2pl": pytest.approx(5.0),
+        "suponly": None, "cps": None, "u2pl": (pytest.approx(5.0), None, 1),
     }  # fmt: skip
 
 
@@ -157,7 +171,7 @@ class TestNothingIsMixedSilently:
         write_run(tmp_path / "v", "u2pl", scores=(0.7,), config={"optim": {"steps": 200}})
         found = only(tmp_path)
         assert [row.label for row in found.rows] == ["suponly", "u2pl", "u2pl (optim.steps=200)"]
-        assert [found.gain(row, "1_4") for row in found.rows] == [None, pytest.approx(10.0), None]
+        assert [found.gain(row, "1_4") for row in found.rows] == [None, (pytest.approx(10.0), None, 1), None]
         assert found.notes() == ["optim.steps differs: 100 (suponly, u2pl); 200 (u2pl (optim.steps=200))"]
 
     def test_of_several_baselines_the_nearest_counts(self, tmp_path):
@@ -166,7 +180,7 @@ class TestNothingIsMixedSilently:
             write_run(tmp_path / f"u{lr}", "u2pl", scores=(0.76,), config={"optim": {"steps": 100, "lr": lr}})
         found = only(tmp_path)
         gains = {row.options["optim.lr"]: found.gain(row, "1_4") for row in found.rows if row.method == "u2pl"}
-        assert gains == {0.001: pytest.approx(6.0), 0.01: pytest.approx(1.0)}
+        assert gains == {0.001: (pytest.approx(6.0), None, 1), 0.01: (pytest.approx(1.0), None, 1)}
 
     def test_other_lists_are_noted(self, tmp_path):
         one = write_run(tmp_path / "a", seed=0)

@@ -34,11 +34,14 @@ def rows(text: str) -> list[dict[str, str]]:
 
 def test_up_to_two_splits_share_a_table(comparison):
     (table,) = tables(comparison)
-    assert table.title == "Last and best: mIoU in % ± deviation of 2 seeds"
+    assert (
+        table.title
+        == "Last and best: mIoU in % ± deviation of 2 seeds; in brackets the gain over SupOnly, ± its 95 % interval"
+    )
     assert table.columns == ("method", "1_8 last", "1_8 best", "1_4 last", "1_4 best")
     assert table.rows == [
         ["suponly", "55.00 ± 7.07", "55.00 ± 7.07", "65.00 ± 7.07", "65.00 ± 7.07"],
-        ["u2pl", "60.00 ± 7.07 (+5.00)", "60.00 ± 7.07", "70.00 ± 7.07 (+5.00)", "70.00 ± 7.07"],
+        ["u2pl", "60.00 ± 7.07 (+5.00 ± 0.00)", "60.00 ± 7.07", "70.00 ± 7.07 (+5.00 ± 0.00)", "70.00 ± 7.07"],
     ]
 
 
@@ -89,7 +92,7 @@ def test_page_holds_everything_and_asks_for_nothing(comparison):
     assert all(each.get("alt") for each in tags.of("img"))
     assert {each["scope"] for each in tags.of("th")} == {"col", "row"}
     assert len([each for each in tags.of("details") if "open" in each]) == 1
-    assert "60.00 ± 7.07 (+5.00)" in tags.text
+    assert "60.00 ± 7.07 (+5.00 ± 0.00)" in tags.text
     assert "16.00 CPU-hours of training and evaluation, without repeated steps" in tags.text
     assert "8 of 8 runs" in tags.text
     assert "Networks: A (seed 3)." in tags.text
@@ -133,7 +136,7 @@ def test_names_are_text_and_never_markup(tmp_path):
 
 def test_markdown_has_the_tables_of_the_page(comparison):
     text = as_markdown([comparison])
-    assert "| u2pl | 60.00 ± 7.07 (+5.00) | 60.00 ± 7.07 | 70.00 ± 7.07 (+5.00) | 70.00 ± 7.07 |" in text
+    assert "| u2pl | 60.00 ± 7.07 (+5.00 ± 0.00) | 60.00 ± 7.07 | 70.00 ± 7.07 (+5.00 ± 0.00) | 70.00 ± 7.07 |" in text
     assert "| sky | 65.00 | 70.00 |" in text
     assert "16.00 CPU-hours" in text
 
