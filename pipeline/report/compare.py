@@ -20,28 +20,8 @@ NAMED = 4
 """So many runs or rows are named in a note, the others counted."""
 
 
-STUDENT = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-    2.20,
-    2.18,
-    2.16,
-    2.14,
-    2.13,
-    2.12,
-    2.11,
-    2.10,
-    2.09,
-)
-"""0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom; beyond them 2.09 is a little wide."""
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11)
+"""0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom; beyond them the last is a little wide."""
 
 
 class Spread(NamedTuple):
@@ -141,8 +121,8 @@ class Comparison:
     def gain(self, row: Row, split: str) -> Spread | None:
         """Points of mIoU, last evaluation, over the baseline of the same split and budget, the nearest of several.
 
-        Of the differences seed by seed, over those that both have finished, as another seed is more than a small change;
-        None without any.
+        Seed by seed, over the seeds that both have finished, as another seed is more than a small change; None without
+        any.
         """
         bases = [each for each in self.rows if each.method == BASELINE and each.budget == row.budget]
         over = min((each for each in bases if each.finished(split)), key=row.distance, default=None)

@@ -18,10 +18,10 @@ TOGETHER = 2
 HASH = 12
 """Shown digits of a hash."""
 COLUMNS: tuple[str, ...] = (
-    "dataset", "protocol", "split", "method", "source", "seeds", "last", "last_sd", "best", "best_sd", "gain", "gain_margin",
-    "unfinished", "list_hash", "dataset_hash",
+    "dataset", "protocol", "split", "method", "source", "seeds", "last", "last_sd", "best", "best_sd", "gain",
+    "gain_margin", "unfinished", "list_hash", "dataset_hash",
 )  # fmt: skip
-"""Of the CSV: mIoU and its deviation in percent, the gain and half of its 95 % interval in points; what there is none of is empty."""
+"""Of the CSV: mIoU and its deviation in percent, the gain and half its 95 % interval in points; else empty."""
 
 
 def headline(comparison: Comparison) -> str:
