@@ -21,7 +21,7 @@ NAMED = 4
 
 
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11)
-"""0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom; beyond them the last is a little wide."""
+"""0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom; more seeds take the last."""
 
 
 class Spread(NamedTuple):
