@@ -6,7 +6,6 @@ whose 8-bit operations are two to three times as fast on a CPU as those on tenso
 
 import numpy as np
 from PIL import Image, ImageFilter
-from torchvision.transforms.v2 import functional as F
 
 from pipeline.config import DataConfig
 
@@ -46,6 +45,8 @@ def _changed(picture: Image.Image, config: DataConfig, rng: np.random.Generator)
 
 def _jittered(picture: Image.Image, config: DataConfig, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast, saturation and hue, changed in random order."""
+    from torchvision.transforms.v2 import functional as F  # slow to import, and few methods have strong views
+
     brightness, contrast, saturation = rng.uniform(1 - config.strength, 1 + config.strength, 3)
     turn = rng.uniform(-config.hue, config.hue)
     changes = (

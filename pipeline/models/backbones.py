@@ -1,9 +1,12 @@
-"""Encoders: torchvision's classification networks, cut into three stages and dilated to stride 8 or 16."""
+"""Encoders: torchvision's classification networks, cut into three stages and dilated to stride 8 or 16.
+
+torchvision is imported when one is built: it takes over a second, which `--help` and the tiny network do without.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import torchvision
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
@@ -15,13 +18,11 @@ Stages = tuple[nn.Sequential, nn.Sequential, nn.Sequential]
 
 @dataclass(frozen=True)
 class Backbone:
-    """How to make one encoder of a torchvision network."""
+    """How to make an encoder of one torchvision network."""
 
-    make: Callable[[], nn.Module]
-    """The network with random weights."""
     unused: tuple[str, ...]
     """Prefixes of the parameters that segmentation has no use for."""
-    stages: Callable[[nn.Module], Stages]
+    stages: Callable[[Any], Stages]
     """Cuts it: up to stride 4, on to the stage before the last, the last."""
     channels: Channels
     """What the stages give."""
@@ -49,8 +50,10 @@ def build_encoder(config: ModelConfig) -> tuple[Encoder, Channels]:
     Raises:
         UserError: the weights cannot be had or do not fit.
     """
+    import torchvision
+
     backbone = BACKBONES[config.backbone]
-    network = backbone.make()
+    network: nn.Module = torchvision.models.get_model(config.backbone)
     load_weights(network, config.backbone, config.weights, backbone.unused)
     encoder = Encoder(*backbone.stages(network))
     dilate(encoder, config.output_stride)
@@ -79,33 +82,27 @@ def dilate(encoder: nn.Module, output_stride: int) -> None:
                 stride *= 2
 
 
-def _resnet_stages(net: nn.Module) -> Stages:
-    assert isinstance(net, torchvision.models.ResNet)
+def _resnet_stages(net: Any) -> Stages:
     stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
     return nn.Sequential(stem, net.layer1), nn.Sequential(net.layer2, net.layer3), net.layer4
 
 
-def _mobilenet_stages(net: nn.Module) -> Stages:
-    assert isinstance(net, torchvision.models.MobileNetV2)
+def _mobilenet_stages(net: Any) -> Stages:
     return net.features[:4], net.features[4:14], net.features[14:18]
 
 
-def _resnet(make: Callable[[], nn.Module], channels: Channels) -> Backbone:
-    return Backbone(make, ("fc.",), _resnet_stages, channels)
+def _resnet(channels: Channels) -> Backbone:
+    return Backbone(("fc.",), _resnet_stages, channels)
 
 
 _BASIC, _BOTTLENECK = Channels(64, 256, 512), Channels(256, 1024, 2048)
 
 BACKBONES = {
     # features.18 widens 320 channels to 1280 for the classifier
-    "mobilenet_v2": Backbone(
-        torchvision.models.mobilenet_v2,
-        ("classifier.", "features.18."),
-        _mobilenet_stages,
-        Channels(24, 96, 320),
-    ),
-    "resnet18": _resnet(torchvision.models.resnet18, _BASIC),
-    "resnet34": _resnet(torchvision.models.resnet34, _BASIC),
-    "resnet50": _resnet(torchvision.models.resnet50, _BOTTLENECK),
-    "resnet101": _resnet(torchvision.models.resnet101, _BOTTLENECK),
+    "mobilenet_v2": Backbone(("classifier.", "features.18."), _mobilenet_stages, Channels(24, 96, 320)),
+    "resnet18": _resnet(_BASIC),
+    "resnet34": _resnet(_BASIC),
+    "resnet50": _resnet(_BOTTLENECK),
+    "resnet101": _resnet(_BOTTLENECK),
 }
+"""By torchvision's own name."""

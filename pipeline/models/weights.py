@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from pipeline import storage
@@ -64,6 +63,8 @@ def read_state(uri: str) -> dict[str, Tensor]:
 
 def _download(name: str) -> Mapping[str, Any]:
     """Fetches torchvision's first ImageNet weights: those that published segmentation results start from."""
+    import torchvision
+
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)

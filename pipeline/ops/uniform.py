@@ -11,10 +11,14 @@ def uniform(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
     return _uniform(_seed(name), list(shape), device)
 
 
-@torch.compiler.assume_constant_result
 def _seed(name: str) -> int:
     """63 bits of a hash."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+
+
+# What torch.compiler.assume_constant_result sets. Calling it would import the whole compiler, over a second, in every
+# process; tests/parity/test_graphs.py fails if the name changes.
+setattr(_seed, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 @library.custom_op("u2pl::uniform", mutates_args=())  # a graph can hold an operation, not a generator

@@ -28,6 +28,12 @@ def test_the_names_are_imported_when_they_are_used() -> None:
         _ = pipeline.tran
 
 
+def test_what_only_some_networks_need_is_not_imported_for_the_flags() -> None:
+    slow = "[name for name in ('torchvision', 'torch._dynamo') if name in sys.modules]"
+    code = f"import sys, pipeline.methods, pipeline.training.loop; print({slow})"
+    assert run(sys.executable, "-c", code).stdout == "[]\n"
+
+
 def test_a_config_from_python_is_the_one_of_the_command_line() -> None:
     config = pipeline.make_config({"method": "cps", "optim.lr": 0.5, "cps": {"cutmix": False}}, preset="demo")
     assert (config.method, config.optim.lr, config.model.backbone) == ("cps", 0.5, "tiny")

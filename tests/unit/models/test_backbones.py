@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from pipeline.models.backbones import BACKBONES, Encoder, dilate
@@ -10,7 +11,7 @@ from pipeline.models.backbones import BACKBONES, Encoder, dilate
 def _strided(name: str) -> Encoder:
     torch.manual_seed(0)
     backbone = BACKBONES[name]
-    encoder = Encoder(*backbone.stages(backbone.make())).eval()
+    encoder = Encoder(*backbone.stages(torchvision.models.get_model(name))).eval()
     for layer in encoder.modules():  # statistics that keep activations alive through all layers
         if isinstance(layer, nn.BatchNorm2d):
             assert layer.running_mean is not None
@@ -38,7 +39,7 @@ def test_dilated_equals_strided_where_that_has_a_cell(name, output_stride, size)
 def test_channels_are_what_the_stages_give(name):
     backbone = BACKBONES[name]
     with torch.device("meta"):
-        encoder = Encoder(*backbone.stages(backbone.make()))
+        encoder = Encoder(*backbone.stages(torchvision.models.get_model(name)))
         taps = encoder(torch.zeros(1, 3, 64, 64))
     assert tuple(tap.shape[1] for tap in taps) == backbone.channels
     assert [tap.shape[2] for tap in taps] == [16, 4, 2]
