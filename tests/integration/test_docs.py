@@ -23,14 +23,14 @@ from tests.s3 import S3Server
 from tests.unit.datasets.conftest import Trees
 
 SHORT = "--preset demo --data.crop 64 64 --optim.steps 2 --eval.every 2 --run.tensorboard false"
-SHORT += " --optim.batch_labeled 2 --optim.batch_unlabeled 4 --u2pl.warmup 1"
+SHORT += " --optim.batch_labeled 2 --optim.batch_unlabeled 4 --u2pl.warmup 1 --scaling.workers 1"
 SHORTER = {
     "u2pl train": SHORT,
-    "u2pl sweep": f"{SHORT} --seeds 1 --splits 1_8",
+    "u2pl sweep": f"{SHORT} --seeds 1 --splits 1_8 --methods u2pl",
     "u2pl search": f"{SHORT} --samples 1",
 }
 """What is added, by how a command begins; of a flag that is given twice the last one counts."""
-DEMO = "--optim.steps 2 --eval.every 2"
+DEMO = "--optim.steps 2 --eval.every 2 --scaling.workers 1"
 VENV = ROOT / ".venv"
 RUN = [page for page in PAGES if any(block.kind == "sh" for block in blocks(page))]
 

@@ -2,27 +2,28 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 from pipeline import cli
 from pipeline.methods import OPTIONS
 from tests.cluster_rules import CLUSTER, ROOT, load
+from tests.docs import blocks
 
 PAGES = sorted((ROOT / "docs" / "cluster").glob("*.md"))
 
 
-def shown(text: str) -> list[str]:
-    """The lines of a page's code blocks, with continued ones joined, that train."""
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line.split("#")[0] for line in lines if "jobs/train.py " in line or "slurm.sbatch --" in line]
+def shown(page: Path) -> list[str]:
+    """The commands of a page that train."""
+    lines = [line for block in blocks(page) for line in block.commands]
+    return [line for line in lines if "jobs/train.py " in line or "slurm.sbatch --" in line]
 
 
 COMMANDS = [
     load("kuberay/rayjob.yaml")["spec"]["entrypoint"],
     *re.findall(r"^#   (sbatch .*)", (CLUSTER / "slurm.sbatch").read_text(), re.MULTILINE),
-    *[line for page in PAGES for line in shown(page.read_text())],
+    *[line for page in PAGES for line in shown(page)],
 ]
 
 
@@ -35,4 +36,4 @@ def test_its_flags_are_known(command: str) -> None:
 
 def test_every_page_shows_one() -> None:
     assert {page.stem for page in PAGES} == {"aws", "gcp", "kuberay", "own-machines", "slurm"}
-    assert [page.stem for page in PAGES if page.stem != "kuberay" and not shown(page.read_text())] == []
+    assert [page.stem for page in PAGES if page.stem != "kuberay" and not shown(page)] == []
