@@ -153,7 +153,7 @@ def test_help_shows_the_values_of_the_command_line(capsys, monkeypatch):
 
 def test_help_all_shows_every_section_type_and_default(capsys):
     text = " ".join(_help(capsys, "--help", "all").split())
-    for words in ("--optim.lr float", "--u2pl.lambda_c float", "--data.root str", "(default: 0.001)", "--print_config"):
+    for words in ("--optim.lr float", "--u2pl.lambda_c float", "--data str", "(default: 0.001)", "--print_config"):
         assert words in text
     assert "Learning rate of the encoder at step 0" in text
 
