@@ -33,9 +33,9 @@ RUNS = (*METHODS, "contrast")
 ROUGH = {"suponly": 1e-4, "u2pl": 1e-4, "cct": 2e-2}
 """How far losses may drift apart after three steps: sums in another order flip hard labels of undecided pixels, and
 what CCT's thresholds cut off."""
-EARLY = {"pseudoseg": 2}
-"""Steps, if not three, after which they may, held to 1e-6: its attention loss amplifies rounding, which is 5e-7 in the
-second step and 1.3e-4 in the third."""
+SEEDS = {"pseudoseg": 2}
+"""Seeds other than 0: with it, a change of the weights by 3e-7 grows 250-fold in PseudoSeg's third step, alone and with
+two workers alike; with this one it stays at 1e-7."""
 
 
 def _config(root: str, labels: str, out: Path, method: str, **u2pl: Any) -> Config:
@@ -43,6 +43,7 @@ def _config(root: str, labels: str, out: Path, method: str, **u2pl: Any) -> Conf
     return resolve(
         {
             "method": method,
+            "seed": SEEDS.get(method, 0),
             "split": "1_4",
             "out": str(out),
             "data": {"root": root, "crop": [48, 48], "scale": [0.6, 1.3], **_labels(method, labels)},
@@ -141,8 +142,7 @@ def test_two_workers_have_the_losses_of_one(name, one_rank, two_ranks):
     alone, shared = (_records(out / name, "train") for out in (one_rank[0], two_ranks[0]))
     assert len(alone) == len(shared) == STEPS
     for one, two in zip(alone[:COMPARED], shared[:COMPARED], strict=True):
-        exact = 1e-6 if name in EARLY else 1e-4
-        close = exact if one["step"] <= EARLY.get(name, 3) else ROUGH.get(name, 1e-3)
+        close = 1e-4 if one["step"] <= 3 else ROUGH.get(name, 1e-3)
         assert two["loss"] == pytest.approx(one["loss"], abs=close), f"step {one['step']}"
     if name == "u2pl":
         assert alone[WARMUP - 1]["loss"].keys() == {"supervised"}
