@@ -37,7 +37,8 @@ ITEM_ROWS = 512
 READ_CPUS = 0.25
 """CPUs that a read task reserves: it mostly waits."""
 SEGMENT_ITEMS = 4
-"""Items per Ray Data execution; two segments are held in the object store at a time."""
+"""Items per Ray Data execution; two segments are held in the object store at a time. The first ones are smaller: the
+first batch comes sooner, and a short run starts few reading processes."""
 _PROBLEM = "problem"
 """The one column of a block whose rows could not be read."""
 
@@ -104,9 +105,10 @@ def _items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
 
 
 def _segments(units: Iterator[Unit]) -> Iterator[list[list[Unit]]]:
-    items = _items(units)
-    while segment := list(islice(items, SEGMENT_ITEMS)):
+    items, length = _items(units), 1
+    while segment := list(islice(items, length)):
         yield segment
+        length = min(2 * length, SEGMENT_ITEMS)
 
 
 def _execute(segment: list[list[Unit]], labels: str | None) -> tuple[list[list[Unit]], list[pa.Table]]:

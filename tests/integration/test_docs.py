@@ -4,6 +4,7 @@ What is added to a command only makes it shorter: fewer steps, a smaller network
 """
 
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,6 +29,7 @@ SHORTER = {
     "u2pl train": SHORT,
     "u2pl sweep": f"{SHORT} --seeds 1 --splits 1_8 --methods u2pl",
     "u2pl search": f"{SHORT} --samples 1",
+    "u2pl report": "--images 1",
 }
 """What is added, by how a command begins; of a flag that is given twice the last one counts."""
 DEMO = "--optim.steps 2 --eval.every 2 --scaling.workers 1"
@@ -46,8 +48,11 @@ def head(s3_server: S3Server) -> Iterator[Head]:
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A folder like the checkout, with photos of the reader's own beside it, in which a run leaves no trace in ours."""
+def checkout(tmp_path: Path, shapes: str) -> Path:
+    """A folder like the checkout, with photos of the reader's own beside it, in which a run leaves no trace in ours.
+
+    The generated set lies where commands that name no dataset would make it.
+    """
     if not (VENV / "installed").exists():
         pytest.skip("no .venv: the pages' commands take the environment that `make install` makes")
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "jobs", "pipeline", "README.md"):
@@ -63,6 +68,7 @@ def checkout(tmp_path: Path) -> Path:
         if number < 16:
             Trees.put(tmp_path / f"photos/masks/{subset}/{number:02d}.png", Trees.mask(number))
     Trees.put(tmp_path / "photo.jpg", Trees.image())
+    shutil.copytree(shapes, tmp_path / "data/shapes")
     return tmp_path
 
 

@@ -54,9 +54,9 @@ def config(shapes: str, tmp_path: Path) -> Config:
 
 
 def test_any_number_of_workers_makes_the_same_batches(config: Config, tmp_path: Path) -> None:
+    """One worker; and four up to a kill, then two."""
     one = trained(config, tmp_path / "one", workers=1)
     assert len(one) == STEPS
-    assert trained(config, tmp_path / "two", workers=2) == one
     four = tmp_path / "four"
     with pytest.raises(ray.train.TrainingFailedError):
         trained(config, four, workers=4, hold=KILLED)

@@ -1,7 +1,6 @@
 """The loader inside a real Ray Train worker: the switch of where to decode, and what waiting costs."""
 
 import itertools
-import json
 import os
 import shutil
 import time
@@ -25,8 +24,11 @@ from pipeline.ingest.loader import Loader
 from pipeline.ingest.plan import LanePlan, select_groups
 from pipeline.ingest.readers import read_inline, read_ray
 from pipeline.methods import OPTIONS
+from pipeline.training.hosts import PlainHost
 from pipeline.training.launch import launch
+from pipeline.training.loop import train
 from pipeline.typed import build
+from tests.jobs import records
 
 BASE = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.tensorboard", "false"]
 
@@ -89,13 +91,11 @@ class TestLoader:
         assert found == whole
 
     def test_a_run_that_decodes_on_the_cluster_equals_one_that_does_not(self, shapes: str, tmp_path: Path) -> None:
-        found = []
-        for place in ("worker", "cluster"):
-            run = tmp_path / place
-            flags = ["--data", shapes, "--out", str(run), "--method", "fixmatch", "--optim.steps", "4"]
-            launch(configured(*flags, "--scaling.workers", "1", "--run.decode", place))
-            lines = (run / "metrics.jsonl").read_text().splitlines()
-            found.append([record for line in lines if (record := json.loads(line))["kind"] == "train"])
+        here, there = str(tmp_path / "here"), str(tmp_path / "there")
+        flags = ["--data", shapes, "--method", "fixmatch", "--optim.steps", "4"]
+        train(configured(*flags, "--out", here), PlainHost(here))
+        launch(configured(*flags, "--out", there, "--scaling.workers", "1", "--run.decode", "cluster"))
+        found = [records(run) for run in (here, there)]
         assert [record["total"] for record in found[0]] == [record["total"] for record in found[1]]
         for record in itertools.chain(*found):
             assert record["bytes_per_second"] > 0

@@ -11,19 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import checkpoint, storage
 from tests.heads import Head
-from tests.jobs import ROOT, Job
+from tests.jobs import ROOT, SHORT, Job
 from tests.processes import wait_for
-from tests.s3 import free_ports
+from tests.s3 import S3Server, free_ports
 
 LISTING = "import os; print(sorted(p for p, _, _ in os.walk('.')), sorted(os.listdir('.')))"
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+def head(s3_server: S3Server) -> Iterator[Head]:
     with (
         tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        Head(folder) as it,
+        Head(folder, cpus=2, **s3_server.environment()) as it,
     ):
         yield it
 
@@ -68,6 +69,15 @@ def test_the_line_of_ray_works_from_a_checkout_whatever_folder_the_head_is_in(he
     assert first == "jobs/train.py is a script of this folder, which is sent along (--working-dir .)"
     assert second.startswith("job raysubmit_")
     assert "train.py: unknown argument '--nonsense'" in done.stdout
+
+
+def test_a_run_trains_there(head: Head, shapes: str, s3: S3Server) -> None:
+    out = "s3://runs/submitted"
+    flags = [*SHORT, "--data", shapes, "--out", out, "--optim.steps", "8", "--u2pl.warmup", "2"]
+    done = by_ray(head, ROOT, "--", "python", "jobs/train.py", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    assert storage.exists(f"{out}/{checkpoint.name(8)}/state.pt")
 
 
 def test_with_a_working_dir_ray_does_it_alone(head: Head) -> None:

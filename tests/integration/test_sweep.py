@@ -12,7 +12,7 @@ from tests.jobs import Job, environment, has_checkpoint
 from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server
 
-SWEEP = ["jobs/sweep.py", "--preset", "demo", "--splits", "1_8", "--optim.steps", "40", "--run.checkpoint_every", "10"]
+SWEEP = ["jobs/sweep.py", "--preset", "demo", "--splits", "1_8", "--optim.steps", "30", "--run.checkpoint_every", "10"]
 SWEEP += ["--u2pl.warmup", "5", "--run.log_every", "5", "--run.tensorboard", "false"]
 
 
@@ -86,7 +86,7 @@ def test_a_trial_that_fails_stops_no_other_and_is_told(
     shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
 ) -> None:
     env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
-    flags = ["--methods", "suponly", "--scaling.workers", "2"]
+    flags = ["--methods", "suponly", "--scaling.workers", "1"]
     flags += ["--grid", "optim.lr=0.003,1e30"]  # a loss that is not finite at once
     with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
         assert job.wait(480) == 1, job.said
@@ -99,7 +99,7 @@ def test_a_trial_that_fails_stops_no_other_and_is_told(
 
 def test_why_a_trial_failed_is_told_whatever_it_was(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
     env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
-    flags = ["--methods", "suponly", "--optim.steps", "100000", "--run.max_failures", "0"]
+    flags = ["--methods", "suponly", "--scaling.workers", "1", "--optim.steps", "100000", "--run.max_failures", "0"]
     with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
         wait_for("its first steps", lambda: storage.exists(f"{out}/trials/suponly-1_8-s0/metrics.jsonl") or job.ended)
         kill(*named(job.pid, "RayTrainWorker"))

@@ -37,6 +37,7 @@ def test_segments_hold_all_units_in_order_and_are_bounded(units, monkeypatch):
     flat = [unit for segment in segments for item in segment for unit in item]
     assert flat == units[: len(flat)]
     assert len(units) - len(flat) < 12  # what fills no item yet; a plan never ends
+    assert [len(segment) for segment in segments][:3] == [1, 2, 2]  # the first batch waits for one item
     assert all(len(segment) <= 2 for segment in segments)
     for segment in segments:
         for item in segment:
