@@ -204,13 +204,18 @@ def _claim(config: Config, fresh: bool) -> None:
     """Makes the run directory this run's and writes its config."""
     assert config.out is not None
     uri = storage.join(config.out, CONFIG_FILE)
-    if fresh:  # nothing but what a run writes is ever deleted
-        for name in {file.split("/")[0] for file in storage.list_files(config.out)}:
-            if name in RUN_FILES or checkpoint.is_name(name):
-                storage.delete(storage.join(config.out, name))
+    if fresh:
+        delete_run(config.out)
     storage.check_writable(config.out)
     check_same(config)
     storage.write_bytes(uri, to_yaml(config).encode())
+
+
+def delete_run(out: str) -> None:
+    """Deletes what a run has written into its directory, and nothing else."""
+    for name in {file.split("/")[0] for file in storage.list_files(out)}:
+        if name in RUN_FILES or checkpoint.is_name(name):
+            storage.delete(storage.join(out, name))
 
 
 def check_same(config: Config) -> None:

@@ -20,7 +20,7 @@ from pipeline.datasets.splits import load_split
 from pipeline.errors import UserError
 from pipeline.inference.label import Recipe, label_pool
 from pipeline.methods.self_training import SelfTrainingOptions
-from pipeline.training.launch import check, check_same, launch, placed
+from pipeline.training.launch import check, check_same, delete_run, launch, placed
 from pipeline.typed import convert
 
 STUDENT = "student"
@@ -44,10 +44,12 @@ def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] 
     labels, student = (storage.join(str(config.out), part) for part in ("pseudo_labels", STUDENT))
     print("stage 1 of 3: the teacher")
     teacher = _teacher(config)
+    if fresh:  # the last stage first: what a kill leaves must not pass for the result of the new teacher
+        check(teacher, fresh=True)
+        delete_run(student)
+        pseudo.delete_labels(labels)
     launch(teacher, fresh=fresh)
     print("\nstage 2 of 3: the teacher's labels of the pool")
-    if fresh:
-        pseudo.delete_labels(labels)
     options: SelfTrainingOptions = convert(SelfTrainingOptions, config.methods["self_training"], "self_training")
     newest = checkpoint.find(str(teacher.out))
     dataset = open_dataset(str(config.data.root))
@@ -55,7 +57,7 @@ def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] 
     info = label_pool(Recipe(dataset.root, newest, options.tta, options.keep), split, labels)
     print(f"{info.images} images labeled in {labels}\n\nstage 3 of 3: the student")
     config = replace(config, out=student, data=replace(config.data, pseudo_labels=labels))
-    return launch(config, fresh=fresh, callbacks=callbacks)
+    return launch(config, callbacks=callbacks)
 
 
 def check_recipe(config: Config) -> None:
