@@ -44,8 +44,14 @@ def test_a_killed_recipe_goes_on_where_it_was_and_keeps_its_options(
         assert job.wait() == 2, job.said
     assert re.search(r"pseudo_labels holds labels .* --fresh", job.said.splitlines()[-1])
     _check(run, shapes, first)
+    before = _written(labels)
+
+    def relabeled() -> bool:
+        now = _written(labels)
+        return bool(now) and not now.items() & before.items()
+
     with Job([*other, "--fresh"], env, tmp_path / "fresh.log") as job:
-        wait_for("new labels", lambda: (new := _written(labels)) and not new.items() & first.items() or job.ended, 300)
+        wait_for("new labels", lambda: relabeled() or job.ended, 300)
         assert "is finished" not in job.said
         assert not storage.list_files(f"{run}/student")  # else the old student would pass for the result
 
