@@ -14,7 +14,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
-    RAY_prestart_worker_first_driver="false",  # Ray Train's processes have variables of their own and cannot use them
+    RAY_prestart_worker_first_driver="false",  # else each Ray starts processes before any is asked for
     AWS_EC2_METADATA_DISABLED="true",
     RAY_TMPDIR=tempfile.mkdtemp(prefix="u2pl-", dir="/tmp"),  # a running cluster of the developer is not found here
 )

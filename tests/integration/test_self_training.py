@@ -50,10 +50,15 @@ def test_a_killed_recipe_goes_on_where_it_was_and_keeps_its_options(
         now = _written(labels)
         return bool(now) and not now.items() & before.items()
 
+    other += ["--self_training.strong", "false"]
     with Job([*other, "--fresh"], env, tmp_path / "fresh.log") as job:
         wait_for("new labels", lambda: relabeled() or job.ended, 300)
         assert "is finished" not in job.said
-        assert not storage.list_files(f"{run}/student")  # else the old student would pass for the result
+        assert not storage.list_files(f"{run}/student")
+    with Job(other, env, tmp_path / "last.log") as job:
+        assert job.wait() == 0, job.said
+        assert f"{run}/student is finished" not in job.said  # the old student does not pass for the result
+    _check(run, shapes, {})
 
 
 def _check(run: str, shapes: str, first: dict[str, object]) -> None:

@@ -86,7 +86,7 @@ def test_a_trial_that_fails_stops_no_other_and_is_told(
     shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
 ) -> None:
     env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
-    flags = ["--methods", "suponly", "--scaling.workers", "1"]
+    flags = ["--methods", "suponly", "--scaling.workers", "2"]
     flags += ["--grid", "optim.lr=0.003,1e30"]  # a loss that is not finite at once
     with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
         assert job.wait(480) == 1, job.said

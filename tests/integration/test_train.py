@@ -131,7 +131,7 @@ class TestWorkers:
             data[1000 : len(data) // 2 : 500] = bytes(len(range(1000, len(data) // 2, 500)))
             shard.write_bytes(data)
         with pytest.raises(UserError, match=r"train-\d+\.parquet.*damaged"):
-            launch(configured(*flags, "--scaling.workers", "1", "--data", str(damaged), "--out", str(tmp_path / "b")))
+            launch(configured(*flags, "--data", str(damaged), "--out", str(tmp_path / "b")))
 
 
 def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
