@@ -38,7 +38,7 @@ READ_CPUS = 0.25
 """CPUs that a read task reserves: it mostly waits."""
 SEGMENT_ITEMS = 4
 """Items per Ray Data execution; two segments are held in the object store at a time. The first ones are smaller: the
-first batch waits for one item, and a short run reads little more than it uses."""
+first batch waits for one item, and a short run reads less ahead."""
 _PROBLEM = "problem"
 """The one column of a block whose rows could not be read."""
 
