@@ -23,7 +23,7 @@ from pipeline.training import loop
 from pipeline.training.hosts import PlainHost
 from pipeline.typed import build
 
-STEPS = 20
+STEPS = 14
 COMPARED = 7
 """Steps over which one and two workers are held against each other; rounding errors grow with each."""
 WARMUP = 2
