@@ -31,7 +31,7 @@ def prepare(argv: list[str]) -> None:
     from pipeline.datasets.pool_sources import POOL_SOURCES
     from pipeline.datasets.pool_writer import make_pool
     from pipeline.datasets.prepare import prepare as prepare_samples
-    from pipeline.datasets.shapes import prepare_shapes
+    from pipeline.datasets.shapes import LOOKS, prepare_shapes
 
     args = parse(argv, inspect.getdoc(prepare))
     if args.check:
@@ -42,9 +42,9 @@ def prepare(argv: list[str]) -> None:
         pool = make_pool(args.source, args.root, args.out, name=args.name or args.source, **flags)
         print(f"{args.out}: {pool.told}")
         return
-    if args.source == "shapes":
+    if args.source in LOOKS:
         shards.claim(storage.absolute(args.out), args.overwrite)
-        info = prepare_shapes(args.out, args.seed)
+        info = prepare_shapes(args.out, args.seed, args.source)
     else:
         samples, facts = read_raw(args)
         info = prepare_samples(

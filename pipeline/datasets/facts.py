@@ -1,5 +1,6 @@
 """What is known about datasets: classes, colours, way of scoring. A new dataset is one entry of `KNOWN`."""
 
+import colorsys
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,14 @@ def voc_palette(count: int) -> tuple[Color, ...]:
     return tuple(color(index) for index in range(count))
 
 
+def _tone(hue: int, tone: int) -> Color:
+    """One of four tones of one of six hues."""
+    red, green, blue = colorsys.hsv_to_rgb(hue / 6, 0.9 - 0.15 * tone, 0.55 + 0.15 * tone)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+_HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
+_TEXTURES = ("plain", "striped", "checked", "ringed")
 _VOC = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor"
@@ -87,6 +96,10 @@ KNOWN: dict[str, Facts] = {
     "shapes": Facts(
         classes=("background", "disk", "square", "triangle", "cross", "ring"),
         palette=((40, 40, 40), (230, 90, 80), (200, 210, 70), (90, 210, 110), (80, 130, 235), (205, 95, 220)),
+    ),
+    "lookalikes": Facts(
+        classes=("background", *(f"{hue} {texture}" for hue in _HUES for texture in _TEXTURES)),
+        palette=((40, 40, 40), *(_tone(hue, tone) for hue in range(6) for tone in range(4))),
     ),
     "voc": Facts(classes=tuple(_VOC.split()), palette=voc_palette(21)),
     "cityscapes": Facts(

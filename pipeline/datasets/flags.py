@@ -9,9 +9,10 @@ from pipeline.datasets.download import download_sbd, download_voc
 from pipeline.datasets.facts import Facts, find_facts, with_values
 from pipeline.datasets.pool_sources import POOL_SOURCES
 from pipeline.datasets.readers import LAYOUTS, RawSample, read_tree
+from pipeline.datasets.shapes import LOOKS
 from pipeline.errors import UserError
 
-SOURCES = ("shapes", *LAYOUTS, *POOL_SOURCES)
+SOURCES = (*LOOKS, *LAYOUTS, *POOL_SOURCES)
 POOL_FLAGS = ("copy", "append", "overwrite", "skip_bad", "workers")
 """Those that `make_pool` takes."""
 VOC_FLAGS = ("masks", "train_list", "val_list", "sbd")
@@ -57,7 +58,7 @@ def _parser(description: str | None) -> cli.Parser:
     add("--val_list", help="list of a voc tree with the images to score (default: val)")
     add("--sbd", metavar="DIR", help="tree of SBD whose masks join those of a voc tree: the augmented set")
     add("--download", action="store_true", help="fetch VOC 2012 to --root, and SBD to --sbd, first")
-    add("--seed", type=int, default=0, help="of row order, generated splits and shapes (default: 0)")
+    add("--seed", type=int, default=0, help="of row order, generated splits and images (default: 0)")
     add("--overwrite", action="store_true", help="replace what is finished")
     add("--skip_bad", action="store_true", help="leave bad samples out instead of stopping")
     add("--copy", action="store_true", help="keep the images in a pool; else it holds links to them")

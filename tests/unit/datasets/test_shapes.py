@@ -35,6 +35,20 @@ def test_every_class_is_common_and_has_its_hue():
         assert abs((angle - (kind - 1) / 5 + 0.5) % 1 - 0.5) < 0.03
 
 
+def test_lookalikes_share_hues_and_textures():
+    drawn = [shapes.render(0, index, "lookalikes") for index in range(300)]
+    hues, shades = np.zeros(24), np.zeros(24)
+    for kind in range(1, 25):
+        pixels = np.concatenate([image[mask == kind] for image, mask in drawn])
+        hue, _, value = np.moveaxis(np.asarray(Image.fromarray(pixels[None], "RGB").convert("HSV"))[0] / 255, -1, 0)
+        hues[kind - 1] = np.angle(np.exp(2j * np.pi * hue).mean()) / (2 * np.pi) % 1
+        shades[kind - 1] = value.mean()
+    places = np.repeat(np.arange(6), 4) / 6
+    assert (abs((hues - places + 0.5) % 1 - 0.5) < 0.04).all(), "four classes a hue"
+    plain, textured = shades.reshape(6, 4)[:, 0], shades.reshape(6, 4)[:, 1:]
+    assert (plain > textured.max(1)).all(), "textures have dark parts"
+
+
 def test_prepare_shapes(tmp_path):
     root = str(tmp_path / "demo")
     started = time.process_time()
