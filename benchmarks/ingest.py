@@ -38,18 +38,16 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
 from pipeline.batch import ViewSpec
-from pipeline.config import Config, DataConfig, OptimConfig
-from pipeline.datasets import shards
-from pipeline.datasets.facts import KNOWN
-from pipeline.datasets.format import open_dataset
+from pipeline.config.schema import Config, DataConfig, OptimConfig
 from pipeline.datasets.images import encode_png
-from pipeline.datasets.splits import load_split
-from pipeline.ingest.augment import Recipe, empty_views, fill
+from pipeline.datasets.prepared import shards
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
+from pipeline.datasets.specs import KNOWN
+from pipeline.ingest.augment import ViewRecipe, empty_views, fill
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.plan import LanePlan, select_groups
-from pipeline.ingest.randomness import generator
-from pipeline.ingest.readers import read_inline, read_ray
-from pipeline.ingest.sources import LabeledSet, Sample, UnlabeledStream
+from pipeline.ingest.order import LanePlan, generator, select_groups
+from pipeline.ingest.read import LabeledSet, Sample, UnlabeledStream, read_inline, read_ray
 from tests.processes import descendants
 from tests.s3 import S3Server
 
@@ -101,7 +99,7 @@ def make_images(folder: Path, count: int, roots: Sequence[str]) -> float:
     pieces = shards.cut({"train": [rows[place] for place in order], "val": val}, mean)
     for root in roots:
         parts = [shards.write_shard(root, slot, members) for slot, members in pieces]
-        shards.finish(root, parts, name="noise", facts=KNOWN["voc"])
+        shards.finish(root, parts, name="noise", spec=KNOWN["voc"])
     return mean
 
 
@@ -143,9 +141,9 @@ class Files(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return views.image[0], views.valid[0]
 
 
-def recipe() -> Recipe:
+def recipe() -> ViewRecipe:
     """Weak views alone: strong ones cost each way the same."""
-    return Recipe(CONFIG.data, CONFIG.seed, 0)
+    return ViewRecipe(CONFIG.data, CONFIG.seed, 0)
 
 
 def in_memory(root: str) -> list[list[Sample]]:

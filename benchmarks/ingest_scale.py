@@ -29,13 +29,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
 from pipeline.batch import ViewSpec
-from pipeline.config import Config, DataConfig, OptimConfig
-from pipeline.datasets.format import open_dataset
+from pipeline.config.schema import Config, DataConfig, OptimConfig
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.datasets.shapes import prepare_shapes
-from pipeline.datasets.splits import load_split
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.mixture import Mixture, open_source, share_lanes
-from pipeline.ingest.readers import read_ray
+from pipeline.ingest.order import Mixture, open_source, share_lanes
+from pipeline.ingest.read import read_ray
 from tests.pools import ROWS_PER_SHARD, link_parts, write_part, write_pool
 
 SHARDS = (10**3, 10**4, 10**5, 10**6)

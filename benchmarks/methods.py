@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
 from pipeline.batch import Batch, Views
-from pipeline.cli import resolve
-from pipeline.config import Config, merge, read_preset
+from pipeline.config.cli import resolve
+from pipeline.config.schema import Config, merge, read_preset
 from pipeline.methods import METHODS, OPTIONS, Step, build_method
 from pipeline.ops.world import World
 from pipeline.training.optim import build_optimizer

@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
-from pipeline import cli
-from pipeline.config import Config
+from pipeline.config import cli
+from pipeline.config.parse import convert
+from pipeline.config.schema import Config
 from pipeline.methods import OPTIONS
-from pipeline.methods.u2pl import U2PLOptions
+from pipeline.methods.u2pl.method import U2PLOptions
 from pipeline.models.network import build_model
-from pipeline.typed import convert
 
 CLASSES = 21
 WORLDS = (1, 8, 64, 512)

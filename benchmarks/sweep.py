@@ -20,12 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
-from pipeline import cli, cluster
-from pipeline.config import Config
+from pipeline.cluster.connect import connect
+from pipeline.config import cli
+from pipeline.config.schema import Config
 from pipeline.methods import OPTIONS
 from pipeline.sweep.run import sweep
 from pipeline.sweep.trials import make_trials
-from pipeline.training.launch import launch, placed
+from pipeline.training.launch import launch
+from pipeline.training.preflight import resolve_paths
 
 MARK = ".validate_storage_marker"
 """Written by Ray Train when it begins with a run."""
@@ -45,7 +47,7 @@ def timed(config: Config, *, tuned: bool) -> tuple[float, float]:
             assert not sweep(trials)
             out = trials[0].out
         else:
-            config = placed(config)
+            config = resolve_paths(config)
             launch(config)
             out = str(config.out)
     up = (Path(out) / MARK).stat().st_mtime
@@ -61,7 +63,7 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
         flags = ["--preset", "demo", "--method", "suponly", "--split", "1_16", "--optim.steps", str(arguments.steps)]
-        cluster.connect()
+        connect()
         took: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for index in range(-1, arguments.rounds):  # the first one warms up and does not count
             for tuned in (False, True):

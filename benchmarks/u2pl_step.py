@@ -30,12 +30,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
-from pipeline.config import ModelConfig
-from pipeline.methods.u2pl import U2PLOptions
+from pipeline.config.schema import ModelConfig
+from pipeline.methods.u2pl.bank import MemoryBank
+from pipeline.methods.u2pl.contrast import Draws, Pixels, Rule, candidates, contrastive_loss, positives
+from pipeline.methods.u2pl.method import U2PLOptions
 from pipeline.models import build_model
 from pipeline.ops import kernel
-from pipeline.ops.bank import MemoryBank
-from pipeline.ops.contrast import Draws, Pixels, Rule, candidates, contrastive_loss, positives
 from pipeline.ops.entropy import IGNORE, partition, reliable_labels, threshold
 from pipeline.ops.grid import make_grid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
@@ -128,7 +128,7 @@ def make_case(shape: Shape, *, channels_last: bool, queue: int, background: int)
 
 
 def ours(case: Case, groups: int) -> Step:
-    """The project's own functions, put together as `pipeline.methods.u2pl` does."""
+    """The project's own functions, put together as `pipeline.methods.u2pl.method` does."""
     options, world, shape = U2PLOptions(negative_groups=groups), World(), case.shape
     bank = MemoryBank(case.queues, DIM)
     for label, (start, size) in enumerate(zip(bank.offset.tolist(), case.queues, strict=True)):

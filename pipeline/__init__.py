@@ -13,24 +13,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
-    from pipeline.datasets.format import open_dataset
+    from pipeline.config.schema import Config
+    from pipeline.datasets.prepared.format import open_dataset
     from pipeline.errors import UserError
-    from pipeline.inference.restore import load_model
+    from pipeline.inference.load import load_model
     from pipeline.methods import METHODS, make_config
     from pipeline.training.launch import launch as train
 
 __version__ = "0.1.0"
-
 __all__ = ["METHODS", "Config", "UserError", "load_model", "make_config", "open_dataset", "train"]
-
 _HOMES = {
-    "Config": ("pipeline.config", "Config"),
+    "Config": ("pipeline.config.schema", "Config"),
     "METHODS": ("pipeline.methods", "METHODS"),
     "UserError": ("pipeline.errors", "UserError"),
-    "load_model": ("pipeline.inference.restore", "load_model"),
+    "load_model": ("pipeline.inference.load", "load_model"),
     "make_config": ("pipeline.methods", "make_config"),
-    "open_dataset": ("pipeline.datasets.format", "open_dataset"),
+    "open_dataset": ("pipeline.datasets.prepared.format", "open_dataset"),
     "train": ("pipeline.training.launch", "launch"),
 }
 """Module and name there, by public name."""

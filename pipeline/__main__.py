@@ -29,7 +29,8 @@ def run(name: str) -> NoReturn:
         print(f"{program}: Python {sys.version.split()[0]} ({sys.executable}) is too old; {_remedy()}", file=sys.stderr)
         sys.exit(2)
     try:
-        from pipeline import cli, commands
+        from pipeline import commands
+        from pipeline.config import cli
 
         cli.run(lambda argv: commands.call(name, argv))
     except ModuleNotFoundError as error:

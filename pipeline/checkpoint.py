@@ -17,7 +17,7 @@ import torch
 
 import pipeline
 from pipeline import storage
-from pipeline.config import Config, as_dict
+from pipeline.config.schema import Config, as_dict
 from pipeline.errors import UserError
 
 STATE_FILE = "state.pt"

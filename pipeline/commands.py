@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pipeline
-from pipeline import cli
-from pipeline.config import Config
+from pipeline.config import cli
+from pipeline.config.parse import suggest
+from pipeline.config.schema import Config
 from pipeline.errors import RunError, UserError
-from pipeline.typed import suggest
 
 REPORT_IMAGES = 5
 """Validation images in a report."""
@@ -26,11 +26,11 @@ def prepare(argv: list[str]) -> None:
     With --check s3://bucket/voc it looks through a finished dataset instead, and reports what it finds.
     """
     from pipeline import storage
-    from pipeline.datasets import shards
-    from pipeline.datasets.flags import POOL_FLAGS, parse, read_raw
-    from pipeline.datasets.pool_sources import POOL_SOURCES
-    from pipeline.datasets.pool_writer import make_pool
-    from pipeline.datasets.prepare import prepare as prepare_samples
+    from pipeline.datasets.pools.sources import POOL_SOURCES
+    from pipeline.datasets.pools.writer import make_pool
+    from pipeline.datasets.prepared import shards
+    from pipeline.datasets.prepared.prepare import prepare as prepare_samples
+    from pipeline.datasets.raw.flags import POOL_FLAGS, parse, read_raw
     from pipeline.datasets.shapes import LOOKS, prepare_shapes
 
     args = parse(argv, inspect.getdoc(prepare))
@@ -43,15 +43,15 @@ def prepare(argv: list[str]) -> None:
         print(f"{args.out}: {pool.told}")
         return
     if args.source in LOOKS:
-        shards.claim(storage.absolute(args.out), args.overwrite)
+        shards.clear(storage.absolute(args.out), args.overwrite)
         info = prepare_shapes(args.out, args.seed, args.source)
     else:
-        samples, facts = read_raw(args)
+        samples, spec = read_raw(args)
         info = prepare_samples(
             samples,
             args.out,
             name=args.name or args.source,
-            facts=facts,
+            spec=spec,
             seed=args.seed,
             release=(args.splits, args.protocol) if args.splits else None,
             **{key: vars(args)[key] for key in ("overwrite", "skip_bad", "workers")},
@@ -63,8 +63,8 @@ def _check(uri: str, page: str) -> None:
     """Prints what is in a dataset, writes it as a page with pictures, and fails if something is broken."""
     from pipeline import storage
     from pipeline.datasets.check import check
-    from pipeline.datasets.format import open_dataset
-    from pipeline.report.check import as_page, as_text
+    from pipeline.datasets.prepared.format import open_dataset
+    from pipeline.report.dataset_page import as_page, as_text
 
     found = check(open_dataset(uri))
     print(as_text(found))
@@ -101,7 +101,7 @@ def self_training(argv: list[str]) -> None:
         parser.add_argument("--fresh", action="store_true", help="delete what earlier stages left and start anew")
 
     config, args = _config(argv, self_training, flags)
-    from pipeline.training.self_training import self_train
+    from pipeline.training.recipe import self_train
 
     self_train(config, fresh=args.fresh)
 
@@ -121,9 +121,9 @@ def sweep(argv: list[str]) -> None:
         add("--node", nargs=3, metavar=("COUNT", "WORKERS", "PRICE"), default=["1", "1", "0"], help="for --plan")
 
     config, args = _config(argv, sweep, flags)
-    from pipeline.inference.comparison import write_report
     from pipeline.report import results
     from pipeline.report.html import text_table
+    from pipeline.report.page import write_report
     from pipeline.sweep.run import sweep as run_trials
     from pipeline.sweep.trials import TRIALS, make_trials, parse_grid
 
@@ -157,10 +157,10 @@ def search(argv: list[str]) -> None:
         add("--at_once", type=int, default=0, help="trials at a time (default: as many as fit the nodes that are up)")
 
     config, args = _config(argv, search, flags)
-    from pipeline.sweep.follow import table
     from pipeline.sweep.search import parse_space
     from pipeline.sweep.search import prepare as prepare_search
     from pipeline.sweep.search import search as run_search
+    from pipeline.sweep.table import table
 
     if args.samples < 1 or args.at_once < 0:
         raise UserError("--samples: at least 1; --at_once: not below 0")
@@ -182,8 +182,8 @@ def evaluate(argv: list[str]) -> None:
     args = parser.parse(argv)
     import torch
 
-    from pipeline.inference.restore import score
-    from pipeline.report.tables import class_table
+    from pipeline.inference.evaluate import class_table
+    from pipeline.inference.load import score
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset, scores = score(args.checkpoint, args.data, device)
@@ -202,9 +202,9 @@ def report(argv: list[str]) -> None:
     help_text = f"validation images to show; 0: none (default: {REPORT_IMAGES})"
     parser.add_argument("--images", type=int, default=REPORT_IMAGES, help=help_text)
     args = parser.parse(argv)
-    from pipeline.inference.comparison import write_report
     from pipeline.report import results
     from pipeline.report.html import text_table
+    from pipeline.report.page import write_report
 
     for each in write_report(args.runs, args.out, args.images):
         print(results.headline(each), *each.notes(), *map(text_table, results.tables(each)), sep="\n\n", end="\n\n")
@@ -217,8 +217,8 @@ def submit(argv: list[str]) -> None:
     After -- stands a command of u2pl, a script of the checkout such as jobs/train.py, or any program. The exit code is
     its own.
     """
-    from pipeline.submit import LOCAL
-    from pipeline.submit import submit as send
+    from pipeline.cluster.submit import LOCAL
+    from pipeline.cluster.submit import submit as send
 
     own, command = argv, []
     if "--" in argv:

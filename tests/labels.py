@@ -2,11 +2,11 @@
 
 import pyarrow as pa
 
-from pipeline.datasets import pseudo
-from pipeline.datasets.format import open_dataset, read_group
-from pipeline.datasets.pseudo import LABEL_SCHEMA, LabelsInfo
-from pipeline.datasets.splits import load_split
-from pipeline.ingest.plan import select_groups
+from pipeline.datasets.prepared import pseudo
+from pipeline.datasets.prepared.format import open_dataset, read_group
+from pipeline.datasets.prepared.pseudo import LABEL_SCHEMA, LabelsInfo
+from pipeline.datasets.prepared.splits import load_split
+from pipeline.ingest.order import select_groups
 
 
 def write_truth(root: str, split: str, out: str) -> str:

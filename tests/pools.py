@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.datasets.format import WRITE_OPTIONS
-from pipeline.datasets.pools import BYTES_SCHEMA, POOL_FILE, Generation, PoolInfo
-from pipeline.ingest.plan import Group
+from pipeline.datasets.pools.format import BYTES_SCHEMA, POOL_FILE, Generation, PoolInfo
+from pipeline.datasets.prepared.format import WRITE_OPTIONS
+from pipeline.ingest.order import Group
 
 GROUP_ROWS, GROUPS_PER_SHARD = 64, 8
 ROWS_PER_SHARD = GROUP_ROWS * GROUPS_PER_SHARD

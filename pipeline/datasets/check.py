@@ -17,9 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline import storage
-from pipeline.datasets.decode import DecodeError, decode_image, decode_mask
-from pipeline.datasets.format import SUBSETS, Dataset, read_group
-from pipeline.datasets.splits import Split, list_splits, read_split, sample_roles
+from pipeline.datasets.images import DecodeError, decode_image, decode_mask
+from pipeline.datasets.prepared.format import SUBSETS, Dataset, read_group
+from pipeline.datasets.prepared.splits import Split, list_splits, read_split, sample_roles
 from pipeline.errors import UserError
 
 THREADS = 4
@@ -30,13 +30,12 @@ NAMED = 5
 """So many samples of a kind are named, the others counted."""
 SIDE = 320
 """Pixels of a picture's longer side, at most."""
-
 Positions = NDArray[np.int64]
 """Rows of the index."""
 
 
 @dataclass(frozen=True, eq=False)
-class SubsetFacts:
+class SubsetReport:
     """What is in train or in val."""
 
     name: str
@@ -54,7 +53,7 @@ class SubsetFacts:
 
 
 @dataclass(frozen=True)
-class SplitFacts:
+class SplitReport:
     """What is in one split."""
 
     protocol: str
@@ -89,8 +88,8 @@ class Report:
     """What `check` found."""
 
     dataset: Dataset
-    subsets: list[SubsetFacts]
-    splits: list[SplitFacts]
+    subsets: list[SubsetReport]
+    splits: list[SplitReport]
     problems: list[str]
     """What is wrong: prepare the dataset again."""
     oddities: list[str]
@@ -226,7 +225,7 @@ def _names(dataset: Dataset, rows: Positions) -> str:
 
 def _check_splits(
     dataset: Dataset, shows: NDArray[np.bool_], copies: Sequence[Positions]
-) -> tuple[list[SplitFacts], list[str]]:
+) -> tuple[list[SplitReport], list[str]]:
     """The facts of each readable split, and what is wrong with the others."""
     roles = sample_roles(dataset.index)
     splits: dict[tuple[str, str], Split] = {}
@@ -251,10 +250,10 @@ def _check_splits(
 
 def _split(
     protocol: str, split: Split, larger: Split | None, twins: Mapping[str, set[str]], absent: tuple[str, ...]
-) -> SplitFacts:
+) -> SplitReport:
     labeled, unlabeled = set(split.labeled), set(split.unlabeled)
     away = unlabeled - labeled
-    return SplitFacts(
+    return SplitReport(
         protocol,
         split.name,
         labeled=len(labeled),
@@ -266,10 +265,10 @@ def _split(
     )
 
 
-def _subset(dataset: Dataset, name: str, pixels: NDArray[np.int64], shows: NDArray[np.bool_]) -> SubsetFacts:
+def _subset(dataset: Dataset, name: str, pixels: NDArray[np.int64], shows: NDArray[np.bool_]) -> SubsetReport:
     table = dataset.subset(name)
     sizes = Counter(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
-    return SubsetFacts(
+    return SubsetReport(
         name,
         images=len(table),
         masked=int(np.count_nonzero(table["mask_bytes"].to_numpy())),

@@ -1,138 +1,165 @@
-"""Checks of single image and mask files; they come from outside, so nothing is taken for granted."""
+"""Encoded bytes to pixels, with Pillow: it raises on damaged files where other decoders end the process.
 
+The header is read first: it tells the size, and with that how much of the image is needed and at which resolution.
+"""
+
+import contextlib
 import io
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets.decode import DecodeError, decode_image, open_image
-from pipeline.datasets.format import IGNORE_INDEX
-from pipeline.errors import UserError
-
-_INVALID = -1
-_MAT_MAGIC = b"MATLAB 5.0"
+MAX_PIXELS = 64_000_000
+"""Larger images are refused before their pixels are decoded."""
+FORMATS = ("JPEG", "PNG")
 
 
-class BadSampleError(ValueError):
-    """A file that cannot become part of a dataset; the message says why."""
+# Pillow's own limit is higher and only warns; `catch_warnings` would change the filters of all threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def check_image(data: bytes) -> tuple[int, int]:
-    """Decodes an image once to see that training can.
+class DecodeError(ValueError):
+    """The bytes are no image that can be used; the message says why."""
 
-    Args:
-        data: content of a JPEG or PNG file.
+
+def decode_image(data: bytes | memoryview) -> np.ndarray:
+    """A JPEG or PNG as RGB.
 
     Returns:
-        Height and width in pixels, as stored (an EXIF rotation is not applied, as masks do not have it).
+        uint8 [H,W,3].
 
     Raises:
-        BadSampleError: unreadable, too large, or of more than 8 bits a channel.
+        DecodeError: damaged, too large, of more than 8 bits a channel, or another format.
     """
-    try:
-        height, width, _ = decode_image(data).shape
-    except DecodeError as error:
-        raise BadSampleError(f"unreadable image ({error})") from error
-    return height, width
+    return decode_rgb(read_header(data))
 
 
-def canonical_mask(
-    data: bytes,
-    size: tuple[int, int],
-    lookup: NDArray[np.int16],
-    colors: Mapping[int, int] | None = None,
-) -> bytes:
-    """Checks a mask and stores it in the one form that everything downstream reads.
-
-    Args:
-        data: content of a PNG file with 8 bits a pixel, grey or palette (palette indices are the values), or of
-            one of SBD's `.mat` files.
-        size: height and width of its image.
-        lookup: [256], see `class_lookup`.
-        colors: class id (or 255) by 0xRRGGBB; if there are any, a PNG file is a colour picture, and its
-            colours are the values.
+def decode_mask(data: bytes | memoryview) -> np.ndarray:
+    """A single-channel PNG as class ids; a palette is never applied.
 
     Returns:
-        A PNG file of mode L: class ids and 255.
+        uint8 [H,W].
 
     Raises:
-        BadSampleError: unreadable, another size, other bit depth or channels, or a value that is no class.
-        UserError: a `.mat` file, but scipy is not installed.
+        DecodeError: damaged, too large, or not of mode L or P.
     """
-    if data.startswith(_MAT_MAGIC):
-        ids = _from_values(_mat_values(data), lookup)
-    elif colors:
-        ids = _from_colors(_open_mask(data), colors)
-    else:
-        ids = _from_values(_png_values(data), lookup)
-    if ids.shape != size:
-        raise BadSampleError(f"mask is {ids.shape[1]}x{ids.shape[0]}, its image {size[1]}x{size[0]}")
-    return encode_png(ids)
+    image = open_image(data, ("PNG",))
+    if image.mode not in ("L", "P"):
+        raise DecodeError(f"mask of mode {image.mode}, expected L or P")
+    return np.asarray(image)
 
 
-def _png_values(data: bytes) -> NDArray[np.uint8]:
-    image = _open_mask(data)
-    if image.mode not in ("P", "L"):
-        raise BadSampleError(f"mask mode {image.mode}: expected one channel of 8-bit class ids (grey or palette PNG)")
-    return np.asarray(image)  # of mode P these are the palette indices; convert("L") would give grey values
+def open_image(data: bytes | memoryview, formats: tuple[str, ...]) -> Image.Image:
+    """Decodes whole, within limits.
+
+    Raises:
+        DecodeError: damaged, too large, or not of `formats`.
+    """
+    image = read_header(data, formats)
+    with _translated():
+        image.load()
+    return image
 
 
-def _mat_values(data: bytes) -> NDArray[np.uint8]:
-    """The class ids in a file of SBD: field Segmentation of the struct GTcls."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise UserError("masks of SBD need scipy on every node: pip install scipy") from error
-    try:
-        values = loadmat(io.BytesIO(data), variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0]
-    except Exception as error:  # scipy raises almost anything on damaged files
-        raise BadSampleError(f"unreadable mask ({str(error) or type(error).__name__})") from error
-    if values.dtype != np.uint8 or values.ndim != 2:
-        raise BadSampleError(f"mask of {values.dtype} with {values.ndim} dimensions, expected uint8 with 2")
-    return values
+def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Opens an image: its size and mode are known, its pixels not yet decoded.
+
+    Raises:
+        DecodeError: empty, too large, or not of `formats`.
+    """
+    if not data:
+        raise DecodeError("no bytes: it was left out by prepare, or its file has vanished")
+    with _translated(formats):
+        image = Image.open(io.BytesIO(data), formats=formats)
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+    return image
 
 
-def _from_values(raw: NDArray[np.uint8], lookup: NDArray[np.int16]) -> NDArray[np.uint8]:
-    counts = np.bincount(raw.ravel(), minlength=256)
-    wrong = np.flatnonzero((counts > 0) & (lookup == _INVALID))
-    if wrong.size:
-        raise BadSampleError(
-            f"mask holds {wrong[0]} at {counts[wrong[0]]} pixels, which is no class id and not {IGNORE_INDEX}"
-        )
-    return lookup.astype(np.uint8)[raw]
-
-
-def _from_colors(image: Image.Image, colors: Mapping[int, int]) -> NDArray[np.uint8]:
-    if image.mode not in ("P", "L", "RGB", "RGBA"):
-        raise BadSampleError(f"mask mode {image.mode}: expected 8 bits a channel")
-    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")).astype(np.int32), -1, 0)
-    packed = red << 16 | green << 8 | blue
-    known = np.array(sorted(colors))
-    place = np.searchsorted(known, packed).clip(max=len(known) - 1)
-    wrong = packed[known[place] != packed]
-    if wrong.size:
-        count = np.count_nonzero(wrong == wrong[0])
-        raise BadSampleError(f"mask holds #{wrong[0]:06x} at {count} pixels, which --values does not name")
-    return np.array([colors[int(key)] for key in known], np.uint8)[place]
-
-
-def class_lookup(classes: int, label_ids: Mapping[int, int] | None = None) -> NDArray[np.int16]:
-    """The class id of each byte a mask may hold.
+def reduce(image: Image.Image, factor: int) -> int:
+    """Has a JPEG decoded at 1/factor of its size, which takes a fraction of the time.
 
     Args:
-        classes: number of classes.
-        label_ids: class id by raw value, where masks hold something else than class ids.
+        image: from `read_header`, not decoded yet.
+        factor: 1, 2, 4 or 8.
 
     Returns:
-        [256]: a class id, 255, or -1 where the value is not allowed.
+        The factor that decoding will use: 1 for other formats. Pixel j of the smaller image covers the pixels
+        j * factor to (j + 1) * factor - 1; the last one may cover fewer.
     """
-    lookup = np.full(256, _INVALID, np.int16)
-    lookup[IGNORE_INDEX] = IGNORE_INDEX
-    for value, index in (label_ids or {index: index for index in range(classes)}).items():
-        lookup[value] = index
-    return lookup
+    width, height = image.size
+    wanted = (-(-width // factor), -(-height // factor))
+    if factor > 1:
+        image.draft(None, (max(1, width // factor), max(1, height // factor)))  # type: ignore[arg-type]
+    return factor if image.size == wanted else 1
+
+
+def decode_rgb(image: Image.Image, part: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """The pixels of an opened image.
+
+    Args:
+        image: from `read_header`.
+        part: top, left, height, width of what is wanted; None: everything.
+
+    Returns:
+        uint8 [height,width,3], writable.
+
+    Raises:
+        DecodeError: damaged, or of more than 8 bits a channel.
+    """
+    with _translated():
+        image = _rgb(image)
+        if part and part != (0, 0, image.height, image.width):
+            top, left, height, width = part
+            image = image.crop((left, top, left + width, top + height))
+        return np.array(image)  # a copy: torch wants writable memory
+
+
+def decode_reduced(
+    image: Image.Image, part: tuple[int, int, int, int], factor: int, size: tuple[int, int]
+) -> np.ndarray:
+    """A part of an image for which `reduce` gave `factor`, resized.
+
+    Args:
+        image: from `read_header`.
+        part: top, left, height, width in pixels of the stored image; between those of the smaller one, so that Pillow
+            resizes, which takes fractions.
+        factor: from `reduce`.
+        size: height and width of the result; antialiased bilinear.
+
+    Returns:
+        uint8 [*size,3], writable.
+
+    Raises:
+        DecodeError: as `decode_rgb`.
+    """
+    top, left, height, width = part
+    box = (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
+    with _translated():
+        return np.array(_rgb(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        raise DecodeError(f"mode {image.mode}, expected 8 bits a channel")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _translated(formats: tuple[str, ...] = FORMATS) -> Iterator[None]:
+    """Pillow raises almost anything on damaged files, even SyntaxError: all of it is a `DecodeError`."""
+    try:
+        yield
+    except Image.UnidentifiedImageError as error:
+        raise DecodeError("not a " + " or ".join(formats)) from error
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(str(error) or type(error).__name__) from error
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
@@ -140,10 +167,3 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _open_mask(data: bytes) -> Image.Image:
-    try:
-        return open_image(data, ("PNG",))
-    except DecodeError as error:
-        raise BadSampleError(f"unreadable mask ({error})") from error

@@ -18,10 +18,10 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.datasets import shards
-from pipeline.datasets.facts import KNOWN
-from pipeline.datasets.format import INFO_FILE, DatasetInfo, open_dataset
 from pipeline.datasets.images import encode_png
+from pipeline.datasets.prepared import shards
+from pipeline.datasets.prepared.format import INFO_FILE, DatasetInfo, open_dataset
+from pipeline.datasets.specs import KNOWN
 
 SIZE = 64
 TRAIN, VAL = 400, 150
@@ -29,7 +29,6 @@ HUE_SPREAD = 0.25
 """Deviation of a class's hue, in distances between neighbouring hues."""
 NOISE_STD = 10.0
 """Grey levels."""
-
 Grid = NDArray[np.float64]
 
 
@@ -146,7 +145,7 @@ def prepare_shapes(out: str, seed: int = 0, name: str = "shapes") -> DatasetInfo
     subsets = {"train": rows[:TRAIN], "val": rows[TRAIN:]}
     pieces = shards.cut(subsets, sum(len(row.image) for row in rows) / len(rows))
     parts = [shards.write_shard(root, slot, members) for slot, members in pieces]
-    return shards.finish(root, parts, name=name, facts=KNOWN[name], seed=seed)
+    return shards.finish(root, parts, name=name, spec=KNOWN[name], seed=seed)
 
 
 def _row(seed: int, index: int, name: str) -> shards.Row:

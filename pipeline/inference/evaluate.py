@@ -1,35 +1,117 @@
-"""The score of a network on a dataset's validation set, in the training loop or on its own.
-
-Batches never cross a row group, so they are the same for any number of ranks, and so is every number.
-"""
+"""Scores of a whole set from one confusion matrix: every pixel counts once, whatever image it is in."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.config import EvalConfig
-from pipeline.datasets.decode import DecodeError, decode_image, decode_mask
-from pipeline.datasets.format import Dataset, read_group
+from pipeline.config.schema import EvalConfig
+from pipeline.datasets.images import DecodeError, decode_image, decode_mask
+from pipeline.datasets.prepared.format import Dataset, read_group
 from pipeline.errors import UserError
-from pipeline.inference.metrics import ConfusionMatrix
 from pipeline.inference.predict import sliding, whole
+
+# ---- scores of a set --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a confusion matrix says, all in 0..1."""
+
+    miou: float
+    """Mean of the IoU of the classes; 0 if nothing was scored."""
+    iou: tuple[float | None, ...]
+    """Intersection over union by class; None for an absent class."""
+    pixel_accuracy: float
+    """Share of right pixels; 0 if nothing was scored."""
+
+
+class ConfusionMatrix:
+    """Counts pixels by (target, prediction).
+
+    Args:
+        num_classes: C.
+        ignore_index: target value of pixels that are not scored.
+        device: where the counts are kept; that of the predictions.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        """int64 [C,C]: row = target, column = prediction."""
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Adds pixels.
+
+        Args:
+            pred: uint8 or int64 [...], 0..C-1.
+            target: uint8 or int64 of the same shape, 0..C-1 or the ignore index.
+
+        Raises:
+            ValueError: a target is neither a class nor the ignore index.
+        """
+        cells = target.long() * self.num_classes + pred.long() + 1
+        cells = cells.masked_fill(target == self.ignore_index, 0)  # cell 0 gathers what is not scored
+        counts = torch.bincount(cells.flatten(), minlength=self.num_classes**2 + 1)
+        if len(counts) > self.num_classes**2 + 1:
+            raise ValueError(f"a target is neither one of {self.num_classes} classes nor {self.ignore_index}")
+        self.matrix += counts[1:].view_as(self.matrix)
+
+    def all_reduce(self) -> None:
+        """Adds up the counts of all ranks, on all ranks; nothing happens in a single process."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.matrix)
+
+    @property
+    def intersection(self) -> Tensor:
+        """Right pixels by class, int64 [C]."""
+        return self.matrix.diagonal()
+
+    @property
+    def union(self) -> Tensor:
+        """Pixels by class that are or were said to be of it, int64 [C]."""
+        return self.matrix.sum(0) + self.matrix.sum(1) - self.intersection
+
+    def scores(self, absent: Literal["skip", "zero"] = "skip") -> Scores:
+        """The scores so far.
+
+        Args:
+            absent: what a class counts that no target and no prediction names. skip: it is left out of the mean
+                and its IoU is None. zero: 0, as in the U2PL release. A class that is predicted but never the
+                target counts 0 either way.
+        """
+        pairs = zip(self.intersection.tolist(), self.union.tolist(), strict=True)
+        empty = None if absent == "skip" else 0.0
+        iou = tuple(right / total if total else empty for right, total in pairs)
+        present = [value for value in iou if value is not None]
+        pixels = int(self.matrix.sum())
+        return Scores(
+            miou=sum(present) / max(len(present), 1),
+            iou=iou,
+            pixel_accuracy=int(self.intersection.sum()) / max(pixels, 1),
+        )
+
+
+# ---- scoring a network ------------------------------------------------------------------------------------------
+
 
 MAX_IMAGES = 8
 """Images in a batch."""
 MAX_PIXELS = 1 << 21
 """Pixels in a batch of more than one image: one of Cityscapes, eight of VOC."""
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Sample(NamedTuple):
+class ValSample(NamedTuple):
     """A validation image."""
 
     id: str
@@ -39,7 +121,7 @@ class Sample(NamedTuple):
     """uint8 [H,W]: class ids or the ignore index."""
 
 
-class Group(NamedTuple):
+class ValGroup(NamedTuple):
     """Where a row group is."""
 
     shard: str
@@ -88,15 +170,15 @@ def scorer(predictor: nn.Module, dataset: Dataset, config: EvalConfig) -> Callab
     return partial(sliding, predictor, window=config.window) if mode == "sliding" else partial(whole, predictor)
 
 
-def val_groups(dataset: Dataset) -> list[Group]:
+def val_groups(dataset: Dataset) -> list[ValGroup]:
     """The row groups that hold validation images, in stored order."""
     rows: dict[tuple[str, int], list[int]] = {}
     for entry in dataset.subset("val").select(["shard", "row_group", "row"]).to_pylist():
         rows.setdefault((entry["shard"], entry["row_group"]), []).append(entry["row"])
-    return [Group(shard, group, tuple(sorted(members))) for (shard, group), members in rows.items()]
+    return [ValGroup(shard, group, tuple(sorted(members))) for (shard, group), members in rows.items()]
 
 
-def read_samples(dataset: Dataset, group: Group) -> list[Sample]:
+def read_samples(dataset: Dataset, group: ValGroup) -> list[ValSample]:
     """Reads and decodes the validation images of a row group.
 
     Raises:
@@ -106,25 +188,25 @@ def read_samples(dataset: Dataset, group: Group) -> list[Sample]:
     return [_sample(dataset.root, row) for row in table.take(list(group.rows)).to_pylist()]
 
 
-def _sample(root: str, row: dict[str, str | bytes | None]) -> Sample:
+def _sample(root: str, row: dict[str, str | bytes | None]) -> ValSample:
     name, image, mask = row["id"], row["image"], row["mask"]
     assert isinstance(name, str)
     assert isinstance(image, bytes)
     if not isinstance(mask, bytes):
         raise UserError(f"{root}: validation image {name} has no mask; prepare the dataset again")
     try:
-        return Sample(name, decode_image(image), decode_mask(mask))
+        return ValSample(name, decode_image(image), decode_mask(mask))
     except DecodeError as error:
         raise UserError(f"{root}: validation image {name}: {error}; prepare the dataset again") from error
 
 
-def batches(samples: Iterable[Sample]) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(samples: Iterable[ValSample]) -> Iterator[tuple[Tensor, Tensor]]:
     """Joins neighbours of one size.
 
     Yields:
         uint8 images [B,3,H,W] and uint8 masks [B,H,W], at most `MAX_IMAGES` and `MAX_PIXELS` (or one image).
     """
-    batch: list[Sample] = []
+    batch: list[ValSample] = []
     for sample in samples:
         other_size = batch and batch[0].mask.shape != sample.mask.shape
         if other_size or len(batch) == MAX_IMAGES or (len(batch) + 1) * sample.mask.size > MAX_PIXELS:
@@ -134,7 +216,7 @@ def batches(samples: Iterable[Sample]) -> Iterator[tuple[Tensor, Tensor]]:
     yield from _stacked(batch)
 
 
-def _stacked(batch: list[Sample]) -> Iterator[tuple[Tensor, Tensor]]:
+def _stacked(batch: list[ValSample]) -> Iterator[tuple[Tensor, Tensor]]:
     if batch:
         image = torch.from_numpy(np.stack([sample.image for sample in batch]))
         yield image.permute(0, 3, 1, 2), torch.from_numpy(np.stack([sample.mask for sample in batch]))
@@ -163,3 +245,46 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+# ---- scores as text ---------------------------------------------------------------------------------------------
+
+
+ABSENT = "-"
+
+
+def class_table(
+    classes: Sequence[str], last: Sequence[float | None], best: Sequence[float | None] | None = None
+) -> str:
+    """IoU by class in percent, one class a line, and below it their mean.
+
+    Args:
+        classes: names by class id.
+        last: IoU 0..1 by class of the last evaluation; None: the class was absent, and the mean leaves it out.
+        best: the same of the best evaluation; None: no such column.
+
+    Returns:
+        Aligned lines without a last newline.
+    """
+    columns = {"last": last} if best is None else {"last": last, "best": best}
+    width = max(map(len, [*classes, "class"]))
+    head = _line("class", list(columns), width)
+    rows = [
+        _line(name, [_percent(values[index]) for values in columns.values()], width)
+        for index, name in enumerate(classes)
+    ]
+    mean = _line("mIoU", [_percent(_mean(values)) for values in columns.values()], width)
+    return "\n".join([head, "-" * len(head), *rows, "-" * len(head), mean])
+
+
+def _line(name: str, cells: Sequence[str], width: int) -> str:
+    return name.ljust(width) + "".join(cell.rjust(8) for cell in cells)
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else f"{100 * value:.2f}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None

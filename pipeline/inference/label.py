@@ -10,19 +10,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline import checkpoint, cluster, storage
-from pipeline.datasets import pseudo, tasks
-from pipeline.datasets.decode import DecodeError, decode_image
-from pipeline.datasets.format import IGNORE_INDEX, SCHEMA_VERSION, Dataset, open_dataset
-from pipeline.datasets.images import encode_png
-from pipeline.datasets.pseudo import LABEL_SCHEMA, LabelsInfo
-from pipeline.datasets.splits import Split
+from pipeline import checkpoint, storage
+from pipeline.cluster import nodes, tasks
+from pipeline.cluster.connect import connect
+from pipeline.datasets.images import DecodeError, decode_image, encode_png
+from pipeline.datasets.prepared import pseudo
+from pipeline.datasets.prepared.format import IGNORE_INDEX, SCHEMA_VERSION, Dataset, open_dataset
+from pipeline.datasets.prepared.pseudo import LABEL_SCHEMA, LabelsInfo
+from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import scorer
+from pipeline.inference.load import autocast, restore
 from pipeline.inference.predict import averaged
-from pipeline.inference.restore import autocast, restore
-from pipeline.ingest.plan import Group, select_groups
-from pipeline.ingest.readers import read_rows
+from pipeline.ingest.order import Group, select_groups
+from pipeline.ingest.read import read_rows
 from pipeline.ops.entropy import entropy
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
@@ -30,7 +31,7 @@ SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Labeling:
     """What makes the labels."""
 
     root: str
@@ -58,7 +59,7 @@ class ShardJob(NamedTuple):
     """Its row groups, with the images to label alone."""
 
 
-def label_pool(recipe: Recipe, split: Split, out: str) -> LabelsInfo:
+def label_pool(recipe: Labeling, split: Split, out: str) -> LabelsInfo:
     """Labels the unlabeled images of a split; nothing is done if they are labeled already.
 
     Interrupted, it goes on with the shards that are missing.
@@ -81,8 +82,8 @@ def label_pool(recipe: Recipe, split: Split, out: str) -> LabelsInfo:
     jobs: dict[str, ShardJob] = {}
     for group in select_groups(dataset, split.unlabeled):
         jobs.setdefault(group.shard, ShardJob(out, digest, [])).groups.append(group)
-    cluster.connect()
-    gpus = 1 if any(machine.gpus for machine in cluster.machines()) else 0
+    connect()
+    gpus = 1 if any(machine.gpus for machine in nodes.machines()) else 0
     todo = [(recipe, job) for job in jobs.values()]
     for _ in tasks.run(_label, todo, len(todo), "label: %d of %d shards", gpus=gpus):
         pass
@@ -93,14 +94,14 @@ def label_pool(recipe: Recipe, split: Split, out: str) -> LabelsInfo:
     return info
 
 
-def _label(task: tuple[Recipe, ShardJob]) -> None:
+def _label(task: tuple[Labeling, ShardJob]) -> None:
     """In a Ray worker."""
     recipe, job = task
     _labeler(recipe).label(job)
 
 
 @lru_cache(maxsize=1)
-def _labeler(recipe: Recipe) -> "Labeler":
+def _labeler(recipe: Labeling) -> "Labeler":
     """The network, loaded once in a worker that is used again."""
     torch.set_num_threads(1)
     return Labeler(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -109,7 +110,7 @@ def _labeler(recipe: Recipe) -> "Labeler":
 class Labeler:
     """A network that labels shards. Knows nothing of Ray."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Labeling, device: torch.device) -> None:
         """Loads the network.
 
         Raises:

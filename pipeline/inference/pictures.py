@@ -1,19 +1,167 @@
-"""What trained networks see: input, truth, predictions, entropy, and which pixels U2PL would rely on."""
+"""Pictures of what trained networks see: input, truth, predictions, entropy, and which pixels U2PL would rely on."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from pipeline.config import EvalConfig
-from pipeline.datasets.format import Dataset, open_dataset
+from pipeline.config.schema import EvalConfig
+from pipeline.datasets.prepared.format import Dataset, open_dataset
 from pipeline.errors import UserError
-from pipeline.inference.evaluate import Sample, read_samples, val_groups
+from pipeline.inference.evaluate import ValSample, read_samples, val_groups
+from pipeline.inference.load import restore
 from pipeline.inference.predict import whole
-from pipeline.inference.restore import restore
 from pipeline.ops.entropy import entropy
-from pipeline.report.panels import RELIABILITY_LEGEND, colour_mask, heat, panel, reliability
+
+Colour = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+RELIABLE: Colour = (128, 205, 138)
+UNRELIABLE: Colour = (186, 30, 50)  # much darker, so that the two differ without hue as well
+IGNORED: Colour = (150, 150, 150)
+RELIABILITY_LEGEND = (("reliable", RELIABLE), ("unreliable", UNRELIABLE), ("ignored", IGNORED))
+"""What the colours of `reliability` mean, for the legend of `panel`."""
+MIN_SIDE = 192
+"""Smaller images are enlarged by whole factors until their longer side has this many pixels."""
+MAX_SIDE = 512
+"""Larger images are shrunk to that."""
+GAP = 8
+MARGIN = 16
+FONT_SIZE = 15
+LINE = 28
+SWATCH = 14
+_BACKGROUND: Colour = (255, 255, 255)
+_INK: Colour = (40, 44, 52)
+_HEAT = np.array([[13, 8, 61], [84, 15, 109], [187, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=np.float32)
+"""Dark blue over red to pale yellow: brightness grows with the value, so it reads in grey too."""
+
+
+def colour_mask(mask: np.ndarray, palette: Sequence[Colour]) -> np.ndarray:
+    """Class ids as colours.
+
+    Args:
+        mask: uint8 or int64 [H,W]; what the palette has no colour for (ignored) becomes grey.
+        palette: RGB by class id.
+
+    Returns:
+        uint8 [H,W,3].
+    """
+    table = np.full((len(palette) + 1, 3), IGNORED, dtype=np.uint8)
+    table[:-1] = np.asarray(palette, dtype=np.uint8).reshape(-1, 3)
+    return table[np.minimum(mask.astype(np.int64), len(palette))]
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Numbers as colours, dark (0) to bright (1).
+
+    Args:
+        values: float [H,W], 0..1; what lies outside is clipped.
+
+    Returns:
+        uint8 [H,W,3].
+    """
+    stops = np.linspace(0, 1, len(_HEAT))
+    flat = np.clip(np.nan_to_num(values, nan=0.0), 0, 1)
+    channels = [np.interp(flat, stops, _HEAT[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def reliability(entropy: np.ndarray, threshold: float, ignored: np.ndarray | None = None) -> np.ndarray:
+    """U2PL's partition: green where the entropy is below the threshold, red elsewhere, grey where ignored.
+
+    Args:
+        entropy: float [H,W].
+        threshold: in the unit of `entropy`.
+        ignored: bool [H,W], or None for nowhere.
+
+    Returns:
+        uint8 [H,W,3].
+    """
+    reliable, unreliable, grey = np.array([RELIABLE, UNRELIABLE, IGNORED], dtype=np.uint8)
+    colours = np.where((entropy < threshold)[..., None], reliable, unreliable)
+    return colours if ignored is None else np.where(ignored[..., None], grey, colours)
+
+
+def panel(
+    rows: Sequence[Mapping[str, np.ndarray]],
+    titles: Sequence[str],
+    legend: Sequence[tuple[str, Colour]] = (),
+) -> Image.Image:
+    """Draws a grid of pictures with titled columns and a legend below.
+
+    Args:
+        rows: one mapping an image, from column title to uint8 [H,W,3]; a column that a row lacks stays empty there.
+        titles: the columns, left to right.
+        legend: names and their colours, wrapped to the width of the grid.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    pictures = [{title: _fitted(row[title]) for title in titles if title in row} for row in rows]
+    cell = max([p.width for row in pictures for p in row.values()] + [_length(t, font) for t in titles])
+    heights = [max((p.height for p in row.values()), default=0) for row in pictures]
+    lefts = [MARGIN + index * (cell + GAP) for index in range(len(titles))]
+    width = lefts[-1] + cell + MARGIN
+    lines = _wrapped(legend, width - 2 * MARGIN, font)
+    foot = MARGIN + LINE + sum(heights) + GAP * len(heights)
+    canvas = Image.new("RGB", (width, foot + LINE * len(lines) + MARGIN - GAP), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for title, left in zip(titles, lefts, strict=True):
+        draw.text((left + cell / 2, MARGIN + LINE / 2 - GAP / 2), title, _INK, font, anchor="mm")
+        top = MARGIN + LINE
+        for row, height in zip(pictures, heights, strict=True):
+            if title in row:
+                canvas.paste(row[title], (left + (cell - row[title].width) // 2, top))
+            top += height + GAP
+    _draw_legend(draw, lines, foot, font)
+    return canvas
+
+
+def _fitted(picture: np.ndarray) -> Image.Image:
+    """A picture of a size to look at; enlarged pixels stay squares, as the network got them."""
+    image = Image.fromarray(picture)
+    longest = max(image.size)
+    if longest > MAX_SIDE:
+        return image.resize(
+            (image.width * MAX_SIDE // longest, image.height * MAX_SIDE // longest), Image.Resampling.BOX
+        )
+    factor = -(-MIN_SIDE // longest)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _length(text: str, font: Font) -> int:
+    return int(np.ceil(font.getlength(text)))
+
+
+def _entry_width(name: str, font: Font) -> int:
+    """Swatch, name and the space after it."""
+    return SWATCH + GAP + _length(name, font) + 2 * GAP
+
+
+def _wrapped(legend: Sequence[tuple[str, Colour]], width: int, font: Font) -> list[list[tuple[str, Colour]]]:
+    """The entries in lines of at most `width` pixels (or one entry)."""
+    lines: list[list[tuple[str, Colour]]] = []
+    room = 0
+    for name, colour in legend:
+        if not lines or _entry_width(name, font) - 2 * GAP > room:
+            lines.append([])
+            room = width
+        lines[-1].append((name, colour))
+        room -= _entry_width(name, font)
+    return lines
+
+
+def _draw_legend(
+    draw: ImageDraw.ImageDraw, lines: Sequence[Sequence[tuple[str, Colour]]], top: int, font: Font
+) -> None:
+    for line in lines:
+        left, middle = MARGIN, top + LINE // 2
+        for name, colour in line:
+            box = (left, middle - SWATCH // 2, left + SWATCH, middle + SWATCH // 2)
+            draw.rounded_rectangle(box, radius=3, fill=colour, outline=_INK)
+            draw.text((left + SWATCH + GAP, middle), name, _INK, font, anchor="lm")
+            left += _entry_width(name, font)
+        top += LINE
+
 
 UNRELIABLE_SHARE = 0.2
 """Share of the shown pixels that counts as unreliable: alpha_0 of U2PL."""
@@ -70,13 +218,13 @@ def draw(networks: Mapping[str, nn.Module], dataset: Dataset, config: EvalConfig
     return np.asarray(panel(rows, list(rows[0]), legend))
 
 
-def _spread(dataset: Dataset, count: int) -> Sequence[Sample]:
+def _spread(dataset: Dataset, count: int) -> Sequence[ValSample]:
     groups = val_groups(dataset)
     chosen = np.linspace(0, len(groups) - 1, min(count, len(groups))).astype(int)
     return [read_samples(dataset, groups[i])[0] for i in chosen]
 
 
 @torch.no_grad()
-def _logits(network: nn.Module, sample: Sample, config: EvalConfig) -> Tensor:
+def _logits(network: nn.Module, sample: ValSample, config: EvalConfig) -> Tensor:
     image = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1).unsqueeze(0)
     return whole(network, image, config.scale).float()

@@ -1,6 +1,6 @@
-"""One encoded sample to its views: decoding, the weak view, the strong ones.
+"""One sample to its training views: window, decoding, crop, resize, flip, and strong views in other colours.
 
-A pure function of the sample and the recipe, so it gives the same pixels in any thread, process or machine.
+A pure function of bytes, id, epoch and seed: neither the number of workers nor the place where it runs changes a view.
 """
 
 import time
@@ -10,22 +10,172 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from pipeline.batch import Views
-from pipeline.config import DataConfig
-from pipeline.datasets.decode import DecodeError, decode_mask, decode_reduced, decode_rgb, read_header, reduce
-from pipeline.ingest import views as geometry
-from pipeline.ingest.photometric import fill_strong
-from pipeline.ingest.randomness import generator
-from pipeline.ingest.sources import Sample
+from pipeline.config.schema import DataConfig
+from pipeline.datasets.images import DecodeError, decode_mask, decode_reduced, decode_rgb, read_header, reduce
+from pipeline.datasets.prepared.format import IGNORE_INDEX as IGNORE
+from pipeline.ingest.order import generator
+from pipeline.ingest.read import Sample
+
+MEAN_COLOUR = np.array([124, 116, 104], np.uint8)
+"""Padding: ImageNet's mean, so it is about 0 after normalisation."""
+
+
+# ---- where a view lies ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which part of the source fills which part of the view."""
+
+    source: tuple[int, int, int, int]
+    """top, left, height, width in the source, pixels."""
+    target: tuple[int, int, int, int]
+    """top, left, height, width in the view, pixels; the rest is padding."""
+    flip: bool
+
+
+def draw_window(height: int, width: int, config: DataConfig, rng: np.random.Generator) -> Window:
+    """A random window: the scale is uniform, and so is the place of the crop (or of a smaller image in it)."""
+    scale = rng.uniform(*config.scale)
+    top, left, flip = rng.random(), rng.random(), config.flip and rng.random() < 0.5
+    axes = [_axis(*axis, scale) for axis in ((height, config.crop[0], top), (width, config.crop[1], left))]
+    (s_top, s_h, t_top, t_h), (s_left, s_w, t_left, t_w) = axes
+    return Window((s_top, s_left, s_h, s_w), (t_top, t_left, t_h, t_w), bool(flip))
+
+
+def _axis(size: int, crop: int, place: float, scale: float) -> tuple[int, int, int, int]:
+    """Start and length in the source and in the view, along one axis."""
+    scaled = max(1, round(size * scale))
+    if scaled <= crop:
+        return 0, size, int(place * (crop - scaled + 1)), scaled
+    length = min(size, max(1, round(crop / scale)))
+    return int(place * (size - length + 1)), length, 0, crop
+
+
+def reduction(window: Window) -> int:
+    """How many times smaller (1, 2, 4 or 8) the source may be decoded and still have the view's resolution."""
+    (_, _, height, width), (_, _, t_height, t_width) = window.source, window.target
+    return next((n for n in (8, 4, 2) if height >= n * t_height and width >= n * t_width), 1)
+
+
+def cut_image(part: np.ndarray, window: Window, out: np.ndarray) -> None:
+    """Fills `out` with the window of the image: antialiased bilinear, padding in the mean colour.
+
+    Args:
+        part: uint8 [h,w,3], the pixels of `window.source` alone, or these resized already.
+        window: from `draw_window`.
+        out: uint8 [3,crop_h,crop_w], overwritten.
+    """
+    pixels = torch.from_numpy(part).permute(2, 0, 1)
+    size = window.target[2:]
+    if pixels.shape[1:] != size:
+        resized = F.interpolate(pixels.unsqueeze(0), size, mode="bilinear", antialias=True, align_corners=False)
+        pixels = resized.squeeze(0)
+    rows, columns = shown(window, out.shape[2])
+    if size != out.shape[1:]:
+        out[:] = MEAN_COLOUR[:, None, None]
+    out[:, rows, columns] = pixels.numpy()[:, :, ::-1] if window.flip else pixels.numpy()
+
+
+def cut_mask(mask: np.ndarray, window: Window, out: np.ndarray) -> None:
+    """As `cut_image`, of the whole mask, by the nearest source pixel; padding is 255.
+
+    Args:
+        mask: uint8 [H,W].
+        window: from `draw_window`.
+        out: [crop_h,crop_w] of an integer type, overwritten.
+    """
+    top, left, height, width = window.source
+    t_h, t_w = window.target[2:]
+    rows = top + (np.arange(t_h) * 2 + 1) * height // (2 * t_h)
+    columns = left + (np.arange(t_w) * 2 + 1) * width // (2 * t_w)
+    if (t_h, t_w) != out.shape:
+        out[:] = IGNORE
+    labels = mask[rows[:, None], columns]
+    out[shown(window, out.shape[1])] = labels[:, ::-1] if window.flip else labels
+
+
+def shown(window: Window, width: int) -> tuple[slice, slice]:
+    """Rows and columns in which a view of `width` columns shows the image; the rest is padding."""
+    t_top, t_left, t_h, t_w = window.target
+    left = width - t_left - t_w if window.flip else t_left
+    return slice(t_top, t_top + t_h), slice(left, left + t_w)
+
+
+def mark_shown(window: Window, out: np.ndarray) -> None:
+    """Where the view shows the image: `out`, bool [crop_h,crop_w], is overwritten."""
+    out[:] = False
+    out[shown(window, out.shape[1])] = True
+
+
+JITTER = 0.8
+"""Probability of a change of brightness, contrast, saturation and hue."""
+SIGMA = (0.1, 2.0)
+"""Range of the blur's standard deviation, pixels."""
+
+
+# ---- strong views -----------------------------------------------------------------------------------------------
+
+
+def fill_strong(
+    image: np.ndarray, area: tuple[slice, slice], config: DataConfig, rng: np.random.Generator, out: np.ndarray
+) -> None:
+    """Makes one strong view; padding keeps its colour and takes no part (the contrast's mean, the blur).
+
+    Args:
+        image: uint8 [3,H,W], the weak view.
+        area: rows and columns of it that show the image.
+        config: how much it changes: `strength`, `hue`, `grey`, `blur`.
+        rng: decides everything.
+        out: uint8 [3,H,W], overwritten.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image[:, area[0], area[1]].transpose(1, 2, 0)))
+    out[:] = image
+    out[:, area[0], area[1]] = np.asarray(_changed(picture, config, rng)).transpose(2, 0, 1)
+
+
+def _changed(picture: Image.Image, config: DataConfig, rng: np.random.Generator) -> Image.Image:
+    jitter, grey, blur = rng.random(3) < (JITTER, config.grey, config.blur)
+    if jitter:
+        picture = _jittered(picture, config, rng)
+    if grey:
+        picture = picture.convert("L").convert("RGB")
+    if blur:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*SIGMA)))
+    return picture
+
+
+def _jittered(picture: Image.Image, config: DataConfig, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast, saturation and hue, changed in random order."""
+    from torchvision.transforms.v2 import functional as F  # slow to import, and few methods have strong views
+
+    brightness, contrast, saturation = rng.uniform(1 - config.strength, 1 + config.strength, 3)
+    turn = rng.uniform(-config.hue, config.hue)
+    changes = (
+        lambda seen: F.adjust_brightness(seen, brightness),
+        lambda seen: F.adjust_contrast(seen, contrast),
+        lambda seen: F.adjust_saturation(seen, saturation),
+        lambda seen: F.adjust_hue(seen, turn),
+    )
+    for number in rng.permutation(len(changes)):
+        picture = changes[number](picture)
+    return picture
+
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Gives memory for a tensor of a shape and type; its content is arbitrary."""
 
 
+# ---- one sample -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Recipe:
+class ViewRecipe:
     """What views depend on besides their sample."""
 
     data: DataConfig
@@ -44,7 +194,7 @@ class Outcome(NamedTuple):
     """Why it could not be used; empty if it could."""
 
 
-def empty_views(samples: Sequence[Sample], recipe: Recipe, allocate: Allocate) -> Views:
+def empty_views(samples: Sequence[Sample], recipe: ViewRecipe, allocate: Allocate) -> Views:
     """Room for the views of `samples`, of which all have a mask, all have a label, or all have neither."""
     count, (height, width) = len(samples), recipe.data.crop
     labeled = samples[0].mask is not None
@@ -65,13 +215,13 @@ def empty_views(samples: Sequence[Sample], recipe: Recipe, allocate: Allocate) -
     )
 
 
-def view_bytes(recipe: Recipe, *, classes: bool, strong: int = 0) -> int:
+def view_bytes(recipe: ViewRecipe, *, classes: bool, strong: int = 0) -> int:
     """Memory that one sample takes with or without a mask or pseudo-label, and with some strong views."""
     pixel = 3 + 1 + 8 * classes + 3 * strong
     return pixel * recipe.data.crop[0] * recipe.data.crop[1]
 
 
-def fill(sample: Sample, recipe: Recipe, views: Views, place: int) -> Outcome:
+def fill(sample: Sample, recipe: ViewRecipe, views: Views, place: int) -> Outcome:
     """Decodes one sample into row `place` of the views; a damaged one leaves views of which no pixel counts."""
     began = time.thread_time()
     image, valid = views.image[place].numpy(), views.valid[place].numpy()
@@ -80,8 +230,8 @@ def fill(sample: Sample, recipe: Recipe, views: Views, place: int) -> Outcome:
     problem = ""
     try:
         window = _fill_weak(sample, recipe, image, masks)
-        geometry.mark_shown(window, valid)
-        area = geometry.shown(window, recipe.data.crop[1])
+        mark_shown(window, valid)
+        area = shown(window, recipe.data.crop[1])
         for number, view in enumerate(strong):
             rng = generator(recipe.seed, sample.epoch, sample.id, "strong", number)
             fill_strong(image, area, recipe.data, rng, view)
@@ -89,28 +239,28 @@ def fill(sample: Sample, recipe: Recipe, views: Views, place: int) -> Outcome:
         problem = str(error)
         valid[:] = False
         for view in (image, *strong):
-            view[:] = geometry.MEAN_COLOUR[:, None, None]
+            view[:] = MEAN_COLOUR[:, None, None]
         for mask in masks:
-            mask[:] = geometry.IGNORE
+            mask[:] = IGNORE
     return Outcome(time.thread_time() - began, problem)
 
 
-def _fill_weak(sample: Sample, recipe: Recipe, image: np.ndarray, masks: Sequence[np.ndarray]) -> geometry.Window:
+def _fill_weak(sample: Sample, recipe: ViewRecipe, image: np.ndarray, masks: Sequence[np.ndarray]) -> Window:
     """The window is drawn for the stored size; then no more pixels are decoded than it needs."""
     picture = read_header(sample.image)
     width, height = picture.size
     rng = generator(recipe.seed, sample.epoch, sample.id, "unlabeled" if sample.mask is None else "labeled")
-    window = geometry.draw_window(height, width, recipe.data, rng)
-    factor = reduce(picture, geometry.reduction(window))
+    window = draw_window(height, width, recipe.data, rng)
+    factor = reduce(picture, reduction(window))
     if factor == 1:
         part = decode_rgb(picture, window.source)
     else:
         part = decode_reduced(picture, window.source, factor, window.target[2:])
-    geometry.cut_image(part, window, image)
+    cut_image(part, window, image)
     encoded = [each for each in (sample.mask, sample.label) if each is not None]
     for each, mask in zip(encoded, masks, strict=True):
         classes = decode_mask(each)
         if classes.shape != (height, width):
             raise DecodeError("image and mask have different sizes")
-        geometry.cut_mask(classes, window, mask)
+        cut_mask(classes, window, mask)
     return window

@@ -1,23 +1,63 @@
 """The paired batch: read and decoded a few steps ahead of the training loop."""
 
 import contextlib
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config
-from pipeline.datasets.format import Dataset
-from pipeline.datasets.splits import Split
-from pipeline.ingest.augment import Recipe, view_bytes
-from pipeline.ingest.buffers import Buffers
-from pipeline.ingest.decoders import ClusterDecoder, Decoded, Decoder, ThreadDecoder
-from pipeline.ingest.mixture import Mixture, Source, open_sources
-from pipeline.ingest.plan import owned_lanes
-from pipeline.ingest.readers import Reader
-from pipeline.ingest.sources import LabeledSet, Sample, UnlabeledStream
-from pipeline.ingest.stats import IngestStats
+from pipeline.config.schema import Config
+from pipeline.datasets.prepared.format import Dataset
+from pipeline.datasets.prepared.splits import Split
+from pipeline.errors import UserError
+from pipeline.ingest.augment import Outcome, ViewRecipe, view_bytes
+from pipeline.ingest.decode import Buffers, ClusterDecoder, Decoded, Decoder, ThreadDecoder
+from pipeline.ingest.order import Mixture, Source, open_sources, owned_lanes
+from pipeline.ingest.read import LabeledSet, Reader, Sample, UnlabeledStream
+
+log = logging.getLogger(__name__)
+MAX_SKIPPED_SHARE = 0.01
+"""A larger share of samples that cannot be decoded stops the run."""
+_TOLERATED = 10
+
+
+@dataclass
+class IngestStats:
+    """Sums since the start of this attempt; written by the training loop's thread alone."""
+
+    samples: int = 0
+    skipped: int = 0
+    """Samples of which no pixel counts, as their bytes are no image that can be used."""
+    encoded: int = 0
+    """Bytes of the samples, as stored."""
+    decoding: float = 0.0
+    """CPU seconds spent on decoding and views, wherever that was."""
+    retries: int = 0
+    """How often the storage had to be asked again (beside what its client does by itself)."""
+    stalled: float = 0.0
+    """Seconds that the training loop waited for batches."""
+
+    def count(self, sample: Sample, outcome: Outcome) -> None:
+        """Counts a sample; one that was skipped is named.
+
+        Raises:
+            UserError: too many are skipped.
+        """
+        self.samples += 1
+        self.encoded += sum(len(part) for part in (sample.image, sample.mask, sample.label) if part is not None)
+        self.decoding += outcome.seconds
+        if not outcome.problem:
+            return
+        self.skipped += 1
+        log.warning("sample %s is damaged and left out: %s", sample.id, outcome.problem)
+        if self.skipped > max(_TOLERATED, MAX_SKIPPED_SHARE * self.samples):
+            raise UserError(
+                f"{self.skipped} of {self.samples} samples are damaged, the last one {sample.id} ({outcome.problem})"
+            )
+
 
 PREFETCH_BYTES = 256 << 20
 """Memory of the views that are made ahead; at least one step is."""
@@ -25,7 +65,6 @@ PREFETCH_STEPS = 8
 """Steps that are made ahead at most."""
 CLOSE_SECONDS = 10.0
 """How long `close` waits for reading that is under way."""
-
 Side = tuple[Sequence[Sample], Callable[[], Decoded]]
 """Samples, and what waits for their views."""
 
@@ -65,7 +104,7 @@ class Loader:
         """
         self.stats = IngestStats()
         self._config, self._start = config, start
-        recipe = Recipe(config.data, config.seed, spec.strong)
+        recipe = ViewRecipe(config.data, config.seed, spec.strong)
         self._decoder = _decoder(config, recipe, threads, Buffers(pinned=pinned))
         self._labeled = LabeledSet(dataset, split.labeled, config.seed)
         self._labeled_lanes = owned_lanes(config.optim.batch_labeled, rank, world)
@@ -133,13 +172,13 @@ class Loader:
         return views
 
 
-def _decoder(config: Config, recipe: Recipe, threads: int, buffers: Buffers) -> Decoder:
+def _decoder(config: Config, recipe: ViewRecipe, threads: int, buffers: Buffers) -> Decoder:
     if config.run.decode == "cluster":
         return ClusterDecoder(recipe, buffers)
     return ThreadDecoder(recipe, threads, buffers)
 
 
-def _steps_ahead(config: Config, recipe: Recipe, spec: ViewSpec, world: int) -> int:
+def _steps_ahead(config: Config, recipe: ViewRecipe, spec: ViewSpec, world: int) -> int:
     """How many steps fit into the memory for views made ahead."""
     step = config.optim.batch_labeled * view_bytes(recipe, classes=True)
     if spec.unlabeled:

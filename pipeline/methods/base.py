@@ -10,23 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.models import Prediction, SegmentationModel, build_model
 from pipeline.models.norm import freeze_batchnorm
-from pipeline.models.parts import Taps, joined
+from pipeline.models.parts import FeatureMaps, joined
 from pipeline.ops.grid import make_grid, upsample
 from pipeline.ops.losses import cross_entropy, ohem_cross_entropy
 from pipeline.ops.schedules import steps_of
-from pipeline.ops.uniform import uniform
-from pipeline.ops.world import World
+from pipeline.ops.world import World, uniform
 
 BatchNorm = Literal["joint", "separate", "frozen"]
 """Which images share the statistics of batch norm in training: `joint`, labeled and unlabeled ones pass the network in
 one batch; `separate`, each group by itself; `frozen`, each group by itself, and the encoder keeps the statistics that
 came with its weights. Releases differ, and on small sets it moves scores by points (docs/methods.md)."""
-In = TypeVar("In", Tensor, Taps)
-Out = TypeVar("Out", Taps, Prediction)
+In = TypeVar("In", Tensor, FeatureMaps)
+Out = TypeVar("Out", FeatureMaps, Prediction)
 
 
 class Losses(NamedTuple):
@@ -67,7 +66,7 @@ class Step:
         return uniform(f"{self.seed}/{self.index}/{name}", shape, device)
 
 
-def _length(group: Tensor | Taps) -> int:
+def _length(group: Tensor | FeatureMaps) -> int:
     """Number of images."""
     return len(group) if isinstance(group, Tensor) else len(group.high)
 

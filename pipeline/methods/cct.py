@@ -1,26 +1,102 @@
 """CCT (Ouali et al., CVPR 2020): decoders that see perturbed features shall agree with the main one.
 
 L = L_s + w(t) / K sum_k MSE(aux_k(P_k(f_u)), sg main(f_u)). f_u is the encoder's last feature map of an unlabeled
-image, P_k one of seven perturbations. Code: yassouali/CCT; `docs/methods.md` says where we differ.
+image, P_k one of seven perturbations (section 3.3); their random numbers are given from outside, so that a step is a
+function of its seed. Code: yassouali/CCT; `docs/methods.md` says where we differ.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config, ModelConfig
+from pipeline.config.parse import convert, require_positive, require_share
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import UserError
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.models.parts import subpixel_decoder
-from pipeline.ops import perturbations
+from pipeline.ops import mixing
 from pipeline.ops.grid import shrink
-from pipeline.ops.masked import probability_mse
+from pipeline.ops.losses import probability_mse
+from pipeline.ops.mixing import Boxes, class_boxes, inside
 from pipeline.ops.schedules import sigmoid_ramp
-from pipeline.typed import convert, require_positive, require_share
+
+# ---- perturbations of a feature map [B,c,h,w] -------------------------------------------------------------------
+
+
+def scale_noise(features: Tensor, draws: Tensor, reach: float) -> Tensor:
+    """F-Noise: f (1 + n) with n uniform in -reach..reach, drawn from float [c,h,w] and shared by the batch."""
+    return features * (1.0 + reach * (2.0 * draws - 1.0))
+
+
+def drop_salient(features: Tensor, draws: Tensor, low: float, high: float) -> Tensor:
+    """F-Drop: keeps the cells whose channel mean is below a threshold, hiding the most active ones.
+
+    Args:
+        features: float [B,c,h,w].
+        draws: float [1], place of the threshold between `low` and `high` times the image's largest mean.
+        low: at least.
+        high: at most.
+    """
+    attention = features.mean(1, keepdim=True)
+    threshold = attention.amax((2, 3), keepdim=True) * (low + (high - low) * draws)
+    return features * (attention < threshold)
+
+
+def guided_cutout(label: Tensor, foreground: Tensor, draws: Tensor, share: float) -> Tensor:
+    """G-Cutout: which cells stay, bool [B,h,w], when a part of each foreground class's box is cut out.
+
+    The release cuts a part of the box of every connected contour, which needs the CPU. One box a class does without.
+
+    Args:
+        label: int64 [B,h,w], predicted classes.
+        foreground: bool [B,C], which classes are objects.
+        draws: float [B,C,2], place of the cut inside the box: top, left.
+        share: height and width of the cut, relative to the box.
+    """
+    boxes = class_boxes(label, foreground.shape[1])
+    height, width = (torch.floor(side * share).long() * foreground for side in (boxes.height, boxes.width))
+    top = boxes.top + torch.floor(draws[..., 0] * (boxes.height - height + 1)).long()
+    left = boxes.left + torch.floor(draws[..., 1] * (boxes.width - width + 1)).long()
+    return ~inside(Boxes(top, left, height, width), (label.shape[1], label.shape[2])).any(1)
+
+
+def adversarial(features: Tensor, head: Callable[[Tensor], Tensor], draws: Tensor, xi: float, epsilon: float) -> Tensor:
+    """I-VAT: the features, moved by `epsilon` in the direction that changes the head's softmax most.
+
+    One power step (Miyato et al., arXiv 1704.03976, eq. 13-15). The probe runs in float32 and its gradient is taken by
+    `torch.func.grad`, which leaves the parameters' gradients alone.
+
+    Args:
+        features: float [B,c,h,w].
+        head: features to logits [B,C,*,*], image by image.
+        draws: float [B,c,h,w], start of the direction.
+        xi: length of the probing step. The release's 1e-6 vanishes in float32: its direction comes out as 0.
+        epsilon: length of the move, per image over all channels and cells.
+    """
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        still = features.detach().float()
+        reference = head(still).softmax(1)
+
+        def distance(shift: Tensor) -> Tensor:
+            return F.kl_div(head(still + xi * shift).log_softmax(1), reference, reduction="sum")
+
+        direction = torch.func.grad(distance)(_unit(draws - 0.5))
+    return features + epsilon * _unit(direction)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Each image's [c,h,w] at length 1; 0 stays 0."""
+    norm = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return x / norm.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+# ---- the method -------------------------------------------------------------------------------------------------
+
 
 KINDS = ("dropout", "feature_noise", "feature_drop", "cutout", "context", "objects", "adversarial")
 """The perturbations; each has an option that counts its decoders."""
@@ -143,17 +219,17 @@ class CCT(Method):
         """P_k of the features [B,c,h,w] (paper section 3.3)."""
         options, (count, channels) = self.options, features.shape[:2]
         if kind == "dropout":
-            return perturbations.drop_channels(features, draw(count, channels), options.dropout_rate)
+            return mixing.drop_channels(features, draw(count, channels), options.dropout_rate)
         if kind == "feature_noise":
-            return perturbations.scale_noise(features, draw(*features.shape[1:], shared=True), options.noise)
+            return scale_noise(features, draw(*features.shape[1:], shared=True), options.noise)
         if kind == "feature_drop":
-            return perturbations.drop_salient(features, draw(1, shared=True), options.drop_low, options.drop_high)
+            return drop_salient(features, draw(1, shared=True), options.drop_low, options.drop_high)
         if kind == "adversarial":
             start = draw(*features.shape[1:], shared=True).expand_as(features)  # per image, all ranks' would be drawn
-            return perturbations.adversarial(features, head, start, options.xi, options.epsilon)
+            return adversarial(features, head, start, options.xi, options.epsilon)
         if kind == "cutout":
             places = draw(count, self.num_classes, 2)
-            return features * perturbations.guided_cutout(label, foreground, places, options.erase).unsqueeze(1)
+            return features * guided_cutout(label, foreground, places, options.erase).unsqueeze(1)
         objects = foreground.gather(1, label.flatten(1)).view_as(label).unsqueeze(1)
         return features * (objects if kind == "context" else ~objects)
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config
+from pipeline.config.parse import convert
+from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import mixing
-from pipeline.ops.boxes import box_masks
 from pipeline.ops.entropy import IGNORE
-from pipeline.ops.masked import masked_cross_entropy
-from pipeline.typed import convert
+from pipeline.ops.losses import masked_cross_entropy
+from pipeline.ops.mixing import box_masks
 
 BOXES = 3
 AREA = (0.25, 0.5)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config
+from pipeline.config.parse import convert, require_share
+from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import ema, mixing
-from pipeline.ops.boxes import box_masks
-from pipeline.ops.masked import confident_share, probability_mse
+from pipeline.ops.losses import confident_share, probability_mse
+from pipeline.ops.mixing import box_masks
 from pipeline.ops.schedules import ema_decay
-from pipeline.typed import convert, require_share
 
 AREA = (0.5, 0.5)
 """Share of the image that the box covers (release: mask_prop_range 0.5)."""

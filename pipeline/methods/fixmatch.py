@@ -9,14 +9,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config
+from pipeline.config.parse import convert, require_share
+from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import mixing
-from pipeline.ops.boxes import small_box_masks
 from pipeline.ops.entropy import IGNORE
-from pipeline.ops.masked import confident_labels, masked_cross_entropy
-from pipeline.typed import convert, require_share
+from pipeline.ops.losses import confident_labels, masked_cross_entropy
+from pipeline.ops.mixing import small_box_masks
 
 
 @dataclass(frozen=True, kw_only=True)

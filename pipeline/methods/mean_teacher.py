@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config
+from pipeline.config.parse import convert, require_share
+from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import ema
-from pipeline.ops.masked import probability_mse, squared_error
+from pipeline.ops.losses import probability_mse, squared_error
 from pipeline.ops.schedules import ema_decay, sigmoid_ramp
-from pipeline.typed import convert, require_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config
+from pipeline.config.parse import convert, require_positive, require_share
+from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
-from pipeline.models import SegmentationModel, Taps, upsample
-from pipeline.ops.boxes import cutout
-from pipeline.ops.fusion import calibrated_fusion
+from pipeline.models import FeatureMaps, SegmentationModel, upsample
 from pipeline.ops.grid import shrink
-from pipeline.ops.losses import cross_entropy
-from pipeline.ops.masked import soft_cross_entropy
+from pipeline.ops.losses import cross_entropy, soft_cross_entropy
+from pipeline.ops.mixing import cutout
 from pipeline.ops.world import World
-from pipeline.typed import convert, require_positive, require_share
+
+
+def calibrated_fusion(decoder: Tensor, attention: Tensor, temperature: float, world: World) -> Tensor:
+    """Soft pseudo-labels of two logit maps: brought to one scale, averaged, sharpened (paper eq. 3 and 4).
+
+    Both are divided by the root mean square of all their values, over the images of all ranks, as their scales differ
+    by nature; then q = (softmax z + softmax a) / 2 and q_c^(1/T) / sum.
+
+    Args:
+        decoder: float32 [B,C,h,w], logits z.
+        attention: float32 [B,C,h,w], logits a.
+        temperature: T, below 1 sharpens.
+        world: ranks that share the scale.
+
+    Returns:
+        float32 [B,C,h,w], detached, sums to 1.
+    """
+    both = torch.stack([decoder, attention]).detach()
+    square = world.sum(both.square().mean()) / world.size
+    fused = (both * torch.rsqrt(square + 1e-8)).softmax(2).mean(0)
+    return (fused.log() / temperature).softmax(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +100,7 @@ class PseudoSeg(Method):
         taps = self.passes(self.student.encode, labeled.image, strong)
         known, prediction = self.passes(self.student.decode, *taps)
         with torch.autocast(strong.device.type, enabled=False):
-            attention, classifier = self._labeled_losses(Taps(*(tap.float() for tap in taps[0])), labeled, step)
+            attention, classifier = self._labeled_losses(FeatureMaps(*(tap.float() for tap in taps[0])), labeled, step)
             grid = (target.shape[2], target.shape[3])
             consistency = soft_cross_entropy(prediction.logits, target, shrink(valid, grid), step.world)
         terms = {
@@ -98,7 +117,7 @@ class PseudoSeg(Method):
         taps = self.student.encode(unlabeled.image)
         logits = self.student.decode(taps).logits.float()
         with torch.autocast(logits.device.type, enabled=False):
-            taps = Taps(*(tap.float() for tap in taps))
+            taps = FeatureMaps(*(tap.float() for tap in taps))
             present = self.cam.scores(taps.high).sigmoid() >= self.options.present
             refined = self.cam(taps, present, unlabeled.valid)
         refined = upsample(refined, (logits.shape[2], logits.shape[3]))
@@ -112,7 +131,7 @@ class PseudoSeg(Method):
         blank = self.student.mean.round().to(image.dtype)  # about 0 after normalisation, as in padding
         return torch.where(hole.unsqueeze(1), blank, image), unlabeled.valid & ~hole
 
-    def _labeled_losses(self, taps: Taps, labeled: Views, step: Step) -> tuple[Tensor, Tensor]:
+    def _labeled_losses(self, taps: FeatureMaps, labeled: Views, step: Step) -> tuple[Tensor, Tensor]:
         """L_att: cross entropy of the maps of the classes that are there; L_cls: which ones are there."""
         truth = labeled.truth
         classes = torch.arange(self.num_classes, device=truth.device).view(1, -1, 1, 1)
@@ -133,8 +152,8 @@ class AttentiveCAM(nn.Module):
     K classes are objects: all C, or C-1 beside a background, whose map is what the others leave.
 
     Args:
-        mid: channels of `Taps.mid`.
-        high: channels of `Taps.high`.
+        mid: channels of `FeatureMaps.mid`.
+        high: channels of `FeatureMaps.high`.
         classes: C.
         dim: channels of queries and keys.
         background: its class, or None.
@@ -166,7 +185,7 @@ class AttentiveCAM(nn.Module):
         maps = maps * present[..., None, None]
         return maps / maps.amax((2, 3), keepdim=True).clamp_min(1e-5)
 
-    def forward(self, taps: Taps, present: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, taps: FeatureMaps, present: Tensor, valid: Tensor) -> Tensor:
         """Refined maps as logits [B,C,h,w]; the gradient goes to attention and merge alone (paper eq. 2).
 
         Args:

@@ -1,6 +1,6 @@
 """Naive self-training, the student: cross entropy over labeled images and pseudo-labeled ones alike.
 
-The last of three stages; `pipeline.training.self_training` runs them all. The first is SupOnly, whose network then
+The last of three stages; `pipeline.training.recipe` runs them all. The first is SupOnly, whose network then
 labels the pool once. With strong views this is ST of the ST++ authors (Yang et al., CVPR 2022; main.py, dataset/semi.py
 of its release); without, the plain recipe.
 """
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config import Config
+from pipeline.config.parse import convert, require_share
+from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.methods.fixmatch import kept_share
 from pipeline.models import SegmentationModel
-from pipeline.ops.boxes import small_box_masks
 from pipeline.ops.entropy import IGNORE
-from pipeline.typed import convert, require_share
+from pipeline.ops.mixing import small_box_masks
 
 
 @dataclass(frozen=True, kw_only=True)

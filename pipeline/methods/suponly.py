@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel
 

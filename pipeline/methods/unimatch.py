@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config
+from pipeline.config.parse import convert, require_share
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.methods.fixmatch import Pseudo, cutmixed, kept_share
-from pipeline.models import Prediction, SegmentationModel, Taps, upsample
+from pipeline.models import FeatureMaps, Prediction, SegmentationModel, upsample
 from pipeline.models.parts import joined
-from pipeline.ops.masked import confident_labels, masked_cross_entropy
-from pipeline.ops.perturbations import drop_channels
-from pipeline.typed import convert, require_share
+from pipeline.ops.losses import confident_labels, masked_cross_entropy
+from pipeline.ops.mixing import drop_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +88,12 @@ class UniMatch(Method):
         The encoder runs once. The decoder sees both versions in one batch, as in the release.
         """
         known, taps = self.passes(self.student.encode, labeled, unlabeled)
-        dropped = Taps(
+        dropped = FeatureMaps(
             *(
                 drop_channels(
                     tap, step.uniform_per_image(f"drop/{name}", tuple(tap.shape[:2]), tap.device), self.options.dropout
                 )
-                for name, tap in zip(Taps._fields, taps, strict=True)
+                for name, tap in zip(FeatureMaps._fields, taps, strict=True)
             )
         )
         prediction, both = self.passes(self.student.decode, known, joined([taps, dropped]))

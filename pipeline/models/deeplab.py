@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ModelConfig
-from pipeline.models.parts import Channels, Prediction, Taps, conv_bn_relu
+from pipeline.config.schema import ModelConfig
+from pipeline.models.parts import Channels, FeatureMaps, Prediction, conv_bn_relu
 from pipeline.ops.grid import upsample
 
 RATES = {8: (12, 24, 36), 16: (6, 12, 18)}
@@ -32,14 +32,14 @@ class SpatialPyramid(nn.Module):
 
 
 class DeepLabDecoder(nn.Module):
-    """`Taps` of a backbone to a `Prediction` at stride 4.
+    """`FeatureMaps` of a backbone to a `Prediction` at stride 4.
 
     Args:
         config: width, feature_dim, dropout and output stride.
         channels: of the encoder.
         num_classes: C.
         features: whether to add the representation head.
-        aux: whether to add the auxiliary head, at the resolution of `Taps.mid`.
+        aux: whether to add the auxiliary head, at the resolution of `FeatureMaps.mid`.
     """
 
     def __init__(self, config: ModelConfig, channels: Channels, num_classes: int, *, features: bool, aux: bool) -> None:
@@ -53,7 +53,7 @@ class DeepLabDecoder(nn.Module):
             conv_bn_relu(channels.mid, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1)
         ) if aux else None  # fmt: skip
 
-    def forward(self, taps: Taps) -> Prediction:
+    def forward(self, taps: FeatureMaps) -> Prediction:
         """Merges what is seen widely with what is seen sharply, and scores it."""
         low = self.low(taps.low)
         wide = upsample(self.pyramid(taps.high), (low.shape[2], low.shape[3]))

@@ -5,22 +5,21 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
-from pipeline.models.backbones import build_encoder
 from pipeline.models.deeplab import DeepLabDecoder
-from pipeline.models.parts import Channels, Prediction, Taps
+from pipeline.models.encoders import build_encoder
+from pipeline.models.parts import Channels, FeatureMaps, Prediction
 from pipeline.models.tiny import TINY_CHANNELS, TinyDecoder, TinyEncoder
 
 log = logging.getLogger(__name__)
-
 MEAN_COLOUR = (123.675, 116.28, 103.53)
 """ImageNet mean in RGB, 0..255: what a pixel that says nothing looks like."""
 COLOUR_STD = (58.395, 57.12, 57.375)
 
 
 class SegmentationModel(nn.Module):
-    """Normalisation, an encoder (Tensor -> Taps) and a decoder (Taps -> Prediction)."""
+    """Normalisation, an encoder (Tensor -> FeatureMaps) and a decoder (FeatureMaps -> Prediction)."""
 
     mean: Tensor
     std: Tensor
@@ -42,11 +41,11 @@ class SegmentationModel(nn.Module):
         """
         return self.decode(self.encode(image))
 
-    def encode(self, image: Tensor) -> Taps:
+    def encode(self, image: Tensor) -> FeatureMaps:
         """The encoder's feature maps of uint8 [B,3,H,W]; for methods that look at them or change them."""
         return self.encoder(self.normalise(image).contiguous(memory_format=torch.channels_last))
 
-    def decode(self, taps: Taps) -> Prediction:
+    def decode(self, taps: FeatureMaps) -> Prediction:
         """Scores what the encoder saw."""
         return self.decoder(taps)
 

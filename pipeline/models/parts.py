@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Taps(NamedTuple):
+class FeatureMaps(NamedTuple):
     """What an encoder hands to a decoder: float feature maps, finest first."""
 
     low: Tensor
@@ -17,13 +17,13 @@ class Taps(NamedTuple):
     high: Tensor
     """[B,c,h'',w''] at the output stride."""
 
-    def of(self, images: slice) -> "Taps":
+    def of(self, images: slice) -> "FeatureMaps":
         """The same for some of the images."""
-        return Taps(*(tensor[images] for tensor in self))
+        return FeatureMaps(*(tensor[images] for tensor in self))
 
 
 class Channels(NamedTuple):
-    """Channel counts of `Taps`."""
+    """Channel counts of `FeatureMaps`."""
 
     low: int
     mid: int
@@ -45,7 +45,7 @@ class Prediction(NamedTuple):
         return Prediction(*(None if tensor is None else tensor[images] for tensor in self))  # type: ignore[arg-type]
 
 
-Maps = TypeVar("Maps", Tensor, Taps, Prediction)
+Maps = TypeVar("Maps", Tensor, FeatureMaps, Prediction)
 
 
 def joined(parts: Sequence[Maps]) -> Maps:

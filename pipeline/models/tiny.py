@@ -6,7 +6,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.parts import Channels, Prediction, Taps, conv_bn_relu
+from pipeline.models.parts import Channels, FeatureMaps, Prediction, conv_bn_relu
 from pipeline.ops.grid import upsample
 
 TINY_CHANNELS = Channels(low=24, mid=48, high=96)
@@ -26,7 +26,7 @@ class ResidualBlock(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """[B,3,H,W] normalised image to `Taps` at strides 2, 4 and 8."""
+    """[B,3,H,W] normalised image to `FeatureMaps` at strides 2, 4 and 8."""
 
     def __init__(self, channels: Channels) -> None:
         super().__init__()
@@ -35,11 +35,11 @@ class TinyEncoder(nn.Module):
         self.mid = nn.Sequential(conv_bn_relu(low, mid, stride=2), ResidualBlock(mid), ResidualBlock(mid))
         self.high = nn.Sequential(conv_bn_relu(mid, high, stride=2), ResidualBlock(high, 2), ResidualBlock(high, 4))
 
-    def forward(self, x: Tensor) -> Taps:
+    def forward(self, x: Tensor) -> FeatureMaps:
         """Runs the three stages."""
         low = self.low(x)
         mid = self.mid(low)
-        return Taps(low, mid, self.high(mid))
+        return FeatureMaps(low, mid, self.high(mid))
 
 
 class TinyDecoder(nn.Module):
@@ -64,7 +64,7 @@ class TinyDecoder(nn.Module):
         self.representation = nn.Sequential(hidden, nn.Conv2d(low, feature_dim, 1)) if feature_dim else None
         self.auxiliary = nn.Conv2d(mid, num_classes, 1) if aux else None
 
-    def forward(self, taps: Taps) -> Prediction:
+    def forward(self, taps: FeatureMaps) -> Prediction:
         """Scores and features at the resolution of `taps.low`."""
         x = self.mid(_resized(self.high(taps.high), taps.mid) + taps.mid)
         x = self.low(_resized(x, taps.low) + taps.low)

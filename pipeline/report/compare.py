@@ -1,14 +1,15 @@
 """Runs side by side: which may be compared, means over seeds, gains, what is missing."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from pipeline.datasets.splits import FRACTIONS
-from pipeline.report.runs import Run
-from pipeline.report.variants import Key, differences, key, settings, usual
+from pipeline.config.schema import identity
+from pipeline.datasets.prepared.splits import FRACTIONS
+from pipeline.report.runs import Run, sections
 
 BASELINE = "suponly"
 """The method that gains are over."""
@@ -18,8 +19,6 @@ BUDGET = ("optim.steps", "optim.batch_labeled", "model.backbone", "model.weights
 """What a gain needs to have in common with its baseline, beside dataset, protocol and split."""
 NAMED = 4
 """So many runs or rows are named in a note, the others counted."""
-
-
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11)
 """0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom; more seeds take the last."""
 
@@ -49,7 +48,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class MethodRow:
     """The runs of one method with one set of options: all splits, all seeds."""
 
     label: str
@@ -75,7 +74,7 @@ class Row:
         """Their best evaluations."""
         return spread([run.progress.best.value for run in self.finished(split) if run.progress.best])
 
-    def distance(self, other: "Row") -> int:
+    def distance(self, other: "MethodRow") -> int:
         """In how many settings two rows differ, beside options of methods."""
         shared = [name for name in self.options if not name.startswith("methods.")]
         return sum(self.options[name] != other.options[name] for name in shared)
@@ -95,7 +94,7 @@ class Comparison:
     index: str | None
     """SHA-256 of the dataset's index."""
     classes: tuple[str, ...]
-    rows: Sequence[Row]
+    rows: Sequence[MethodRow]
     doubles: Sequence[str]
     """Runs that are left out, as another one has the same row, split and seed; by URI."""
 
@@ -118,7 +117,7 @@ class Comparison:
         shares = [a.labeled / (a.labeled + a.unlabeled) for a in counts if a.labeled and a.unlabeled is not None]
         return shares[0] if shares else 1 / FRACTIONS[split] if split in FRACTIONS else None
 
-    def gain(self, row: Row, split: str) -> Spread | None:
+    def gain(self, row: MethodRow, split: str) -> Spread | None:
         """Points of mIoU, last evaluation, over the baseline of the same split and budget, the nearest of several.
 
         Seed by seed, over the seeds that both have finished, as another seed is more than a small change; None without
@@ -132,7 +131,7 @@ class Comparison:
         both = base.keys() & own.keys()
         return spread([own[seed] - base[seed] for seed in both])
 
-    def shown(self) -> list[tuple[Row, Run]]:
+    def shown(self) -> list[tuple[MethodRow, Run]]:
         """Two finished runs to look at, of one split and seed if there are: the baseline and U2PL, or the best.
 
         Empty if no run is finished.
@@ -146,7 +145,7 @@ class Comparison:
                 return _of_one_seed([*([base] if base else []), usual[0]], split)
         return [(row, row.finished(split)[0]) for row in self.rows for split in self.splits if row.finished(split)][:1]
 
-    def missing(self) -> list[tuple[Row, str, list[Run], list[int]]]:
+    def missing(self) -> list[tuple[MethodRow, str, list[Run], list[int]]]:
         """By row and split with gaps: the unfinished runs, and the seeds that other runs have and it lacks."""
         seeds = sorted({run.config.seed for run in self.runs})
         gaps = []
@@ -179,18 +178,18 @@ class Comparison:
         return _differing(f"The list of split {split}", ((run.about.digest, run.uri) for run in runs))
 
 
-def _of_one_seed(rows: Sequence[Row], split: str) -> list[tuple[Row, Run]]:
+def _of_one_seed(rows: Sequence[MethodRow], split: str) -> list[tuple[MethodRow, Run]]:
     """A finished run of each row, of a seed that all have if there is one."""
     runs = [{run.config.seed: run for run in row.finished(split)} for row in rows]
     common = sorted(set[int].intersection(*map(set, runs)))
     return [(row, found[common[0] if common else min(found)]) for row, found in zip(rows, runs, strict=True)]
 
 
-def _by_seed(row: Row, split: str) -> dict[int, float]:
+def _by_seed(row: MethodRow, split: str) -> dict[int, float]:
     return {run.config.seed: run.progress.last.value for run in row.finished(split) if run.progress.last}
 
 
-def _mean(row: Row, split: str) -> float:
+def _mean(row: MethodRow, split: str) -> float:
     last = row.last(split)
     return last.mean if last else 0.0
 
@@ -237,7 +236,7 @@ def _distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     return [run for run in runs if run in best.values()], [run.uri for run in runs if run not in best.values()]
 
 
-def _rows(runs: Sequence[Run], options: Mapping[str, type]) -> list[Row]:
+def _rows(runs: Sequence[Run], options: Mapping[str, type]) -> list[MethodRow]:
     """One row for each method and set of options; those that differ least from the usual come first."""
     groups: dict[Key, list[Run]] = {}
     for run in runs:
@@ -247,5 +246,72 @@ def _rows(runs: Sequence[Run], options: Mapping[str, type]) -> list[Row]:
     for group in groups.values():
         method, differs = group[0].config.method, differences(group[0], common)
         label = f"{method} ({', '.join(differs)})" if differs else method
-        rows.append((list(options).index(method), len(differs), label, Row(label, method, settings(group[0]), group)))
+        row = MethodRow(label, method, settings(group[0]), group)
+        rows.append((list(options).index(method), len(differs), label, row))
     return [row for *_, row in sorted(rows, key=lambda each: each[:3])]
+
+
+# ---- what tells the runs of one method apart --------------------------------------------------------------------
+
+
+SHOWN_VALUE = 40
+"""Characters of a value in a row's name."""
+_PLACES = ("method", "split", "seed", "data.root", "data.protocol", "data.pseudo_labels", "data.pool_generations")
+"""Keys that tell no variants apart: what the table is over, and where things lie."""
+Key = tuple[str, ...]
+"""Equal for the runs of one variant."""
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What makes the result what it is, by dotted key; options of other methods do not count."""
+    values = identity(run.config)
+    methods = values.pop("methods")
+    own = {name: methods[name] for name in sections(run.config.method, methods)}
+    return {
+        key: value
+        for key, value in _flat({**values, **{f"methods.{k}": v for k, v in own.items()}})
+        if key not in _PLACES
+    }
+
+
+def key(run: Run) -> Key:
+    """Method and settings."""
+    return (run.config.method, *map(repr, settings(run).items()))
+
+
+def usual(runs: Sequence[Run], options: Mapping[str, type]) -> dict[str, Any]:
+    """The value of each setting that goes without saying: a method's default if a run has it, else the commonest."""
+    found: dict[str, Counter[str]] = {}
+    values: dict[str, Any] = {}
+    for run in runs:
+        for name, value in settings(run).items():
+            values[repr(value)] = value
+            found.setdefault(name, Counter())[repr(value)] += 1
+    common = {name: values[counts.most_common(1)[0][0]] for name, counts in found.items()}
+    defaults = dict(_flat({f"methods.{method}": asdict(kind()) for method, kind in options.items()}))
+    return {
+        name: defaults[name] if repr(defaults.get(name)) in found[name] else value for name, value in common.items()
+    }
+
+
+def differences(run: Run, common: Mapping[str, Any]) -> list[str]:
+    """Its settings that are not the usual ones, such as `loss=binary` or `optim.steps=1800`."""
+    own = f"methods.{run.config.method}."
+    return [
+        f"{name.removeprefix(own).removeprefix('methods.')}={_shown(value)}"
+        for name, value in settings(run).items()
+        if value != common[name]
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."

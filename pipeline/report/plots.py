@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from pipeline.report.compare import Comparison, Row
+from pipeline.report.compare import Comparison, MethodRow
 from pipeline.report.runs import Run
 from pipeline.report.svg import Axis, Point, Series, dot_chart, line_chart, round_ticks
 
@@ -96,7 +96,7 @@ def internals(comparison: Comparison, split: str, name: str) -> list[str]:
     return [chart for chart in drawn if chart]
 
 
-def _series(rows: Sequence[Row], split: str, curve: Callable[[Run], Sequence[Point]]) -> list[Series]:
+def _series(rows: Sequence[MethodRow], split: str, curve: Callable[[Run], Sequence[Point]]) -> list[Series]:
     """One for each row, empty where it has nothing, so that a row looks the same in all charts."""
     series = []
     for row in rows:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.datasets.facts import KNOWN
-from pipeline.report.compare import Comparison, Row
+from pipeline.datasets.specs import KNOWN
+from pipeline.report.compare import Comparison, MethodRow
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Published:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.method} ({options})" if options else self.method
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: MethodRow) -> bool:
         """Whether a row of ours is of the same method and ablation."""
         wanted = {**ABLATED, **self.options}
         return row.method == self.method and all(
@@ -53,7 +53,6 @@ _SPLITS = ("1_16", "1_8", "1_4", "1_2", "full")
 _RELEASE = "README of the U2PL release"
 _ABLATION = "U2PL paper, Tables 4 and A2"
 _UNIMATCH = "README of the UniMatch release"
-
 _VOC = (
     "Published by the U2PL authors: ResNet-101 with a stem of three 3x3 convolutions, 80 epochs, the best one on val, "
     "scored on a 513 centre crop whose padding counts as background. Ours: torchvision's stem, last and best apart, "

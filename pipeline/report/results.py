@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.report.compare import Comparison, Row, Spread
+from pipeline.report.compare import Comparison, MethodRow, Spread
 from pipeline.report.html import Table
 from pipeline.report.published import Protocol, published
 from pipeline.report.runs import UNKNOWN, Run
@@ -122,7 +122,7 @@ def classes(comparison: Comparison, split: str) -> Table:
     return Table(f"IoU by class in %, split {split}, last evaluation", ("class", *columns), rows, shades=shades)
 
 
-def _class_means(row: Row, split: str) -> list[float | None]:
+def _class_means(row: MethodRow, split: str) -> list[float | None]:
     found = [run.progress.last.iou for run in row.finished(split) if run.progress.last]
     by_class = [[value for value in line if value is not None] for line in zip(*found, strict=False)]
     return [100 * sum(line) / len(line) if line else None for line in by_class]
@@ -185,7 +185,7 @@ def as_csv(comparisons: Sequence[Comparison]) -> str:
     return out.getvalue()
 
 
-def _line(comparison: Comparison, row: Row, split: str) -> dict[str, object]:
+def _line(comparison: Comparison, row: MethodRow, split: str) -> dict[str, object]:
     runs, gain = row.of(split), comparison.gain(row, split)
     line: dict[str, object] = {"split": split, "method": row.label, "source": "runs", "seeds": len(row.finished(split))}
     for name, spread in (("last", row.last(split)), ("best", row.best(split))):

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from pipeline import checkpoint, cli, storage
+from pipeline import checkpoint, storage
 from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Progress, Score
-from pipeline.config import Config, read_file
-from pipeline.datasets.format import Dataset, open_dataset
-from pipeline.datasets.splits import load_split
+from pipeline.config import cli
+from pipeline.config.schema import Config, read_file
+from pipeline.datasets.prepared.format import Dataset, open_dataset
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 
 UNKNOWN = "not recorded"

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods import METHODS
-from pipeline.sweep.follow import Row, look, table
+from pipeline.sweep.table import TrialRow, look, table
 from pipeline.sweep.trials import Trial
 from pipeline.training.scaling import allowed_counts
 
@@ -72,7 +72,7 @@ def plan(trials: Sequence[Trial], step_seconds: Mapping[str, float], node: Node)
     rows, hours, missing = [("trial", "workers", "steps left", "s/step", "evaluations", "hours")], 0.0, set[str]()
     for trial in trials:
         method = trial.config.method
-        row = measured.get(_work(trial), Row(trial))
+        row = measured.get(_work(trial), TrialRow(trial))
         known = images_per_step(trial.config) / row.images_per_second if row.images_per_second else 0.0
         given = step_seconds.get(method, step_seconds.get("", 0.0))
         seconds = given or known
@@ -125,11 +125,11 @@ def images_per_step(config: Config) -> int:
     return config.optim.batch_labeled + unlabeled
 
 
-def _measured(trials: Sequence[Trial]) -> dict[tuple[Any, ...], Row]:
+def _measured(trials: Sequence[Trial]) -> dict[tuple[Any, ...], TrialRow]:
     """By kind of work, what a trial that has begun tells of its steps and evaluations."""
     found = {}
     for trial in trials:
-        row = Row(trial)
+        row = TrialRow(trial)
         look(row)
         if row.images_per_second and row.eval_seconds >= found.get(_work(trial), row).eval_seconds:
             found[_work(trial)] = row

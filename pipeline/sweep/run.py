@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline import cluster
+from pipeline.cluster import nodes
+from pipeline.cluster.connect import connect
+from pipeline.cluster.nodes import EPSILON, gpu_slots
 from pipeline.sweep.trials import Trial
-from pipeline.training.launch import warn_of_local_places
-from pipeline.training.scaling import EPSILON, gpu_slots, worker_gpus, workers_of
+from pipeline.training.preflight import warn_of_local_places
+from pipeline.training.scaling import worker_gpus, workers_of
 
 
 def sized(trials: Sequence[Trial], at_once: int = 0) -> tuple[list[Trial], int]:
@@ -26,15 +28,15 @@ def sized(trials: Sequence[Trial], at_once: int = 0) -> tuple[list[Trial], int]:
     done, fit = [], []
     for trial in trials:
         config = trial.config
-        if config.scaling.workers == "auto" and not worker_gpus(config, cluster.machines()):
+        if config.scaling.workers == "auto" and not worker_gpus(config, nodes.machines()):
             config = replace(config, scaling=replace(config.scaling, workers="1"))
         workers = workers_of(config)
-        fewest, nodes = workers.counts[0], cluster.machines()
-        by_cpus = int(sum(node.cpus for node in nodes) / (fewest * workers.cpus + workers.spare_cpus) + EPSILON)
-        fit.append(min(by_cpus, gpu_slots(nodes, workers.gpus) // fewest) if workers.gpus else by_cpus)
+        fewest, up = workers.counts[0], nodes.machines()
+        by_cpus = int(sum(node.cpus for node in up) / (fewest * workers.cpus + workers.spare_cpus) + EPSILON)
+        fit.append(min(by_cpus, gpu_slots(up, workers.gpus) // fewest) if workers.gpus else by_cpus)
         done.append(replace(trial, config=config))
     held = max(1, min(fit, default=1))
-    return done, at_once if at_once and cluster.grows() else min(at_once or held, held)
+    return done, at_once if at_once and nodes.grows() else min(at_once or held, held)
 
 
 def sweep(trials: Sequence[Trial], at_once: int = 0) -> dict[str, str]:
@@ -50,12 +52,11 @@ def sweep(trials: Sequence[Trial], at_once: int = 0) -> dict[str, str]:
     Raises:
         UserError: not even one trial fits the cluster.
     """
-    cluster.connect()
+    connect()
     from ray import tune
 
-    # these import Ray, which must not happen before `connect`
-    from pipeline.sweep.board import Board
-    from pipeline.sweep.tuner import run_tuner
+    # imports Ray, which must not happen before `connect`
+    from pipeline.sweep.tune import LiveTable, run_tuner
 
     todo, at_once = sized([trial for trial in trials if not trial.finished()], at_once)
     warn_of_local_places(trials[0].config)
@@ -66,9 +67,9 @@ def sweep(trials: Sequence[Trial], at_once: int = 0) -> dict[str, str]:
         return named[params["trial"]]
 
     how = tune.TuneConfig(max_concurrent_trials=at_once)
-    with Board([*named.values()], find, len(trials)) as board:
+    with LiveTable([*named.values()], find, len(trials)) as live:
         if todo:
-            run_tuner(find, {"trial": tune.grid_search([trial.name for trial in todo])}, how, board)
-    for name, why in board.failed().items():
+            run_tuner(find, {"trial": tune.grid_search([trial.name for trial in todo])}, how, live)
+    for name, why in live.failed().items():
         print(f"{name} failed: {why}")
-    return board.failed()
+    return live.failed()

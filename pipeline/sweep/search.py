@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline import cluster
-from pipeline.config import Config, as_dict
+from pipeline.cluster.connect import connect
+from pipeline.config.schema import Config, as_dict
 from pipeline.errors import UserError
-from pipeline.sweep.follow import Row
 from pipeline.sweep.run import sized
+from pipeline.sweep.table import TrialRow
 from pipeline.sweep.trials import Trial, check_trial, make_trial
-from pipeline.training.launch import placed, warn_of_local_places
+from pipeline.training.preflight import resolve_paths, warn_of_local_places
 
 DEFAULT_OUT = "runs/search"
 DIGITS = 4
@@ -109,7 +109,7 @@ def prepare(base: Config, space: Space) -> tuple[Config, Space]:
     Raises:
         UserError: an unknown key, an end that is no value of it, or what `launch.check` raises of either end.
     """
-    base = placed(replace(base, out=base.out or DEFAULT_OUT))
+    base = resolve_paths(replace(base, out=base.out or DEFAULT_OUT))
     space = {
         key: _typed(each, _value(base, key)) if isinstance(each, Range) else _absolute(base, key, each)
         for key, each in space.items()
@@ -144,7 +144,7 @@ def _typed(ends: Range, value: Any) -> Range:
     return Range(float(ends.low), float(ends.high)) if isinstance(value, float) else ends
 
 
-def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool, at_once: int = 0) -> list[Row]:
+def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool, at_once: int = 0) -> list[TrialRow]:
     """Runs the samples and shows how far they are and why any failed; what an earlier search has finished is taken.
 
     Args:
@@ -163,12 +163,11 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
         UserError: a sample does not fit the cluster, or Optuna is not installed.
     """
     # what ASHA stops has workers, whose place is only freed by a process of Ray Train's that asks the state API
-    cluster.connect(state_api=asha)
+    connect(state_api=asha)
     from ray import tune
 
-    # these import Ray, which must not happen before `connect`
-    from pipeline.sweep.board import Board
-    from pipeline.sweep.tuner import run_tuner
+    # imports Ray, which must not happen before `connect`
+    from pipeline.sweep.tune import LiveTable, run_tuner
 
     (sized_trial,), at_once = sized([Trial("search", base)], at_once)
     warn_of_local_places(base)
@@ -184,11 +183,11 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
         search_alg=_optuna(base.seed, at_once) if optuna else _random(base.seed, at_once),
         scheduler=_scheduler(base) if asha else None,
     )
-    with Board([], find, samples) as board:
-        run_tuner(find, {key: _domain(each) for key, each in space.items()}, config, board)
-    for name, why in board.failed().items():
+    with LiveTable([], find, samples) as live:
+        run_tuner(find, {key: _domain(each) for key, each in space.items()}, config, live)
+    for name, why in live.failed().items():
         print(f"{name} failed: {why}")
-    scored = [row for row in board.rows.values() if row.miou is not None]
+    scored = [row for row in live.rows.values() if row.miou is not None]
     return sorted(scored, key=lambda row: (row.state != "done", -(row.miou or 0.0)))
 
 

@@ -5,24 +5,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline import checkpoint, cli, storage
+from pipeline import checkpoint, storage
 from pipeline.checkpoint import CONFIG_FILE, SUMMARY_FILE, Progress
-from pipeline.config import Config, as_dict, merge
+from pipeline.config import cli
+from pipeline.config.schema import Config, as_dict, merge
 from pipeline.errors import UserError
 from pipeline.methods import METHODS, OPTIONS
-from pipeline.training.launch import check, check_same, placed
-from pipeline.training.self_training import STUDENT, check_recipe
+from pipeline.training.preflight import check_identity, resolve, resolve_paths
+from pipeline.training.recipe import STUDENT, check_recipe
 
 TRIALS = "trials"
 """Folder of the run directories below a sweep."""
 DEFAULT_OUT = "runs/sweep"
-
 GRIDS = {
     "ablation_reliability": ("u2pl.negative_pixels", ("unreliable", "reliable", "all")),
     "ablation_loss": ("u2pl.loss", ("contrastive", "binary")),
 }
 """Named grids: tables 4 and A2 of the U2PL paper, and its comparison of the two losses."""
-
 Grid = Mapping[str, Sequence[str]]
 """Values to try by dotted key, such as `optim.lr`."""
 
@@ -102,7 +101,7 @@ def make_trials(base: Config, methods: Sequence[str], splits: Sequence[str], see
     for name, values in (("--methods", methods), ("--splits", splits), *((f"--grid {key}", grid[key]) for key in grid)):
         if len(set(values)) < len(values):
             raise UserError(f"{name}: {','.join(values)} names one twice")
-    base = placed(replace(base, out=base.out or DEFAULT_OUT))
+    base = resolve_paths(replace(base, out=base.out or DEFAULT_OUT))
     trials, read = [], set[str]()
     for method, split, seed in itertools.product(methods, splits, range(seeds)):
         if method not in METHODS:
@@ -144,8 +143,8 @@ def check_trial(trial: Trial) -> Trial:
     if trial.staged:
         check_recipe(trial.config)
         return trial
-    config = check(trial.config).config
-    check_same(config)
+    config = resolve(trial.config).config
+    check_identity(config)
     return replace(trial, config=config)
 
 
@@ -159,4 +158,4 @@ def make_trial(config: Config, name: str, chosen: Mapping[str, str]) -> Trial:
     for key, value in chosen.items():
         section, dot, field = key.partition(".")
         values = merge(values, {section: {field: value}} if dot else {section: value})
-    return Trial(name, placed(cli.resolve(values, OPTIONS)))
+    return Trial(name, resolve_paths(cli.resolve(values, OPTIONS)))

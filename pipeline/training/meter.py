@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import RunError
-from pipeline.ingest.loader import Loader
-from pipeline.ingest.stats import IngestStats
+from pipeline.ingest.loader import IngestStats, Loader
 from pipeline.methods import Losses
 from pipeline.ops.world import World
 from pipeline.training.trackers import duration

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import OptimConfig
+from pipeline.config.schema import OptimConfig
 from pipeline.methods import Method
 from pipeline.ops.schedules import poly, steps_of
 

@@ -1,43 +1,17 @@
 """How many workers a run gets and with what, and among which numbers it may change while it runs."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from pipeline import cluster
-from pipeline.cluster import Machine
-from pipeline.config import Config
+from pipeline.cluster import nodes
+from pipeline.cluster.nodes import Machine, Workers, gpu_slots, places
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.ingest.decoders import DECODE_CPUS
-from pipeline.ingest.readers import READ_CPUS
+from pipeline.ingest.decode import DECODE_CPUS
+from pipeline.ingest.read import READ_CPUS
 from pipeline.methods import METHODS
 
 CPUS_PER_WORKER = 0.5
 """Of a worker without a GPU, so that Ray Data keeps some."""
-EPSILON = 1e-6
-"""For whole parts of quotients: 1 / 0.1 workers are ten."""
-
-
-class Workers(NamedTuple):
-    """The workers of a run."""
-
-    counts: tuple[int, ...]
-    """Numbers of workers that may run, ascending; a single one never changes."""
-    cpus: float
-    """Of each."""
-    gpus: float
-    """Of each; 0: none."""
-    spare_cpus: float
-    """That one node must keep beside them."""
-
-    @property
-    def most(self) -> int:
-        """How many run when nothing is missing."""
-        return self.counts[-1]
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """Of each, by Ray's names."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
 def workers_of(config: Config) -> Workers:
@@ -47,18 +21,18 @@ def workers_of(config: Config) -> Workers:
         UserError: the asked numbers do not divide the batch, or the cluster has not so many GPUs or CPUs.
     """
     counts, spare = worker_counts(config), spare_cpus(config)
-    nodes = _nodes(config, counts[0])
-    if not sum(machine.cpus for machine in nodes):
+    up = _nodes(config, counts[0])
+    if not sum(machine.cpus for machine in up):
         raise UserError("no node of the cluster has CPUs for work yet: wait until `ray status` shows some")
-    gpus = worker_gpus(config, nodes)
-    if gpus and counts[0] > gpu_slots(nodes, gpus):
-        more = " and cannot get so many (on CPUs: --scaling.gpus_per_worker 0)" if cluster.grows() else ""
-        raise UserError(f"scaling.workers {config.scaling.workers}: the cluster has {gpu_slots(nodes, 1)} GPUs{more}")
-    workers = Workers(counts, worker_cpus(config, nodes, gpus), gpus, spare)
-    if counts[0] > places(nodes, workers):
+    gpus = worker_gpus(config, up)
+    if gpus and counts[0] > gpu_slots(up, gpus):
+        more = " and cannot get so many (on CPUs: --scaling.gpus_per_worker 0)" if nodes.grows() else ""
+        raise UserError(f"scaling.workers {config.scaling.workers}: the cluster has {gpu_slots(up, 1)} GPUs{more}")
+    workers = Workers(counts, worker_cpus(config, up, gpus), gpus, spare)
+    if counts[0] > places(up, workers):
         raise UserError(
             f"{counts[0]} workers with {workers.cpus:g} CPUs each leave no {spare:g} for reading on a cluster of "
-            f"{sum(machine.cpus for machine in nodes):g} CPUs: lower scaling.workers or scaling.cpus_per_worker"
+            f"{sum(machine.cpus for machine in up):g} CPUs: lower scaling.workers or scaling.cpus_per_worker"
         )
     return workers
 
@@ -68,20 +42,20 @@ def _nodes(config: Config, fewest: int) -> list[Machine]:
 
     Only then is it known what its nodes have: Ray does not tell of those that it could start.
     """
-    nodes, scaling, spare = cluster.machines(), config.scaling, spare_cpus(config)
-    if not cluster.grows():
-        return nodes
+    up, scaling, spare = nodes.machines(), config.scaling, spare_cpus(config)
+    if not nodes.grows():
+        return up
     if scaling.gpus_per_worker:
-        held, bundles = gpu_slots(nodes, scaling.gpus_per_worker), [{"GPU": scaling.gpus_per_worker}] * fewest
+        held, bundles = gpu_slots(up, scaling.gpus_per_worker), [{"GPU": scaling.gpus_per_worker}] * fewest
     else:
         cpus = scaling.cpus_per_worker or CPUS_PER_WORKER
-        held = places(nodes, Workers((fewest,), cpus, 0.0, spare))
+        held = places(up, Workers((fewest,), cpus, 0.0, spare))
         bundles = [{"CPU": cpus}] * fewest + [{"CPU": spare}] * bool(spare)
     if held < fewest:
         asked = " and ".join(f"{sum(each.get(name, 0) for each in bundles):g} {name}s" for name in bundles[0])
         print(f"waiting for nodes: {fewest} workers need {asked}", flush=True)
-        cluster.start_nodes(bundles)
-    return cluster.machines()
+        nodes.start_nodes(bundles)
+    return nodes.machines()
 
 
 def allowed_counts(config: Config) -> list[int]:
@@ -95,26 +69,9 @@ def allowed_counts(config: Config) -> list[int]:
     return [1, *shared]
 
 
-def places(machines: Sequence[Machine], workers: Workers) -> int:
-    """How many workers the nodes hold while one of them keeps the spare CPUs."""
-
-    def held(machine: Machine, spare: float = 0.0) -> int:
-        by_cpus = (machine.cpus - spare) / workers.cpus
-        return max(0, int((min(by_cpus, machine.gpus / workers.gpus) if workers.gpus else by_cpus) + EPSILON))
-
-    able = [machine for machine in machines if machine.cpus >= workers.spare_cpus]
-    given_up = min((held(machine) - held(machine, workers.spare_cpus) for machine in able), default=0)
-    return max(0, sum(map(held, machines)) - given_up)
-
-
-def gpu_slots(machines: Sequence[Machine], share: float) -> int:
-    """How many workers with a share of a GPU each the nodes hold."""
-    return sum(int(machine.gpus / share + EPSILON) for machine in machines)
-
-
-def worker_gpus(config: Config, nodes: Sequence[Machine]) -> float:
+def worker_gpus(config: Config, up: Sequence[Machine]) -> float:
     """GPUs of each worker: none on a cluster that has none, unless it may start nodes with some."""
-    return config.scaling.gpus_per_worker if cluster.grows() or any(machine.gpus for machine in nodes) else 0.0
+    return config.scaling.gpus_per_worker if nodes.grows() or any(machine.gpus for machine in up) else 0.0
 
 
 def worker_counts(config: Config) -> tuple[int, ...]:
@@ -143,11 +100,11 @@ def _natural_limit(config: Config) -> int:
     Raises:
         UserError: nodes will come when they are asked for, but how many is a matter of money.
     """
-    nodes = cluster.machines()
-    share = worker_gpus(config, nodes)
+    up = nodes.machines()
+    share = worker_gpus(config, up)
     if not share:
-        return min(2, max(1, int(sum(machine.cpus for machine in nodes))))
-    slots = gpu_slots(nodes, share)
+        return min(2, max(1, int(sum(machine.cpus for machine in up))))
+    slots = gpu_slots(up, share)
     if not slots:
         raise UserError(
             "the cluster has no GPU yet and starts nodes when they are asked for: say how many, as --scaling.workers 8 "
@@ -162,7 +119,7 @@ def spare_cpus(config: Config) -> float:
     return reading + (DECODE_CPUS if config.run.decode == "cluster" else 0.0)
 
 
-def worker_cpus(config: Config, nodes: Sequence[Machine], share: float) -> float:
+def worker_cpus(config: Config, up: Sequence[Machine], share: float) -> float:
     """CPUs to reserve per worker.
 
     Beside a GPU at most 4, and at most what falls to that GPU on the node with the fewest, less what the run needs
@@ -170,7 +127,7 @@ def worker_cpus(config: Config, nodes: Sequence[Machine], share: float) -> float
 
     Args:
         config: of the run.
-        nodes: that are up.
+        up: the nodes that are up.
         share: GPUs of each worker.
 
     Raises:
@@ -179,7 +136,7 @@ def worker_cpus(config: Config, nodes: Sequence[Machine], share: float) -> float
     wanted = config.scaling.cpus_per_worker
     if not share:
         return wanted or CPUS_PER_WORKER
-    able = [node for node in nodes if node.gpus]
+    able = [node for node in up if node.gpus]
     fair = min(node.cpus / max(1, gpu_slots([node], share)) for node in able) - spare_cpus(config)
     if not wanted and fair <= 0:
         raise UserError(f"the nodes have too few CPUs for their GPUs: {fair + spare_cpus(config):g} for each worker")

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoint import METRICS_FILE
-from pipeline.training.claim import Claim
+from pipeline.training.lease import Lease
 
 FLUSH_SECONDS = 10.0
 
@@ -18,16 +18,16 @@ FLUSH_SECONDS = 10.0
 class Tracker:
     """Records of one run, written by rank 0 alone. After a resume, later records of the lost attempt are dropped."""
 
-    def __init__(self, out: str, start: int, claim: Claim, *, tensorboard: bool) -> None:
+    def __init__(self, out: str, start: int, lease: Lease, *, tensorboard: bool) -> None:
         """Begins with what earlier attempts have left.
 
         Args:
             out: run directory.
             start: steps done before this attempt.
-            claim: that this attempt has taken.
+            lease: that this attempt has taken.
             tensorboard: write events as well.
         """
-        self._claim = claim
+        self._lease = lease
         self._uri = storage.join(out, METRICS_FILE)
         self._lines = self._kept(start)
         self._flushed = time.monotonic()
@@ -55,7 +55,7 @@ class Tracker:
             UserError: the storage stays away, or refuses.
         """
         text = "".join(f"{line}\n" for line in self._lines).encode()
-        self._claim.write(self._uri, text)
+        self._lease.write(self._uri, text)
         if self._events:
             self._events.flush()
         self._flushed = time.monotonic()

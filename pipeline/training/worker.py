@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from pipeline import storage
-from pipeline.config import Config
+from pipeline.cluster.console import send_logs
+from pipeline.config.parse import build
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.training.console import send_logs
-from pipeline.training.hosts import RayHost
-from pipeline.training.loop import Session
 from pipeline.training.meter import Diverged
-from pipeline.typed import build
+from pipeline.training.runtime import RayRuntime
+from pipeline.training.trainer import Trainer
 
 
 def work(values: dict[str, Any]) -> dict[str, Any]:
@@ -33,18 +33,18 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
     config: Config = build(Config, values["config"])
     assert config.out is not None
     storage.set_patience(config.run.storage_patience)
-    host = RayHost(config.out, ray.get_runtime_context().get_assigned_resources())
-    torch.set_num_threads(int(host.cpus))
-    session, problem = None, ""
+    runtime = RayRuntime(config.out, ray.get_runtime_context().get_assigned_resources())
+    torch.set_num_threads(int(runtime.cpus))
+    trainer, problem = None, ""
     try:
-        session = Session(config, host)
+        trainer = Trainer(config, runtime)
     except UserError as error:
         problem = str(error)
     problem = _first(problem)
-    if session is None or problem:  # starting the workers anew would not help
+    if trainer is None or problem:  # starting the workers anew would not help
         return {"user_error": problem}
     try:
-        return asdict(session.train())
+        return asdict(trainer.train())
     except Diverged as error:  # on every rank alike
         return {"diverged": str(error)}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
+from pipeline.cluster.elastic import RESIZE_SECONDS
+from pipeline.config import cli
 from pipeline.methods import OPTIONS
-from pipeline.training.elastic import RESIZE_SECONDS
-from pipeline.training.hosts import PlainHost
-from pipeline.training.loop import train
+from pipeline.training.runtime import PlainRuntime
+from pipeline.training.trainer import train
 from tests.cluster.fleet import TRAIN_WORKER, Fleet
 from tests.cluster.runs import FLAGS, counts, curve, held, registered
 from tests.jobs import SHORT, records
@@ -51,7 +51,7 @@ def plain(shapes: str, out: str, steps: int) -> list[float]:
     class Reached(Exception):
         pass
 
-    class Host(PlainHost):
+    class Host(PlainRuntime):
         def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
             if step >= steps:
                 raise Reached

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import cli, storage
+from pipeline import storage
 from pipeline.__main__ import run
-from pipeline.config import to_yaml
+from pipeline.config import cli
+from pipeline.config.schema import to_yaml
 from pipeline.methods import OPTIONS
 from tests.s3 import READER_KEY, READER_SECRET, S3Server
 

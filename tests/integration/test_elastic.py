@@ -15,19 +15,18 @@ import ray.train
 import torch
 from torch import Tensor
 
-from pipeline import cli
 from pipeline.batch import Views, ViewSpec
-from pipeline.config import Config, as_dict
-from pipeline.datasets.format import open_dataset
+from pipeline.config import cli
+from pipeline.config.parse import build
+from pipeline.config.schema import Config, as_dict
 from pipeline.datasets.images import encode_png
-from pipeline.datasets.pool_writer import make_pool
-from pipeline.datasets.splits import load_split
+from pipeline.datasets.pools.writer import make_pool
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.mixture import Mixture, open_sources
-from pipeline.ingest.readers import read_inline, read_ray
-from pipeline.ingest.sources import UnlabeledStream
+from pipeline.ingest.order import Mixture, open_sources
+from pipeline.ingest.read import UnlabeledStream, read_inline, read_ray
 from pipeline.methods import OPTIONS
-from pipeline.typed import build
 from tests.processes import kill, named, wait_for
 
 STEPS, KILLED = 54, 23

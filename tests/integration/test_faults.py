@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.datasets.format import Dataset, open_dataset, read_group
+from pipeline.datasets.prepared.format import Dataset, open_dataset, read_group
 from pipeline.errors import UserError
-from pipeline.ingest import readers
-from pipeline.ingest.plan import LanePlan, select_groups
-from pipeline.ingest.readers import read_inline, read_ray
+from pipeline.ingest import read
+from pipeline.ingest.order import LanePlan, select_groups
+from pipeline.ingest.read import read_inline, read_ray
 from tests.jobs import Job, environment, has_checkpoint, records, train_command
 from tests.processes import wait_for
 from tests.proxy import FaultProxy
@@ -58,7 +58,7 @@ def _calm(proxy: FaultProxy) -> Iterator[None]:
     storage.set_patience(storage.PATIENCE)
 
 
-def epoch(dataset: Dataset, read: readers.Reader) -> tuple[dict[str, bytes], int]:
+def epoch(dataset: Dataset, read: read.Reader) -> tuple[dict[str, bytes], int]:
     """All rows of the train images, each of which must come once, and how often the storage was asked again."""
     names = dataset.subset("train")["id"].to_pylist()
     plan = LanePlan(select_groups(dataset, names), LANES, 0)
@@ -106,7 +106,7 @@ def test_a_storage_that_stays_away_is_named_in_time(
 class TestStream:
     @pytest.fixture(autouse=True)
     def _small_tasks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(readers, "ITEM_ROWS", 24)
+        monkeypatch.setattr(read, "ITEM_ROWS", 24)
 
     def test_brief_trouble_costs_no_row(self, proxy: FaultProxy, dataset: Dataset, expected: dict[str, bytes]) -> None:
         # the first two are more than pyarrow alone gets over

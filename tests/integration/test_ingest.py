@@ -14,20 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import cli
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config import Config, as_dict
-from pipeline.datasets.format import open_dataset, read_group
-from pipeline.datasets.splits import load_split
+from pipeline.config import cli
+from pipeline.config.parse import build
+from pipeline.config.schema import Config, as_dict
+from pipeline.datasets.prepared.format import open_dataset, read_group
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.plan import LanePlan, select_groups
-from pipeline.ingest.readers import read_inline, read_ray
+from pipeline.ingest.order import LanePlan, select_groups
+from pipeline.ingest.read import read_inline, read_ray
 from pipeline.methods import OPTIONS
-from pipeline.training.hosts import PlainHost
 from pipeline.training.launch import launch
-from pipeline.training.loop import train
-from pipeline.typed import build
+from pipeline.training.runtime import PlainRuntime
+from pipeline.training.trainer import train
 from tests.jobs import records
 
 BASE = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.tensorboard", "false"]
@@ -93,7 +93,7 @@ class TestLoader:
     def test_a_run_that_decodes_on_the_cluster_equals_one_that_does_not(self, shapes: str, tmp_path: Path) -> None:
         here, there = str(tmp_path / "here"), str(tmp_path / "there")
         flags = ["--data", shapes, "--method", "fixmatch", "--optim.steps", "4"]
-        train(configured(*flags, "--out", here), PlainHost(here))
+        train(configured(*flags, "--out", here), PlainRuntime(here))
         launch(configured(*flags, "--out", there, "--scaling.workers", "1", "--run.decode", "cluster"))
         found = [records(run) for run in (here, there)]
         assert [record["total"] for record in found[0]] == [record["total"] for record in found[1]]

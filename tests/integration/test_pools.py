@@ -16,15 +16,15 @@ import pytest
 import ray
 from PIL import Image
 
-from pipeline import checkpoint, cli, storage
-from pipeline.config import Config, read_file
-from pipeline.datasets.pool_writer import make_pool
-from pipeline.datasets.pools import Pool, open_pool
+from pipeline import checkpoint, storage
+from pipeline.config import cli
+from pipeline.config.schema import Config, read_file
+from pipeline.datasets.pools.format import Pool, open_pool
+from pipeline.datasets.pools.writer import make_pool
 from pipeline.errors import UserError
-from pipeline.ingest import readers
-from pipeline.ingest.mixture import PoolTable
-from pipeline.ingest.plan import LanePlan
-from pipeline.ingest.readers import read_inline, read_ray
+from pipeline.ingest import read
+from pipeline.ingest.order import LanePlan, PoolTable
+from pipeline.ingest.read import read_inline, read_ray
 from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch
 from tests.processes import wait_for
@@ -63,11 +63,11 @@ def rows(pool: Pool, generations: int = 1) -> dict[str, bytes]:
     """One epoch of a pool as a run reads it: all rows, none twice."""
     table = PoolTable(pool, generations)
     found: dict[str, bytes] = {}
-    for unit, read in read_inline(LanePlan(table, 1, 0).units(range(1), 0)):
+    for unit, served in read_inline(LanePlan(table, 1, 0).units(range(1), 0)):
         if unit.epoch:
             break
-        assert not found.keys() & set(read["id"].to_pylist())
-        found.update(zip(read["id"].to_pylist(), read["image"].to_pylist(), strict=True))
+        assert not found.keys() & set(served["id"].to_pylist())
+        found.update(zip(served["id"].to_pylist(), served["image"].to_pylist(), strict=True))
     return found
 
 
@@ -87,16 +87,16 @@ def test_images_on_s3_and_more_of_them(s3: S3Server) -> None:
 
 def test_ray_reads_what_the_plan_says(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through Ray Data, from links and bytes, in the order of the inline reader."""
-    monkeypatch.setattr(readers, "ITEM_ROWS", 16)
+    monkeypatch.setattr(read, "ITEM_ROWS", 16)
     raw = f"{s3.bucket_uri}/mixed"
     photos(raw, range(60))
     for copy in (False, True):
         pool = make_pool("images", raw, f"{s3.bucket_uri}/pools/mixed-{copy}", copy=copy)
         plan = LanePlan(PoolTable(pool, 1), 4, 0)
         tables = zip(read_ray(plan.units(range(4), 3)), read_inline(plan.units(range(4), 3)), strict=False)
-        for _, ((one, read), (two, expected)) in zip(range(70), tables, strict=False):
+        for _, ((one, found), (two, expected)) in zip(range(70), tables, strict=False):
             assert one == two
-            assert read.to_pylist() == expected.to_pylist()
+            assert found.to_pylist() == expected.to_pylist()
 
 
 def test_tar_and_parquet_on_s3(s3: S3Server) -> None:

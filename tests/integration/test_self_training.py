@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint, cli, storage
+from pipeline import checkpoint, storage
 from pipeline.checkpoint import Progress
-from pipeline.config import Config
-from pipeline.datasets.format import open_dataset
-from pipeline.datasets.pseudo import LABELS_FILE, open_labels
+from pipeline.config import cli
+from pipeline.config.schema import Config
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.pseudo import LABELS_FILE, open_labels
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch

@@ -9,8 +9,8 @@ from cluster import spot_watcher
 from tests.heads import Head
 from tests.jobs import ROOT
 from tests.processes import wait_for
-from tests.unit.cluster.metadata import Metadata
-from tests.unit.cluster.test_spot_watcher import ACTION, SCRIPT, interruption
+from tests.unit.cluster_files.metadata import Metadata
+from tests.unit.cluster_files.test_spot_watcher import ACTION, SCRIPT, interruption
 
 
 def test_a_real_node_is_draining_afterwards(ray_folder: str) -> None:

@@ -56,7 +56,9 @@ def test_the_code_is_the_jobs_own(head: Head, command: list[str], code: int) -> 
 
 def by_ray(head: Head, folder: Path, *flags: str) -> subprocess.CompletedProcess:
     """`ray job submit`, as the package's installation and Ray make it, from a folder; the head is in another one."""
-    hook = {"RAY_JOB_SUBMIT_HOOK": "pipeline.submit.from_ray"}  # what u2pl_ray.pth sets where the package is installed
+    hook = {
+        "RAY_JOB_SUBMIT_HOOK": "pipeline.cluster.submit.from_ray"
+    }  # what u2pl_ray.pth sets where the package is installed
     values = {**head.environment, **hook, "PYTHONPATH": str(ROOT), "RAY_API_SERVER_ADDRESS": head.url}
     arguments = ["ray", "job", "submit", *flags]
     return subprocess.run(arguments, cwd=folder, env=values, capture_output=True, text=True, timeout=300)
@@ -109,7 +111,7 @@ def test_programs_that_are_not_ours_are_let_through(head: Head, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("/x/bin/ray job submit -- python jobs/train.py", "pipeline.submit.from_ray"),
+        ("/x/bin/ray job submit -- python jobs/train.py", "pipeline.cluster.submit.from_ray"),
         ("/x/bin/ray start --head", "None"),  # its children may be of other environments
         ("/x/bin/u2pl job submit", "None"),
         ("", "None"),
@@ -152,7 +154,7 @@ def test_only_what_is_needed_is_sent(head: Head) -> None:
     folders, _, names = done.stdout.splitlines()[-2].rpartition(" [")
     assert names == "'jobs', 'pipeline', 'pyproject.toml']"
     assert "__pycache__" not in folders
-    assert "'./pipeline/presets'" in folders
+    assert "'./pipeline/config/presets'" in folders
     assert done.stdout.splitlines()[-1] == "False"
 
 

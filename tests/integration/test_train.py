@@ -11,15 +11,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pipeline import checkpoint, cli, commands, storage
+from pipeline import checkpoint, commands, storage
 from pipeline.checkpoint import Progress
-from pipeline.config import Config
+from pipeline.config import cli
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.inference.restore import score
+from pipeline.inference.load import score
 from pipeline.methods import OPTIONS
-from pipeline.training.hosts import PlainHost
 from pipeline.training.launch import launch
-from pipeline.training.loop import train
+from pipeline.training.runtime import PlainRuntime
+from pipeline.training.trainer import train
 from tests.jobs import SHORT, Job, environment, has_checkpoint, records, train_command
 from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server
@@ -64,7 +65,7 @@ class TestWorkers:
         """U2PL, whose warm-up is SupOnly; tests/parity/test_worlds.py compares the loop of each method, without Ray."""
         flags = ("--data", shapes, "--optim.steps", "10", *CALM, "--u2pl.warmup", "3", "--u2pl.lambda_c", "0")
         plain, ray_run = str(tmp_path / "plain"), str(tmp_path / "ray")
-        train(configured(*flags, "--out", plain), PlainHost(plain))
+        train(configured(*flags, "--out", plain), PlainRuntime(plain))
         launch(configured(*flags, "--out", ray_run, "--scaling.workers", "2"))
         losses = [[record["total"] for record in records(run)] for run in (plain, ray_run)]
         assert len(losses[0]) == len(losses[1]) == 10

@@ -10,14 +10,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from pipeline.batch import Batch
-from pipeline.cli import resolve
+from pipeline.config.cli import resolve
 from pipeline.methods import OPTIONS, build_method
 from pipeline.methods.base import Step
-from pipeline.ops.bank import MemoryBank
-from pipeline.ops.contrast import Draws, Pixels, Rule, candidates, contrastive_loss, positives
+from pipeline.methods.u2pl.bank import MemoryBank
+from pipeline.methods.u2pl.contrast import Draws, Pixels, Rule, candidates, contrastive_loss, positives
 from pipeline.ops.world import World
 from tests.unit.methods.conftest import batch
-from tests.unit.ops.banks import ordered
+from tests.unit.methods.u2pl.banks import ordered
 
 CLASSES, DIM, SIDE = 3, 4, 6
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.methods import make_config
-from pipeline.training import loop
-from pipeline.training.hosts import PlainHost
+from pipeline.training import trainer
+from pipeline.training.runtime import PlainRuntime
 from tests.controls import OFF
 
 SEEDS = (0, 1, 2)
@@ -29,7 +29,7 @@ def _score(shapes: str, out: Path, method: str, seed: int, options: dict[str, ob
         **{"data": {"root": shapes}, "run": {"tensorboard": False}, method: options},
     }
     config: Config = make_config({key: value for key, value in values.items() if value != {}}, preset="demo")
-    last = loop.train(config, PlainHost(str(config.out))).last
+    last = trainer.train(config, PlainRuntime(str(config.out))).last
     assert last is not None
     return 100 * last.miou.get("student", last.value)
 

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.inference.metrics import ConfusionMatrix
-from pipeline.methods.u2pl import _Change
-from pipeline.ops import mixing, upstream
-from pipeline.ops.bank import MemoryBank
-from pipeline.ops.contrast import (
+from pipeline.inference.evaluate import ConfusionMatrix
+from pipeline.methods.u2pl import upstream
+from pipeline.methods.u2pl.bank import MemoryBank
+from pipeline.methods.u2pl.contrast import (
     Draws,
     Pixels,
     Positives,
@@ -24,13 +23,15 @@ from pipeline.ops.contrast import (
     negative_mask,
     positives,
 )
+from pipeline.methods.u2pl.method import _Change
+from pipeline.ops import mixing
 from pipeline.ops.entropy import entropy, partition, reliable_labels, surest_threshold, threshold
 from pipeline.ops.grid import FullGrid, QuarterGrid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.schedules import ema_decay, poly, unreliable_share
 from pipeline.ops.selection import Members, rows
 from pipeline.ops.world import World
-from tests.unit.ops.banks import ordered
+from tests.unit.methods.u2pl.banks import ordered
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"
 ALONE = World()

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from pipeline import checkpoint
 from pipeline.batch import Batch
-from pipeline.cli import resolve
-from pipeline.config import Config, as_dict
+from pipeline.config.cli import resolve
+from pipeline.config.parse import build
+from pipeline.config.schema import Config, as_dict
 from pipeline.ingest.loader import Loader
 from pipeline.methods import METHODS, OPTIONS, Method, build_method
-from pipeline.training import loop
-from pipeline.training.hosts import PlainHost
-from pipeline.typed import build
+from pipeline.training import trainer
+from pipeline.training.runtime import PlainRuntime
 
 STEPS = 14
 COMPARED = 7
@@ -77,11 +77,11 @@ class _Watch:
     def __init__(self, config: Config) -> None:
         self.ids: list[dict[str, tuple[str, ...]]] = []
         self.methods: list[Method] = []
-        self._build = loop.build_method
+        self._build = trainer.build_method
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "build_method", self._built)
-            patch.setattr(loop, "Loader", self._watched())
-            loop.train(config, PlainHost(str(config.out)))
+            patch.setattr(trainer, "build_method", self._built)
+            patch.setattr(trainer, "Loader", self._watched())
+            trainer.train(config, PlainRuntime(str(config.out)))
         self.state = {name: value.clone() for name, value in self.methods[0].state_dict().items()}
 
     def _built(self, config: Config, num_classes: int) -> Method:
@@ -219,7 +219,7 @@ class _Lost(Exception):
     """The machine goes away."""
 
 
-class _Losing(PlainHost):
+class _Losing(PlainRuntime):
     """Loses the machine right after the checkpoint of a step."""
 
     def __init__(self, out: str, step: int) -> None:
@@ -250,7 +250,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize(("method", "optimizer"), [*((name, "sgd") for name in METHODS), ("u2pl", "adamw")])
 def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, pseudo_labels, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "build_method", _with_dropout)
+    monkeypatch.setattr(trainer, "build_method", _with_dropout)
     config = _config(shapes, pseudo_labels, tmp_path / "whole", method)
     config = replace(
         config,
@@ -258,10 +258,10 @@ def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, 
         run=replace(config.run, checkpoint_every=LOST),
     )
     cut = replace(config, out=str(tmp_path / "cut"))
-    whole = loop.train(config, PlainHost(str(config.out)))
+    whole = trainer.train(config, PlainRuntime(str(config.out)))
     with pytest.raises(_Lost):
-        loop.train(cut, _Losing(str(cut.out), LOST))
-    resumed = loop.train(cut, PlainHost(str(cut.out)))
+        trainer.train(cut, _Losing(str(cut.out), LOST))
+    resumed = trainer.train(cut, PlainRuntime(str(cut.out)))
 
     assert resumed == whole
     assert resumed.step == END

@@ -11,9 +11,9 @@ import torch
 import pipeline
 from pipeline import checkpoint
 from pipeline.checkpoint import META_FILE, STATE_FILE, Progress, Score
-from pipeline.config import Config
+from pipeline.config.parse import build
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.typed import build
 
 DATA = {"index": "i", "split": "s", "classes": ["a", "b"]}
 ABOUT = {"dataset": "d", "workers": 2}

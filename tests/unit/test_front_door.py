@@ -30,7 +30,7 @@ def test_the_names_are_imported_when_they_are_used() -> None:
 
 def test_what_only_some_networks_need_is_not_imported_for_the_flags() -> None:
     slow = "[name for name in ('torchvision', 'torch._dynamo') if name in sys.modules]"
-    code = f"import sys, pipeline.methods, pipeline.training.loop; print({slow})"
+    code = f"import sys, pipeline.methods, pipeline.training.trainer; print({slow})"
     assert run(sys.executable, "-c", code).stdout == "[]\n"
 
 

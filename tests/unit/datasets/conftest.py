@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from pipeline.datasets.facts import Facts, voc_palette
+from pipeline.datasets.specs import DatasetSpec, voc_palette
 
 SIZE = (24, 32)
 
@@ -16,7 +16,7 @@ SIZE = (24, 32)
 class Trees:
     """What tests build raw trees of; images are 24 high and 32 wide."""
 
-    facts = Facts(classes=("ground", "thing", "other"), palette=voc_palette(3))
+    spec = DatasetSpec(classes=("ground", "thing", "other"), palette=voc_palette(3))
 
     @staticmethod
     def encode(pixels: np.ndarray, form: str = "PNG", mode: str | None = None) -> bytes:

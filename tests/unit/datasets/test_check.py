@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from pipeline.datasets import check as checking
-from pipeline.datasets import shards
 from pipeline.datasets.check import Report, check
-from pipeline.datasets.format import open_dataset
 from pipeline.datasets.images import encode_png
-from pipeline.datasets.shards import Row
+from pipeline.datasets.prepared import shards
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.shards import Row
 
 TRAIN, VAL = 24, 6
 
@@ -28,7 +28,7 @@ def rows(trees) -> dict[str, list[Row]]:
 
 def write(trees, root: Path, members: dict[str, list[Row]]) -> str:
     parts = [shards.write_shard(str(root), slot, found) for slot, found in shards.cut(members, 1e6)]
-    shards.finish(str(root), parts, name="tiny", facts=trees.facts)
+    shards.finish(str(root), parts, name="tiny", spec=trees.spec)
     return str(root)
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from pipeline.datasets import shapes
-from pipeline.datasets.format import open_dataset, read_group
-from pipeline.datasets.splits import load_split
+from pipeline.datasets.prepared.format import open_dataset, read_group
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 
 

@@ -9,20 +9,20 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import checkpoint
-from pipeline.cli import resolve
-from pipeline.datasets import pseudo
-from pipeline.datasets.decode import decode_image, decode_mask
-from pipeline.datasets.format import open_dataset
-from pipeline.datasets.splits import load_split
+from pipeline.config.cli import resolve
+from pipeline.datasets.images import decode_image, decode_mask
+from pipeline.datasets.prepared import pseudo
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.inference import label as module
-from pipeline.inference.label import Labeler, Recipe, ShardJob
+from pipeline.inference.label import Labeler, Labeling, ShardJob
+from pipeline.inference.load import restore
 from pipeline.inference.predict import whole
-from pipeline.inference.restore import restore
-from pipeline.ingest.plan import Group, select_groups
-from pipeline.ingest.readers import read_rows
+from pipeline.ingest.order import Group, select_groups
+from pipeline.ingest.read import read_rows
 from pipeline.methods import OPTIONS
-from pipeline.training.hosts import PlainHost
-from pipeline.training.loop import train
+from pipeline.training.runtime import PlainRuntime
+from pipeline.training.trainer import train
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def teacher(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         "eval": {"every": 1000},
         "run": {"checkpoint_every": 1000, "tensorboard": False},
     }
-    train(resolve(values, OPTIONS), PlainHost(out))
+    train(resolve(values, OPTIONS), PlainRuntime(out))
     return checkpoint.find(out)
 
 
@@ -58,7 +58,7 @@ def _scores(teacher: str, image: bytes) -> Tensor:
 
 
 def test_plain_labels_are_the_argmax(shapes, teacher):
-    labeler = Labeler(Recipe(shapes, teacher, tta=False, keep=1.0), CPU)
+    labeler = Labeler(Labeling(shapes, teacher, tta=False, keep=1.0), CPU)
     seen = set()
     for image in read_rows(_first(shapes))["image"].to_pylist():
         label = labeler.classes(image)
@@ -76,7 +76,7 @@ def test_several_looks_are_averaged(shapes, teacher):
         looks = [look(pixels, scale=scale).softmax(1) for scale in module.SCALES]
         looks += [look(pixels.flip(3), scale=scale).softmax(1).flip(3) for scale in module.SCALES]
     expected = torch.stack(looks).mean(0).argmax(1)[0].numpy()
-    found = Labeler(Recipe(shapes, teacher, tta=True, keep=1.0), CPU).classes(image)
+    found = Labeler(Labeling(shapes, teacher, tta=True, keep=1.0), CPU).classes(image)
     assert np.array_equal(found, expected)
     assert not np.array_equal(found, looks[2].argmax(1)[0].numpy())
 
@@ -84,7 +84,7 @@ def test_several_looks_are_averaged(shapes, teacher):
 @pytest.mark.parametrize("keep", [0.1, 0.8])
 def test_the_least_certain_pixels_get_no_label(shapes, teacher, keep):
     image = read_rows(_first(shapes))["image"][0].as_py()
-    label = Labeler(Recipe(shapes, teacher, tta=False, keep=keep), CPU).classes(image)
+    label = Labeler(Labeling(shapes, teacher, tta=False, keep=keep), CPU).classes(image)
     scores = _scores(teacher, image)
     doubt = -(scores * scores.log()).sum(0).numpy()
     kept = label != 255
@@ -94,13 +94,13 @@ def test_the_least_certain_pixels_get_no_label(shapes, teacher, keep):
 
 
 def test_a_damaged_image_is_no_obstacle(shapes, teacher):
-    labeler = Labeler(Recipe(shapes, teacher, tta=False, keep=1.0), CPU)
+    labeler = Labeler(Labeling(shapes, teacher, tta=False, keep=1.0), CPU)
     assert (labeler.classes(b"no picture") == 255).all()
 
 
 def test_a_shard_is_labeled_once(shapes, teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     groups = [group for group in _groups(shapes) if group.shard == _first(shapes).shard]
-    labeler = Labeler(Recipe(shapes, teacher, tta=False, keep=1.0), CPU)
+    labeler = Labeler(Labeling(shapes, teacher, tta=False, keep=1.0), CPU)
     job = ShardJob(str(tmp_path), "d", groups)
     labeler.label(job)
     for group in groups:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.inference.metrics import ConfusionMatrix
+from pipeline.inference.evaluate import ConfusionMatrix
 
 GOLDEN = Path(__file__).parents[2] / "data/golden/miou.npz"
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Progress
-from pipeline.cli import resolve
+from pipeline.config.cli import resolve
 from pipeline.errors import UserError
+from pipeline.inference.load import load_model
 from pipeline.inference.predict import sliding, whole
-from pipeline.inference.restore import load_model
 from pipeline.methods import OPTIONS, build_method
 
 ABOUT = {"palette": [[0, 0, 0], [9, 9, 9], [5, 6, 7]], "evaluation": "whole"}

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.cli import resolve
-from pipeline.config import Config
-from pipeline.datasets.format import open_dataset
-from pipeline.datasets.splits import load_split
+from pipeline.config.cli import resolve
+from pipeline.config.schema import Config
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.readers import read_inline
+from pipeline.ingest.read import read_inline
 from pipeline.methods import OPTIONS
 
 DAMAGED = b"this is no picture"

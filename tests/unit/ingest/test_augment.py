@@ -14,13 +14,13 @@ import torch
 from PIL import Image, ImageFilter
 
 from pipeline.batch import Views
-from pipeline.config import DataConfig
+from pipeline.config.schema import DataConfig
 from pipeline.ingest import augment
-from pipeline.ingest.augment import Recipe, empty_views, fill, view_bytes
-from pipeline.ingest.sources import Sample
+from pipeline.ingest.augment import ViewRecipe, empty_views, fill, view_bytes
+from pipeline.ingest.read import Sample
 
 SIZE = (240, 320)
-RECIPE = Recipe(DataConfig(crop=(64, 72), scale=(0.15, 0.3)), seed=0, strong=1)
+RECIPE = ViewRecipe(DataConfig(crop=(64, 72), scale=(0.15, 0.3)), seed=0, strong=1)
 
 
 def _encoded(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
@@ -40,7 +40,7 @@ def _scene(seed: int = 0) -> tuple[Image.Image, np.ndarray]:
     return Image.fromarray(np.asarray(noise) + 120 * mask[..., None]), mask
 
 
-def _filled(image: bytes, mask: bytes | None = None, recipe: Recipe = RECIPE, epoch: int = 0) -> tuple[Views, str]:
+def _filled(image: bytes, mask: bytes | None = None, recipe: ViewRecipe = RECIPE, epoch: int = 0) -> tuple[Views, str]:
     sample = Sample(epoch, "picture", image, mask)
     views = empty_views([sample], recipe, lambda shape, dtype: torch.full(shape, 1, dtype=dtype))
     outcome = fill(sample, recipe, views, 0)
@@ -56,13 +56,13 @@ def test_scaled_decoding_shows_the_same(scale, monkeypatch):
     """Same geometry, same labels, nearly the same colours as decoding whole."""
     recipe = replace(RECIPE, data=replace(RECIPE.data, scale=scale))
     used = []
-    reduction = augment.geometry.reduction
+    reduction = augment.reduction
     for seed in range(6):
         picture, truth = _scene(seed)
         image, mask = _encoded(picture, quality=92), _encoded(Image.fromarray(truth), "PNG")
-        monkeypatch.setattr(augment.geometry, "reduction", reduction)
+        monkeypatch.setattr(augment, "reduction", reduction)
         quick, problem = _filled(image, mask, recipe, epoch=seed)
-        monkeypatch.setattr(augment.geometry, "reduction", lambda window: used.append(reduction(window)) or 1)
+        monkeypatch.setattr(augment, "reduction", lambda window: used.append(reduction(window)) or 1)
         whole, _ = _filled(image, mask, recipe, epoch=seed)
         assert problem == ""
         assert torch.equal(quick.valid, whole.valid)

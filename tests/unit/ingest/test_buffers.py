@@ -1,6 +1,6 @@
 import torch
 
-from pipeline.ingest.buffers import Buffers
+from pipeline.ingest.decode import Buffers
 
 SHAPE = (4, 3, 50, 60)
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from pipeline.batch import ViewSpec
-from pipeline.datasets import format as formats
-from pipeline.datasets.format import open_dataset
-from pipeline.datasets.splits import load_split
+from pipeline.datasets.prepared import format as formats
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest import loader as loaders
-from pipeline.ingest import readers
-from pipeline.ingest.plan import LanePlan, Unit, owned_lanes, select_groups
-from pipeline.ingest.readers import read_inline
-from pipeline.ingest.sources import LabeledSet, UnlabeledStream
+from pipeline.ingest import read
+from pipeline.ingest.order import LanePlan, Unit, owned_lanes, select_groups
+from pipeline.ingest.read import LabeledSet, UnlabeledStream, read_inline
 from tests.unit.ingest.loading import both_views, configured, loader_of, same, take
 
 
@@ -42,13 +41,13 @@ def test_a_batch_is_what_it_says(shapes):
 def test_no_unlabeled_mask_can_be_reached(shapes, monkeypatch):
     """The stream asks the storage for id and image alone, and its samples hold no mask."""
     asked: list[list[str]] = []
-    read = readers.read_group
+    original = read.read_group
 
     def watched(root: str, shard: str, row_group: int, columns: list[str]) -> pa.Table:
         asked.append(columns)
-        return read(root, shard, row_group, columns)
+        return original(root, shard, row_group, columns)
 
-    monkeypatch.setattr(readers, "read_group", watched)
+    monkeypatch.setattr(read, "read_group", watched)
     dataset = open_dataset(shapes)
     split = load_split(dataset, "1_4")
     plan = LanePlan(select_groups(dataset, split.unlabeled), 6, 0)

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.datasets.format import open_dataset
 from pipeline.datasets.images import encode_png
+from pipeline.datasets.prepared.format import open_dataset
 from pipeline.errors import UserError
-from pipeline.ingest import sources
-from pipeline.ingest.plan import Unit
-from pipeline.ingest.readers import Reader, read_inline
+from pipeline.ingest import read
+from pipeline.ingest.order import Unit
+from pipeline.ingest.read import Reader, read_inline
 from tests.unit.ingest.loading import DAMAGED, STRONG, both_views, configured, equal, loader_of, take
 
 
@@ -53,7 +53,7 @@ def test_a_damaged_image_counts_as_padding_and_is_named(shapes, caplog):
 
 @pytest.mark.parametrize("what", ["image", "mask", "size"])
 def test_a_damaged_labeled_sample_has_no_label(shapes, monkeypatch, what):
-    rows_of = sources._labeled_rows
+    rows_of = read._labeled_rows
     first = take(configured(shapes), 1)[0].labeled.ids[0]
 
     small = encode_png(np.zeros((5, 5), np.uint8))
@@ -65,7 +65,7 @@ def test_a_damaged_labeled_sample_has_no_label(shapes, monkeypatch, what):
             found.append((name, pair if name == first else (image, mask)))
         return found
 
-    monkeypatch.setattr(sources, "_labeled_rows", spoiled)
+    monkeypatch.setattr(read, "_labeled_rows", spoiled)
     labeled = take(configured(shapes), 1)[0].labeled
     assert labeled.mask is not None
     assert (labeled.mask[0] == 255).all()

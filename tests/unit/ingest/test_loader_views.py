@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.datasets.decode import decode_mask
-from pipeline.datasets.format import open_dataset
-from pipeline.datasets.splits import load_split
+from pipeline.datasets.images import decode_mask
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
-from pipeline.ingest import readers
-from pipeline.ingest.plan import select_groups
+from pipeline.ingest import read
+from pipeline.ingest.order import select_groups
 from tests.unit.ingest.loading import STRONG, both_views, configured, same, take
 
 
@@ -62,7 +62,7 @@ def test_pseudo_labels_belong_to_the_pixels_of_their_image(shapes, pseudo_labels
     config = configured(shapes, pseudo_labels=pseudo_labels, scale=[1.0, 1.0])
     masks = {}
     for group in select_groups(open_dataset(shapes), load_split(open_dataset(shapes), "1_4").unlabeled):
-        table = readers.read_group(shapes, group.shard, group.row_group, ["id", "mask"])
+        table = read.read_group(shapes, group.shard, group.row_group, ["id", "mask"])
         masks.update(zip(*(table[name].to_pylist() for name in ("id", "mask")), strict=True))
     for batch in take(config, 4, spec=STRONG):
         labeled, unlabeled = both_views(batch)

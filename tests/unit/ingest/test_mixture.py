@@ -8,17 +8,26 @@ from typing import Any
 import pytest
 
 from pipeline.batch import ViewSpec
-from pipeline.cli import resolve
-from pipeline.config import Config
-from pipeline.datasets import pool_writer
-from pipeline.datasets.format import open_dataset
-from pipeline.datasets.pools import Generation, Pool, PoolInfo
-from pipeline.datasets.splits import load_split
+from pipeline.config.cli import resolve
+from pipeline.config.schema import Config
+from pipeline.datasets.pools import writer
+from pipeline.datasets.pools.format import Generation, Pool, PoolInfo
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.mixture import Mixture, PoolTable, Source, open_sources, share_lanes
-from pipeline.ingest.plan import GroupList, LanePlan, owned_lanes, select_groups
-from pipeline.ingest.readers import read_inline
+from pipeline.ingest.order import (
+    GroupList,
+    LanePlan,
+    Mixture,
+    PoolTable,
+    Source,
+    open_sources,
+    owned_lanes,
+    select_groups,
+    share_lanes,
+)
+from pipeline.ingest.read import read_inline
 from pipeline.methods import OPTIONS
 
 
@@ -138,8 +147,8 @@ def pool(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, image in itertools.islice(_images(shapes), 90):
         (root / "photos" / f"{name}.png").write_bytes(image)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool_writer.tasks, "run", lambda task, items, *_: map(task, items))
-        pool_writer.make_pool("images", str(root / "photos"), str(root / "pool"))
+        patch.setattr(writer.tasks, "run", lambda task, items, *_: map(task, items))
+        writer.make_pool("images", str(root / "photos"), str(root / "pool"))
     return str(root / "pool")
 
 

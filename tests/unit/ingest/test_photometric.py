@@ -5,11 +5,10 @@ import pytest
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.config import DataConfig
-from pipeline.ingest import photometric
-from pipeline.ingest.photometric import fill_strong
-from pipeline.ingest.randomness import generator
-from pipeline.ingest.views import MEAN_COLOUR
+from pipeline.config.schema import DataConfig
+from pipeline.ingest import augment
+from pipeline.ingest.augment import MEAN_COLOUR, fill_strong
+from pipeline.ingest.order import generator
 
 AREA = (slice(4, 30), slice(7, 40))
 INSIDE = (slice(None), *AREA)
@@ -70,7 +69,7 @@ def test_geometry_is_kept():
 
 @pytest.mark.parametrize("which", ["jitter", "grey", "blur"])
 def test_each_change_alone_is_what_it_says(which, monkeypatch):
-    monkeypatch.setattr(photometric, "JITTER", float(which == "jitter"))
+    monkeypatch.setattr(augment, "JITTER", float(which == "jitter"))
     options: Any = {name: float(name == which) for name in ("grey", "blur")} | {"strength": 0.3, "hue": 0.1}
     picture = Image.fromarray(np.ascontiguousarray(_image()[INSIDE].transpose(1, 2, 0)))
     different = 0
@@ -93,7 +92,7 @@ def test_each_change_alone_is_what_it_says(which, monkeypatch):
 
 
 def test_the_hue_turns_as_far_as_asked(monkeypatch):
-    monkeypatch.setattr(photometric, "JITTER", 1.0)
+    monkeypatch.setattr(augment, "JITTER", 1.0)
     red = np.zeros((3, 36, 44), np.uint8)
     red[0] = 200
     for hue in (0.0, 0.02, 0.25):
@@ -114,7 +113,7 @@ def test_how_often_each_change_is_drawn(monkeypatch):
 
         return count
 
-    monkeypatch.setattr(photometric, "_jittered", counted("jitter"))
+    monkeypatch.setattr(augment, "_jittered", counted("jitter"))
     monkeypatch.setattr(Image.Image, "convert", counted("grey"))
     monkeypatch.setattr(Image.Image, "filter", counted("blur"))
     for seed in range(300):

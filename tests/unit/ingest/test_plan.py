@@ -6,8 +6,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from pipeline.datasets.format import open_dataset
-from pipeline.ingest.plan import Group, GroupList, LanePlan, owned_lanes, select_groups
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.ingest.order import Group, GroupList, LanePlan, owned_lanes, select_groups
 
 UNEQUAL = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 

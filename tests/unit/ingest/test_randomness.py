@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.ingest.randomness import Permutation, generator
+from pipeline.ingest.order import Permutation, generator
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 64, 65, 100, 1000, 4097])

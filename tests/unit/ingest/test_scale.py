@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.ingest.mixture import Mixture, open_source
-from pipeline.ingest.readers import read_inline
-from pipeline.ingest.sources import UnlabeledStream
+from pipeline.ingest.order import Mixture, open_source
+from pipeline.ingest.read import UnlabeledStream, read_inline
 from tests.pools import GROUP_ROWS, ROWS_PER_SHARD, link_parts, write_part, write_pool
 
 LANES = 16

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from pipeline.config import DataConfig
-from pipeline.ingest.randomness import generator
-from pipeline.ingest.views import IGNORE, MEAN_COLOUR, cut_image, cut_mask, draw_window, mark_shown, reduction
+from pipeline.config.schema import DataConfig
+from pipeline.ingest.augment import IGNORE, MEAN_COLOUR, cut_image, cut_mask, draw_window, mark_shown, reduction
+from pipeline.ingest.order import generator
 
 SIZES = [(60, 80), (31, 17), (64, 64), (200, 50)]
 

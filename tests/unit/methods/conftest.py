@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.batch import Batch, Views
-from pipeline.cli import resolve
+from pipeline.config.cli import resolve
 from pipeline.methods import METHODS, OPTIONS, Method, Step, build_method
 from pipeline.models import upsample
 from pipeline.ops.world import World

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import field_docs, resolve
+from pipeline.config.cli import field_docs, resolve
 from pipeline.methods import METHODS, OPTIONS, Method
-from pipeline.training import loop
-from pipeline.training.hosts import PlainHost
+from pipeline.training import trainer
+from pipeline.training.runtime import PlainRuntime
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
@@ -60,7 +60,7 @@ def test_the_example_trains(example, shapes, tmp_path):
         },
         OPTIONS,
     )
-    assert loop.train(config, PlainHost(str(config.out))).step == 12
+    assert trainer.train(config, PlainRuntime(str(config.out))).step == 12
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert losses[-1]["supervised"] < losses[0]["supervised"]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pipeline.methods.cps import CPS
-from pipeline.ops.boxes import box_masks
+from pipeline.ops.mixing import box_masks
 from tests.unit.methods.conftest import CPU, SIZE, batch, full, step, train_step
 
 

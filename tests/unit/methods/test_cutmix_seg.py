@@ -5,7 +5,7 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.methods.cutmix_seg import CutMixSeg
-from pipeline.ops.boxes import box_masks
+from pipeline.ops.mixing import box_masks
 from tests.unit.methods.conftest import CPU, SIZE, batch, full, step, train_step
 
 

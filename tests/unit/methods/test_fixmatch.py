@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pipeline.methods.fixmatch import FixMatch, Pseudo, cutmixed
-from pipeline.ops.boxes import small_box_masks
+from pipeline.ops.mixing import small_box_masks
 from tests.unit.methods.conftest import CPU, SIZE, batch, full, pseudo_loss, step, train_step
 
 

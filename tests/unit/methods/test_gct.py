@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.methods.gct import GCT
+from pipeline.methods.gct import GCT, exchange, flaw_target, handled
 from pipeline.models import upsample
-from pipeline.ops.flaws import exchange, flaw_target, handled
 from pipeline.ops.schedules import sigmoid_ramp
 from tests.unit.methods.conftest import SIZE, batch, step
 

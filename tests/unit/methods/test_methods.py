@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from pipeline.batch import Batch, Views
-from pipeline.cli import resolve
+from pipeline.config.cli import resolve
 from pipeline.errors import UserError
 from pipeline.methods import METHODS, OPTIONS, check_durations
 from tests.controls import HALVED, OFF

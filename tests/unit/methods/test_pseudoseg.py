@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.methods.pseudoseg import AttentiveCAM, PseudoSeg
-from pipeline.models import Taps
+from pipeline.models import FeatureMaps
 from tests.unit.methods.conftest import CLASSES, SIZE, batch, step
 
 
@@ -21,9 +21,9 @@ def cam() -> AttentiveCAM:
     return AttentiveCAM(4, 6, CLASSES, 3, background=0)
 
 
-def _taps() -> Taps:
+def _taps() -> FeatureMaps:
     torch.manual_seed(1)
-    return Taps(torch.randn(2, 2, 12, 12), torch.randn(2, 4, 6, 6), torch.randn(2, 6, 3, 3).relu())
+    return FeatureMaps(torch.randn(2, 2, 12, 12), torch.randn(2, 4, 6, 6), torch.randn(2, 6, 3, 3).relu())
 
 
 def test_activation_maps_are_grad_cam(cam):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.methods.self_training import SelfTraining
-from pipeline.ops.boxes import small_box_masks
+from pipeline.ops.mixing import small_box_masks
 from tests.unit.methods.conftest import CPU, SIZE, batch, full, step
 
 

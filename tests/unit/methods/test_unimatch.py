@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.methods.fixmatch import Pseudo, cutmixed
 from pipeline.methods.unimatch import UniMatch
-from pipeline.models import Taps
+from pipeline.models import FeatureMaps
 from tests.unit.methods.conftest import CPU, batch, full, pseudo_loss, step, train_step
 
 
@@ -38,7 +38,7 @@ def test_the_three_losses_pixel_by_pixel(build):
             _dropped(tap[4:], step(3).uniform_per_image(f"drop/{name}", (4, tap.shape[1]), CPU), 0.3)
             for name, tap in zip(("low", "mid", "high"), taps, strict=True)
         ]
-        both = full(method.student.decoder(Taps(*map(torch.cat, zip(taps, dropped, strict=True)))).logits)
+        both = full(method.student.decoder(FeatureMaps(*map(torch.cat, zip(taps, dropped, strict=True)))).logits)
         weak, perturbed = both[4:8].softmax(1), both[8:]
         number = torch.arange(weak[:, 0].numel()).view(weak[:, 0].shape)
         one, two = (

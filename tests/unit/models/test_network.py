@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import Prediction, build_model, upsample
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import build_model
 from pipeline.models.weights import load_weights, read_state

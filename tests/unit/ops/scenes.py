@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops.contrast import Draws, Pixels, Rule
+from pipeline.methods.u2pl.contrast import Draws, Pixels, Rule
 
 C, D, H, W = 5, 4, 6, 7
 

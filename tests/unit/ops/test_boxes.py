@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.ops.boxes import Boxes, box_masks, class_boxes, cutout, inside, small_box_masks
+from pipeline.ops.mixing import Boxes, box_masks, class_boxes, cutout, inside, small_box_masks
 
 SIZES = [(64, 64), (129, 129), (33, 57), (57, 33)]
 

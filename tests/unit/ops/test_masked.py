@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.ops.entropy import IGNORE
-from pipeline.ops.masked import (
+from pipeline.ops.losses import (
     Normaliser,
     confident_labels,
     confident_share,

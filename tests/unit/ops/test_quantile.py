@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.ops.quantile import masked_quantile
+from pipeline.ops.entropy import masked_quantile
 from pipeline.ops.world import World
 from tests.unit.ops.worlds import on_ranks
 

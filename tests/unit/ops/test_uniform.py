@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.ops.uniform import uniform
+from pipeline.ops.world import uniform
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.cli import resolve
-from pipeline.config import as_dict
-from pipeline.datasets.splits import FRACTIONS
+from pipeline.config.cli import resolve
+from pipeline.config.schema import as_dict
+from pipeline.datasets.prepared.splits import FRACTIONS
 from pipeline.methods import OPTIONS
 from pipeline.report.compare import Comparison, compare
 from pipeline.report.runs import find_runs, read_run

@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.datasets.facts import KNOWN
+from pipeline.datasets.specs import KNOWN
 from pipeline.report.compare import Comparison
-from pipeline.report.page import Drawn, as_markdown, as_page
+from pipeline.report.page import ImagePanel, as_markdown, as_page
 from pipeline.report.published import PROTOCOLS
 from pipeline.report.results import COLUMNS, as_csv, classes, tables
 from tests.unit.report.made import only, write_run
-from tests.unit.report.test_check import EVIL, Tags
+from tests.unit.report.test_dataset_page import EVIL, Tags
 
 LOGS = {"kept": 0.8, "alpha": 0.1, "entropy_threshold": 1.5, "bank_fill": [0.5, 1.0]}
 
@@ -78,7 +78,7 @@ def test_csv_round_trip(comparison):
 
 
 def test_page_holds_everything_and_asks_for_nothing(comparison):
-    page = as_page([comparison], {0: Drawn(np.zeros((4, 6, 3), np.uint8), "Networks: A (seed 3).")})
+    page = as_page([comparison], {0: ImagePanel(np.zeros((4, 6, 3), np.uint8), "Networks: A (seed 3).")})
     tags = Tags(page)
     assert tags.open == []
     assert {tag for tag, _ in tags.found} & {"script", "link", "iframe"} == set()

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from pipeline import cli, storage
+from pipeline import storage
+from pipeline.config import cli
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.sweep.costs import Node, parse_node, parse_step_seconds, plan

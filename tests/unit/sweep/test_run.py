@@ -1,8 +1,8 @@
 import pytest
 
-from pipeline import cli, cluster
-from pipeline.cluster import Machine
-from pipeline.config import Config, as_dict
+from pipeline.cluster.nodes import Machine
+from pipeline.config import cli
+from pipeline.config.schema import Config, as_dict
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.sweep.run import sized
@@ -57,5 +57,5 @@ def test_a_trial_that_fits_nowhere(shapes, tmp_path, monkeypatch):
 def _pretend(monkeypatch, nodes, *, grows=False):
     """A cluster of nodes `CPUS:GPUS`."""
     found = [Machine(*map(float, node.split(":"))) for node in nodes.split()]
-    monkeypatch.setattr(cluster, "machines", lambda: found)
-    monkeypatch.setattr(cluster, "grows", lambda: grows)
+    monkeypatch.setattr(nodes, "machines", lambda: found)
+    monkeypatch.setattr(nodes, "grows", lambda: grows)

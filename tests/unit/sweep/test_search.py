@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline import cli
-from pipeline.config import Config
+from pipeline.config import cli
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.sweep.search import Range, parse_space, prepare, sample

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
-from pipeline.config import Config
-from pipeline.datasets.format import open_dataset
-from pipeline.datasets.splits import load_split
+from pipeline.config import cli
+from pipeline.config.schema import Config
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
-from pipeline.ingest import mixture
+from pipeline.ingest import order
 from pipeline.methods import OPTIONS
-from pipeline.training import launch
+from pipeline.training import launch, preflight
 
 
 def _config(*flags: str) -> Config:
@@ -21,43 +21,45 @@ def _config(*flags: str) -> Config:
 
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: str) -> None:
     monkeypatch.chdir(tmp_path)
-    placed = launch.placed(_config("--data", shapes, "--out", "runs/a"))
+    placed = preflight.resolve_paths(_config("--data", shapes, "--out", "runs/a"))
     assert placed.out == str(tmp_path / "runs/a")
-    assert launch.placed(_config("--data", shapes)).out == str(tmp_path / "runs/shapes-u2pl-1_2-s0")
+    assert preflight.resolve_paths(_config("--data", shapes)).out == str(tmp_path / "runs/shapes-u2pl-1_2-s0")
     with pytest.raises(UserError, match="no dataset named"):
-        launch.placed(cli.parse_config(["--preset", "camvid"], "", OPTIONS)[0])
+        preflight.resolve_paths(cli.parse_config(["--preset", "camvid"], "", OPTIONS)[0])
     job = tmp_path / "working_dir_files" / "package"  # where a submitted job runs; Ray deletes it
     job.mkdir(parents=True)
     monkeypatch.chdir(job)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert launch.placed(_config("--data", shapes, "--out", "runs/a")).out == str(tmp_path / "home/u2pl-ray/runs/a")
+    assert preflight.resolve_paths(_config("--data", shapes, "--out", "runs/a")).out == str(
+        tmp_path / "home/u2pl-ray/runs/a"
+    )
 
 
 def test_fresh_deletes_runs_and_nothing_else(tmp_path: Path) -> None:
     photo, config = tmp_path / "photo.jpg", _config("--out", str(tmp_path))
     photo.write_bytes(b"precious")
-    launch._claim(config, fresh=True)
+    launch.begin_run(config, fresh=True)
     assert photo.exists()
     assert (tmp_path / "config.yaml").exists()
     (tmp_path / "step_0000300").mkdir()
     (tmp_path / "step_0000300" / "state.pt").write_bytes(b"old")
-    launch._claim(config, fresh=True)
+    launch.begin_run(config, fresh=True)
     assert photo.exists()
     assert not (tmp_path / "step_0000300").exists()
 
 
 def test_a_run_directory_keeps_its_settings(tmp_path: Path) -> None:
     config = _config("--out", str(tmp_path))
-    launch._claim(config, fresh=False)
+    launch.begin_run(config, fresh=False)
     machines = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, log_every=7),
         scaling=dataclasses.replace(config.scaling, workers="4"),
     )
-    launch._claim(machines, fresh=False)  # other machines are no other run
+    launch.begin_run(machines, fresh=False)  # other machines are no other run
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
     with pytest.raises(UserError, match=r"optim\.lr 0\.003 instead of 0\.5"):
-        launch._claim(other, fresh=False)
+        launch.begin_run(other, fresh=False)
 
 
 def test_a_run_keeps_the_generations_it_began_with(
@@ -68,16 +70,16 @@ def test_a_run_keeps_the_generations_it_began_with(
     split = load_split(dataset, "1_2")
     there = 1
 
-    def opened(uri: str, weight: float | None, generations: int | None) -> mixture.Source:
-        table = mixture.select_groups(dataset, split.unlabeled)
-        return mixture.Source(uri, table, 200, weight or 200, generations or there, f"{generations or there}")
+    def opened(uri: str, weight: float | None, generations: int | None) -> order.Source:
+        table = order.select_groups(dataset, split.unlabeled)
+        return order.Source(uri, table, 200, weight or 200, generations or there, f"{generations or there}")
 
-    monkeypatch.setattr(mixture, "open_source", opened)
+    monkeypatch.setattr(order, "open_source", opened)
 
     def pinned(*flags: str, fresh: bool = False) -> tuple[int, ...]:
         config = _config("--data", shapes, "--out", str(tmp_path), "--data.unlabeled_pools", "/a", *flags)
-        config, sources = launch._with_pools(config, dataset, split, fresh)
-        launch._claim(config, fresh)
+        config, sources = preflight._with_pools(config, dataset, split, fresh)
+        launch.begin_run(config, fresh)
         assert [source.generations for source in sources] == [0, *config.data.pool_generations]
         return config.data.pool_generations
 
@@ -94,15 +96,15 @@ def test_a_run_keeps_the_generations_it_began_with(
 def test_methods_without_unlabeled_images_open_no_pool(shapes: str, tmp_path: Path) -> None:
     dataset = open_dataset(shapes)
     config = _config("--data", shapes, "--out", str(tmp_path), "--method", "suponly", "--data.unlabeled_pools", "/no")
-    assert launch._with_pools(config, dataset, load_split(dataset, "1_2"), False) == (config, [])
+    assert preflight._with_pools(config, dataset, load_split(dataset, "1_2"), False) == (config, [])
 
 
 def test_a_dataset_without_val_is_refused(shapes: str) -> None:
     dataset = open_dataset(shapes)
-    launch.check_val(dataset)
+    preflight.check_val(dataset)
     empty = dataclasses.replace(dataset, info=dataclasses.replace(dataset.info, counts={"train": 400, "val": 0}))
     with pytest.raises(UserError, match="no validation images"):
-        launch.check_val(empty)
+        preflight.check_val(empty)
 
 
 class _Failed(Exception):

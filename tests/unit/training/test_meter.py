@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pipeline.batch import Batch, Views
-from pipeline.cli import resolve
-from pipeline.ingest.stats import IngestStats
+from pipeline.config.cli import resolve
+from pipeline.ingest.loader import IngestStats
 from pipeline.methods import OPTIONS, Losses
 from pipeline.ops.world import World
 from pipeline.training import meter as meters

@@ -3,7 +3,7 @@ import io
 import pytest
 import torch
 
-from pipeline.cli import resolve
+from pipeline.config.cli import resolve
 from pipeline.methods import OPTIONS, build_method
 from pipeline.training.optim import Chain, build_optimizer, set_lr
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from pipeline import cli, cluster
-from pipeline.cluster import Machine
-from pipeline.config import Config
+from pipeline.cluster import nodes
+from pipeline.cluster.nodes import Machine, Workers, places
+from pipeline.config import cli
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
-from pipeline.training.scaling import Workers, allowed_counts, places, workers_of
+from pipeline.training.scaling import allowed_counts, workers_of
 
 
 def _config(*flags: str) -> Config:
@@ -16,15 +17,15 @@ def _config(*flags: str) -> Config:
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, up: str, coming: str | None = None) -> list[list[dict[str, float]]]:
     """A cluster of nodes `CPUS:GPUS CPUS:GPUS ...`, and those that come when it is asked; returns what it is asked."""
-    nodes, asked = _machines(up), []
+    found, asked = _machines(up), []
 
     def start_nodes(bundles: list[dict[str, float]]) -> None:
         asked.append(bundles)
-        nodes.extend(_machines(coming or ""))
+        found.extend(_machines(coming or ""))
 
-    monkeypatch.setattr(cluster, "machines", lambda: nodes)
-    monkeypatch.setattr(cluster, "grows", lambda: coming is not None)
-    monkeypatch.setattr(cluster, "start_nodes", start_nodes)
+    monkeypatch.setattr(nodes, "machines", lambda: found)
+    monkeypatch.setattr(nodes, "grows", lambda: coming is not None)
+    monkeypatch.setattr(nodes, "start_nodes", start_nodes)
     return asked
 
 

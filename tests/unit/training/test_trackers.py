@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.training.claim import Claim, Superseded
+from pipeline.training.lease import Lease, Superseded
 from pipeline.training.trackers import Tracker, duration
 from tests.s3 import S3Server
 
@@ -13,8 +13,8 @@ def _lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def _claimed(out: str) -> Claim:
-    claim = Claim(out)
+def _claimed(out: str) -> Lease:
+    claim = Lease(out)
     claim.take()
     return claim
 

@@ -1,0 +1,1 @@
+"""The Ray cluster: joining or starting it, its nodes, tasks and jobs on it."""

@@ -1,0 +1,101 @@
+"""Connecting to Ray: the cluster this job runs in, the one on this machine, or one of its own."""
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+_CURRENT_CLUSTER = "ray/ray_current_cluster"
+
+
+def connect(*, state_api: bool = False) -> None:
+    """Connects to Ray once.
+
+    A submitted job and a machine with a running head join that cluster; otherwise a private one starts in this
+    process. That one is guarded by a token that only this process and its children know, so nothing is left on disk
+    and nobody else on the machine can submit to it.
+
+    Args:
+        state_api: let a private cluster answer questions about itself, which takes a dashboard process.
+    """
+    private = not os.environ.get("RAY_ADDRESS") and not _running()
+    _environment(token=private and "ray" not in sys.modules)  # Ray reads it when it is imported
+    import ray
+
+    if not ray.is_initialized():
+        options: dict[str, Any] = {"address": "local", "include_dashboard": state_api} if private else {}
+        if private and state_api:
+            options["dashboard_port"] = _announced_port()
+        try:
+            ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
+        except (ConnectionError, RuntimeError) as error:
+            if private:
+                raise
+            raise UserError(
+                "the Ray cluster noted on this machine cannot be joined: start its head again or end it with "
+                "`ray stop`, and export the RAY_AUTH_MODE that it was started with"
+            ) from error
+
+
+def quiet_data() -> None:
+    """Ray Data without its own log and progress: the jobs say themselves how far they are."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.use_datasource_v2 = False
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def default_root() -> Path:
+    """Where runs and demo data go if nobody says so: here, or in the home directory for a submitted job.
+
+    A submitted job runs in an unpacked copy of the working directory that Ray deletes.
+    """
+    here = Path.cwd()
+    return Path.home() / "u2pl-ray" if "working_dir_files" in here.parts else here
+
+
+def _announced_port() -> int:
+    """A port for a private cluster's dashboard, which all its processes are told.
+
+    Else Ray's own processes look for a cluster on this machine, and fail where there is another one beside this one.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    return port
+
+
+def _running() -> bool:
+    temporary = os.environ.get("RAY_TMPDIR", "/tmp")  # where `ray start` leaves the address of its head
+    return (Path(temporary) / _CURRENT_CLUSTER).exists()
+
+
+def _environment(*, token: bool) -> None:
+    """Settings that Ray reads when it is imported or started."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints every line of the loop twice
+        "RAY_DATA_USE_DATASOURCE_V2": "0",
+        "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "-1",  # a long evaluation is no hang
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 s that some clouds leave, 5 are many
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it makes of Ctrl-C a sweep that seems done
+        "RAY_AIR_NEW_OUTPUT": "0",  # Tune's: it prints tables even when told not to
+        "RAY_worker_maximum_startup_concurrency": "16",  # of processes that mostly wait; beyond 4 x it Ray warns
+    }.items():
+        os.environ.setdefault(name, value)
+    if token and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    warnings.filterwarnings("ignore", module="ray")

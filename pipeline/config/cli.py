@@ -1,0 +1,289 @@
+"""The command line of every job: flags from the config's dataclasses, and exit codes.
+
+0 done, 2 user error (one line on stderr, no traceback), 1 failure.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn, get_origin, get_type_hints
+
+from pipeline.config import schema as configs
+from pipeline.config.parse import build, convert, suggest
+from pipeline.config.schema import Config
+from pipeline.errors import RunError, UserError
+
+_SHORT = {"data.root": ["--data"]}
+"""Flags that have a short form beside their dotted name."""
+COMMON = (
+    *("method", "split", "seed", "out", "data.root", "data.unlabeled_pools", "data.protocol", "data.crop"),
+    *("model.backbone", "model.weights", "optim.lr", "optim.steps", "optim.batch_labeled", "optim.batch_unlabeled"),
+    *("eval.every", "scaling.workers", "run.precision", "run.checkpoint_every"),
+)
+"""Keys that `--help` shows of the sections; `--help all` shows every key."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s and whose flags are never abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the whole usage."""
+        raise UserError(message)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parses all of `argv`.
+
+        Raises:
+            UserError: an argument is unknown (the nearest flag is named), missing or of the wrong type.
+        """
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            near = suggest(unknown[0].partition("=")[0], known)
+            raise UserError(f"unknown argument {unknown[0]!r}{near if 'did you mean' in near else '; see --help'}")
+        return values
+
+    def own_flags(self) -> list[tuple[str, str]]:
+        """The flags that are no place in the config, each with its help."""
+        return [
+            (" ".join([each.option_strings[-1], str(each.metavar or "")]).strip(), str(each.help))
+            for each in self._actions
+            if "." not in each.dest and each.dest not in {item.name for item in dataclasses.fields(Config)}
+        ]
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Runs a job's `main` and ends the process with the right code."""
+    try:
+        main(sys.argv[1:])
+        code = 0
+    except (UserError, RunError) as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def parse_config(
+    argv: Sequence[str],
+    description: str,
+    options: Mapping[str, type],
+    extra: Callable[[Parser], None] | None = None,
+) -> tuple[Config, argparse.Namespace]:
+    """Reads a run's config: defaults < `--preset` < `--config` < flags.
+
+    With neither a preset, a file nor a dataset, the `demo` preset holds.
+
+    Args:
+        argv: the arguments without the program's name.
+        description: what the job does, for `--help`.
+        options: dataclass of options by method name.
+        extra: adds the job's own flags.
+
+    Returns:
+        The checked config, and the namespace with the job's own flags.
+
+    Raises:
+        UserError: an unknown flag, key, preset or method, or a value of the wrong type.
+    """
+    parser = _parser(description, options)
+    if extra:
+        extra(parser)
+    if any(word in ("-h", "--help") for word in argv):
+        _print_help(parser, argv, options)
+        sys.exit(0)
+    args = parser.parse(argv)
+    result = _config_of(args, options)
+    if args.print_config:
+        print(configs.to_yaml(result), end="")
+        sys.exit(0)
+    return result, args
+
+
+def _config_of(args: argparse.Namespace, options: Mapping[str, type]) -> Config:
+    """The config that the flags stand for."""
+    flags = {key: value for key, value in vars(args).items() if value is not None and _is_path(key, options)}
+    preset = args.preset or (None if args.config or "data.root" in flags else "demo")
+    return layered(flags, options, preset=preset, file=args.config)
+
+
+def layered(
+    values: Mapping[str, Any], options: Mapping[str, type], *, preset: str | None = None, file: str | None = None
+) -> Config:
+    """A config of defaults < preset < file < values.
+
+    Args:
+        values: by dotted key (`optim.lr`), or by section with keys and values below it.
+        options: dataclass of options by method name.
+        preset: name of a preset.
+        file: path or URI of a YAML file.
+
+    Raises:
+        UserError: an unknown key, preset or method, or a value of the wrong type.
+    """
+    merged: dict[str, Any] = {}
+    layers = (configs.read_preset(preset) if preset else {}, configs.read_file(file) if file else {}, _nested(values))
+    for layer in layers:
+        merged = configs.merge(merged, layer)
+    return resolve(merged, options)
+
+
+def _is_path(key: str, options: Mapping[str, type]) -> bool:
+    """Whether an argument's name is a place in the config; the others are the command's own flags."""
+    section = key.partition(".")[0]
+    return section in options or section in {f.name for f in dataclasses.fields(Config)} - {"methods"}
+
+
+def resolve(values: Mapping[str, Any], options: Mapping[str, type]) -> Config:
+    """A config of plain values, with every method's options checked and completed.
+
+    Options stand at the top level under the method's name (`u2pl: {lambda_c: 0.1}`) or below `methods`.
+    """
+    values = dict(values)
+    given = {name: _section(values.pop(name, None), name) for name in options}
+    stored = _section(values.pop("methods", None), "methods")
+    named = str(values.get("method", Config.method))
+    unknown = [name for name in [named, *stored] if name not in options]
+    if unknown:
+        raise UserError(f"unknown method {unknown[0]!r}{suggest(str(unknown[0]), sorted(options))}")
+    near = [name for name in values if name not in {f.name for f in dataclasses.fields(Config)}]
+    if near:
+        valid = [f.name for f in dataclasses.fields(Config)] + sorted(options)
+        raise UserError(f"unknown key {near[0]!r}{suggest(str(near[0]), valid)}")
+    methods = {
+        name: configs.as_dict(convert(kind, configs.merge(_section(stored.get(name), name), given[name]), name))
+        for name, kind in options.items()
+    }
+    return build(Config, {**values, "methods": methods})
+
+
+def _section(value: Any, name: str) -> Mapping[str, Any]:
+    return convert(Mapping[str, Any], value, name)
+
+
+def _parser(description: str, options: Mapping[str, type]) -> Parser:
+    usage = "%(prog)s [--preset NAME] [--split SPLIT] [--SECTION.KEY VALUE ...]"
+    parser = Parser(description=description, usage=usage, add_help=False)
+    parser.add_argument("-h", "--help", nargs="?", metavar="[all]", help="this text; `--help all` shows every key")
+    parser.add_argument("--preset", metavar="NAME", help=", ".join(configs.presets()))
+    parser.add_argument("--config", metavar="FILE", help="YAML file (path or URI); flags override it")
+    parser.add_argument("--print_config", action="store_true", help="print every key with its value and stop")
+    _add_fields(parser, Config, "")
+    for name, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            _add_fields(parser.add_argument_group(name, inspect.getdoc(kind)), kind, f"{name}.")
+    for name, kind in options.items():
+        if dataclasses.fields(kind):
+            _add_fields(parser.add_argument_group(name, inspect.getdoc(kind)), kind, f"{name}.")
+    return parser
+
+
+def _add_fields(parser: Any, kind: Any, prefix: str) -> None:
+    docs, hints = field_docs(kind), get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint) or item.default is dataclasses.MISSING:
+            continue
+        bare = {"nargs": "?", "const": "true"} if hint is bool else {"nargs": "*"} if get_origin(hint) is tuple else {}
+        path = prefix + item.name
+        text = f"{docs.get(item.name, '')} (default: {item.default})".replace("%", "%%")
+        parser.add_argument(f"--{path}", *_SHORT.get(path, []), dest=path, metavar=_type_name(hint), help=text, **bare)
+
+
+def _print_help(parser: Parser, argv: Sequence[str], options: Mapping[str, type]) -> None:
+    """Help that fits on two screens, with this command line's values; or, if `all` is asked for, every key.
+
+    Raises:
+        UserError: the other flags cannot be used.
+    """
+    args, _ = parser.parse_known_args(argv)
+    if args.help == "all":
+        parser.print_help()
+        return
+    config = _config_of(args, options)
+    wide = max(60, shutil.get_terminal_size().columns)
+    keys = [f"{config.method}.{item.name}" for item in dataclasses.fields(options[config.method])]
+    lines = [
+        *textwrap.wrap(parser.format_usage().strip(), wide),
+        "",
+        *textwrap.wrap(str(parser.description).splitlines()[0], wide),
+        "",
+        *(_row(name, text, "", wide) for name, text in parser.own_flags()),
+        "",
+        "Methods (--method):",
+        *(f"  {name:<14}{_first(inspect.getdoc(kind)).partition(': ')[2]}"[:wide] for name, kind in options.items()),
+        "",
+        "What most runs set, with the values of this command line:",
+        *(_key_row(path, config, options, wide) for path in COMMON),
+        "",
+        *([f"Of {config.method}; --method NAME --help shows those of another one:"] if keys else []),
+        *(_key_row(path, config, options, wide) for path in keys),
+    ]
+    print("\n".join(lines).rstrip())
+
+
+def _key_row(path: str, config: Config, options: Mapping[str, type], wide: int) -> str:
+    section, _, name = path.rpartition(".")
+    if section in options:
+        kind, value = options[section], config.methods[section][name]
+    else:
+        holder = getattr(config, section) if section else config
+        kind, value = type(holder), getattr(holder, name)
+    shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else "" if value is None else str(value)
+    return _row(_SHORT.get(path, [f"--{path}"])[0], _first(field_docs(kind).get(name)), shown, wide)
+
+
+def _row(name: str, text: str, value: str, wide: int) -> str:
+    """A line: the name, what it is, and its value; the text gives way."""
+    value = f" [{value}]" if value else ""
+    head = f"  {name:<25} "
+    return head + textwrap.shorten(text, max(20, wide - len(head) - len(value)), placeholder=" ...") + value
+
+
+def _first(doc: str | None) -> str:
+    """The first sentence of a docstring."""
+    return " ".join((doc or "").split()).partition(". ")[0].rstrip(".")
+
+
+def _type_name(hint: Any) -> str:
+    text = str(hint).replace("typing.Literal", "").replace(" | None", "").replace("'", "")
+    return text if "[" in text else getattr(hint, "__name__", text)
+
+
+@cache
+def field_docs(kind: type) -> dict[str, str]:
+    """The string that stands below each field of a dataclass, on one line."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    docs = {}
+    for field, below in pairwise(getattr(definition, "body", [])):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
+
+
+def _nested(flags: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flags.items():
+        section, dot, key = path.rpartition(".")
+        if dot:
+            nested.setdefault(section, {})[key] = value
+        else:
+            nested[path] = value
+    return nested

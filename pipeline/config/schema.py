@@ -1,0 +1,299 @@
+"""What one run can be told: frozen dataclasses, one docstring per field, and the way from YAML to them.
+
+Defaults < preset < YAML file < flags; the flags are made in `pipeline.config.cli`. Every field under `scaling` and
+`run` may change when a run is resumed; the others make the result what it is.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+
+from pipeline import storage
+from pipeline.config.parse import parse_yaml, require_positive, require_share, suggest
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are cut into training views."""
+
+    root: str | None = None
+    """Prepared dataset: a local path or s3://bucket/prefix; `generated`: the demo set, made on first use."""
+    unlabeled_pools: tuple[str, ...] = ()
+    """More unlabeled images: pools or prepared datasets, by path or URI."""
+    pool_weights: tuple[float, ...] = ()
+    """Shares of the unlabeled batch: own images (0: none), then each pool. None given: by number of images."""
+    pool_generations: tuple[int, ...] = ()
+    """How many generations of each pool count. None given: those that are there when the run begins."""
+    protocol: str | None = None
+    """Which split lists of the dataset (splits/PROTOCOL/SPLIT). None: the dataset's own default."""
+    pseudo_labels: str | None = None
+    """Pseudo-labels of the unlabeled images, made beforehand (u2pl self_training); for --method self_training."""
+    crop: tuple[int, int] = (513, 513)
+    """Height and width of a training view in pixels."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of the random resize before the crop, relative to the stored image."""
+    flip: bool = True
+    """Mirror a view with probability 1/2."""
+    strength: float = 0.5
+    """Largest change of brightness, contrast and saturation in strong views, relative to what they are."""
+    hue: float = 0.25
+    """Largest change of the hue in strong views, as a share of the colour circle; less where colour tells classes."""
+    grey: float = 0.2
+    """Probability that a strong view loses its colours."""
+    blur: float = 0.5
+    """Probability that a strong view is blurred, by 0.1 to 2 pixels; less where fine texture tells classes."""
+    background: str = "auto"
+    """Class of what is no object: its number, none, or auto: the dataset's class named background, if it has one."""
+
+    def __post_init__(self) -> None:
+        require_positive("data", self, "crop", "scale")
+        require_share("data", self, "strength", "grey", "blur")
+        if self.background not in ("auto", "none") and not (self.background.isascii() and self.background.isdigit()):
+            raise UserError(f"data.background: expected a class number, none or auto, got {self.background}")
+        if not 0 <= self.hue <= 0.5:
+            raise UserError(f"data.hue: must be between 0 and 0.5, got {self.hue}")
+        require_positive("data", self, "pool_generations")
+        pools = len(self.unlabeled_pools)
+        if len(set(self.unlabeled_pools)) < pools:
+            raise UserError("data.unlabeled_pools: one is named twice; give it more weight instead")
+        if self.pool_weights and (len(self.pool_weights) != 1 + pools or not all(self.pool_weights[1:])):
+            raise UserError(
+                f"data.pool_weights: must be {1 + pools} numbers (own images, then each of {pools} pools, above 0), "
+                f"got {len(self.pool_weights)}: {self.pool_weights}"
+            )
+        if self.pool_generations and len(self.pool_generations) != pools:
+            raise UserError(
+                f"data.pool_generations: must be one for each of {pools} pools, got {self.pool_generations}"
+            )
+        if self.scale[0] > self.scale[1]:
+            raise UserError(f"data.scale: must be the smaller and the larger end, got {self.scale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network of student and teacher."""
+
+    backbone: Literal["tiny", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    """Encoder; tiny is a small network from scratch for CPUs."""
+    weights: str = "torchvision"
+    """Encoder weights: none, torchvision (downloads ImageNet weights), or a file or URI of a state dict."""
+    output_stride: Literal[8, 16] = 8
+    """Input pixels per cell of the encoder's last feature map."""
+    width: int = 256
+    """Channels of the decoder."""
+    feature_dim: int = 256
+    """Channels of the representation head (contrastive methods)."""
+    dropout: float = 0.1
+    """Channel dropout in the decoder's heads."""
+
+    def __post_init__(self) -> None:
+        require_positive("model", self, "width", "feature_dim")
+        require_share("model", self, "dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser, schedule and batch."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd has momentum 0.9."""
+    lr: float = 1e-3
+    """Learning rate of the encoder at step 0; it falls as (1 - step/steps)^power."""
+    head_lr_mult: float = 10.0
+    """Learning rate of decoder and heads, relative to the encoder's."""
+    weight_decay: float = 1e-4
+    """Decay of all weights."""
+    power: float = 0.9
+    """Exponent of the poly schedule."""
+    warmup: float = 0.0
+    """Over which the learning rate first rises linearly from 0: steps, or below 1 a share of the run."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0: no limit."""
+    steps: int = 45600
+    """Training steps of the whole run."""
+    batch_labeled: int = 16
+    """Labeled images per step over all workers."""
+    batch_unlabeled: int = 16
+    """Unlabeled images per step over all workers."""
+
+    def __post_init__(self) -> None:
+        require_positive("optim", self, "steps", "batch_labeled", "batch_unlabeled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The supervised loss L_s, the same for every method."""
+
+    supervised: Literal["ce", "ohem"] = "ce"
+    """ce: cross entropy; ohem: only hard pixels (threshold 0.7, at least 100000 kept per worker)."""
+    aux_weight: float = 0.0
+    """Weight of the auxiliary head's L_s; 0: no such head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How the validation set is scored."""
+
+    every: int = 2280
+    """Steps between evaluations; the last step is always evaluated."""
+    mode: Literal["dataset", "whole", "sliding"] = "dataset"
+    """whole image or sliding window; dataset: as the dataset itself says."""
+    scale: float = 1.0
+    """Resize before the network; logits go back to the stored size, where they are scored."""
+    window: tuple[int, int] = (769, 769)
+    """Sliding window, height and width; its stride is two thirds of that."""
+
+    def __post_init__(self) -> None:
+        require_positive("eval", self, "every", "scale", "window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """Machines; may change when a run is resumed. The global batch and the learning rate stay what they are."""
+
+    workers: str = "auto"
+    """Train workers: a number, or the fewest and the most (2..8) for a run that goes on with what is left when nodes
+    are lost and grows when they return; auto: one per GPU of the cluster, or 2 on a cluster of CPUs. Where nodes are
+    started for jobs it must be said."""
+    cpus_per_worker: float = 0.0
+    """CPUs reserved per worker; 0: 4 beside a GPU, else 0.5 so that Ray Data keeps some."""
+    gpus_per_worker: float = 1.0
+    """Of a worker, on a cluster that has GPUs: 1, less for a run of one worker that shares its GPU, or 0."""
+
+    def __post_init__(self) -> None:
+        if self.workers != "auto":
+            fewest, most = self.limits()
+            if not 1 <= fewest <= most:
+                raise UserError(f"scaling.workers: expected such as 4, 2..8 or auto, got {self.workers}")
+        require_share("scaling", self, "gpus_per_worker")
+        if 0 < self.gpus_per_worker < 1 and self.workers not in ("1", "auto"):
+            raise UserError(
+                f"scaling.gpus_per_worker {self.gpus_per_worker:g}: workers of one run cannot share a GPU: "
+                "set scaling.workers 1"
+            )
+
+    def limits(self) -> tuple[int, int]:
+        """The fewest and the most workers; not for `auto`.
+
+        Raises:
+            UserError: `workers` says neither.
+        """
+        fewest, dots, most = self.workers.partition("..")
+        if not all(part.isascii() and part.isdigit() for part in ([fewest, most] if dots else [fewest])):
+            raise UserError(f"scaling.workers: expected such as 4, 2..8 or auto, got {self.workers}")
+        return int(fewest), int(most if dots else fewest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Bookkeeping, and how the work is done; may change when a run is resumed."""
+
+    decode: Literal["worker", "cluster"] = "worker"
+    """Where images are decoded and cut: in the worker's own CPUs, or in tasks on any CPUs of the cluster, for GPU nodes
+    that have few. The batches are the same."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the forward pass."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the losses; auto: on GPUs, and on CPUs from 4 million pixels times classes a step, where it pays."""
+    log_every: int = 25
+    """Steps between log lines."""
+    checkpoint_every: int = 570
+    """Steps between checkpoints; every evaluation also writes one."""
+    max_failures: int = 3
+    """How often lost workers are replaced before the run gives up."""
+    storage_patience: float = 60.0
+    """Seconds for which storage that fails or does not answer is asked again before the run stops."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        require_positive("run", self, "log_every", "checkpoint_every", "storage_patience")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    method: str = "u2pl"
+    """Which system to train."""
+    split: str = "1_2"
+    """Labeled share: 1_16, 1_8, 1_4, 1_2, full, or the name of a list folder of the protocol."""
+    seed: int = 0
+    """Seed of everything random."""
+    out: str | None = None
+    """Run directory (local or s3://bucket/prefix). The same command with the same directory resumes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options by method name; each method's file defines its own."""
+
+
+def presets() -> list[str]:
+    """Names of the presets that the package ships."""
+    folder = resources.files("pipeline.config") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The values of a preset.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if name not in presets():
+        raise UserError(f"unknown preset {name!r}{suggest(name, presets())}")
+    file = resources.files("pipeline.config") / "presets" / f"{name}.yaml"
+    return parse_yaml(file.read_text(), f"preset {name}")
+
+
+def read_file(uri: str) -> dict[str, Any]:
+    """The values of a YAML file at `uri`."""
+    try:
+        return parse_yaml(storage.read_bytes(uri).decode(), uri)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{uri}: not a text file") from error
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` in their place, section by section; an empty section changes nothing.
+
+    Raises:
+        UserError: one has keys and values where the other has a single value.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge(before, value)
+        elif isinstance(before, Mapping) and value is not None:
+            raise UserError(f"{key}: expected keys and values, got {value!r}")
+        elif not isinstance(before, Mapping):
+            merged[key] = value
+    return merged
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as plain values: what `build` takes, YAML writes and a checkpoint holds."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML; reading it gives the same config."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What makes the result what it is: everything but the place and the machines."""
+    values = as_dict(config)
+    return {key: value for key, value in values.items() if key not in ("out", "scaling", "run")}

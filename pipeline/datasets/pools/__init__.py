@@ -1,0 +1,1 @@
+"""Pools: folders of any number of unlabeled images."""

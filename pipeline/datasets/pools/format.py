@@ -1,0 +1,190 @@
+"""What a pool is: unlabeled images in any number, opened by reading one small file.
+
+A pool is a folder on any storage:
+
+    pool.json                             what it is (`PoolInfo`); written last: makes the rest a pool
+    gen-00000/part-0000000.parquet, ...   its rows, in an order by hash; names and counts follow from pool.json
+    gen-00000/keys/0000.parquet, ...       which images these are, for `prepare --append`; training never looks
+
+Every row group holds `group_rows` rows but the last one of a generation. There are two kinds: `bytes` keeps the
+images in its parts (`BYTES_SCHEMA`), `links` says where they lie (`LINKS_SCHEMA`). An image without bytes is left out:
+it was damaged when the pool was made, or has vanished since.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.datasets.prepared.format import SHARD_SCHEMA
+from pipeline.errors import UserError
+
+SCHEMA_VERSION = 1
+POOL_FILE = "pool.json"
+WORK_FOLDER = "work"
+"""Below the pool while prepare is at work."""
+FETCHES = 16
+"""Linked images that one reader asks for at a time."""
+BYTES_SCHEMA = pa.schema([SHARD_SCHEMA.field("id"), SHARD_SCHEMA.field("image")])
+LINKS_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),  # path below the pool's `root`
+        pa.field("offset", pa.int64(), nullable=False),  # first byte of the image in the file
+        pa.field("size", pa.int64(), nullable=False),  # bytes
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one call of prepare added."""
+
+    rows: int
+    """Images, at least 1."""
+    shards: int
+    """Files called part-..."""
+    bytes: int
+    """Size of the encoded images."""
+    digest: str
+    """Hash of the images' ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolInfo:
+    """The content of pool.json."""
+
+    name: str
+    """For people; means nothing to the program."""
+    source: str
+    """What it was made of: images, tar or parquet."""
+    root: str
+    """URI of that; links lead below it."""
+    kind: str
+    """bytes or links."""
+    group_rows: int
+    """Rows per row group."""
+    groups_per_shard: int
+    """Row groups per part; the last part of a generation may have fewer."""
+    generations: tuple[Generation, ...]
+    """Oldest first, at least one."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this format."""
+
+    @property
+    def copied(self) -> bool:
+        """Whether prepare was told to copy: the images of Parquet files always are."""
+        return self.kind == "bytes" and self.source != "parquet"
+
+    def to_json(self) -> str:
+        """As text; `from_json` reads it back."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "PoolInfo":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: not such a text, or the format is of another version.
+        """
+        values: Any = json.loads(text)
+        if not isinstance(values, Mapping):
+            raise ValueError("no JSON object")
+        if values.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"format version {values.get('schema_version')}, this program reads {SCHEMA_VERSION}")
+        try:
+            generations = tuple(Generation(**each) for each in values["generations"])
+            info = cls(**{**values, "generations": generations})
+            if info.kind not in ("bytes", "links") or not generations or min(g.rows for g in generations) < 1:
+                raise ValueError("an impossible value")
+        except (KeyError, TypeError) as error:
+            raise ValueError(str(error)) from error
+        return info
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A cheap, picklable handle: where the pool is and what it is."""
+
+    root: str
+    """URI without a trailing slash, valid in every working directory."""
+    info: PoolInfo
+    """The content of pool.json."""
+
+    @property
+    def told(self) -> str:
+        """How large it is, for people."""
+        rows = [each.rows for each in self.info.generations]
+        return f"{sum(rows)} images in {len(rows)} generations, {rows[-1]} in the last; {self.info.kind}"
+
+    def digest(self, generations: int) -> str:
+        """12 hex digits that tell the first `generations` generations from those of any other pool."""
+        values = {**asdict(self.info), "generations": [asdict(g) for g in self.info.generations[:generations]]}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def open_pool(root: str) -> Pool:
+    """Opens the pool at `root` (a path or URI); reads pool.json and nothing else.
+
+    Raises:
+        UserError: nothing is there, prepare did not finish, or the format is of another version.
+    """
+    root = storage.absolute(root)
+    uri = storage.join(root, POOL_FILE)
+    if not storage.exists(uri):
+        if storage.exists(storage.join(root, WORK_FOLDER, "plan.json")):
+            raise UserError(f"{root}: prepare did not finish; run it again")
+        raise UserError(f"{root}: no pool there ({POOL_FILE} is missing); make one with `u2pl prepare`")
+    try:
+        return Pool(root, PoolInfo.from_json(storage.read_bytes(uri)))
+    except ValueError as error:
+        raise UserError(f"{uri}: not readable ({error}); prepare the pool again") from error
+
+
+def folder_name(generation: int) -> str:
+    """Path of a generation below the pool."""
+    return f"gen-{generation:05d}"
+
+
+def part_name(generation: int, number: int) -> str:
+    """Path of a part below the pool."""
+    return f"{folder_name(generation)}/part-{number:07d}.parquet"
+
+
+def fetch(links: pa.Table, root: str) -> pa.Table:
+    """Reads linked images, several at a time; brief trouble of the storage is waited for.
+
+    Args:
+        links: `LINKS_SCHEMA`.
+        root: what their files are below.
+
+    Returns:
+        `BYTES_SCHEMA`, in the same order; no bytes for an image that has vanished.
+
+    Raises:
+        UserError: the storage refuses.
+    """
+    places = (links[name].to_pylist() for name in ("file", "offset", "size"))
+    with ThreadPoolExecutor(FETCHES) as pool:
+        found = list(pool.map(partial(_fetch, root), *places))
+    images = [data for data, _ in found]
+    storage.add_retries(sum(retries for _, retries in found))
+    return pa.table([links["id"].combine_chunks(), pa.array(images, pa.binary())], schema=BYTES_SCHEMA)
+
+
+def _fetch(root: str, file: str, offset: int, size: int) -> tuple[bytes, int]:
+    """The bytes, and how often the storage had to be asked again."""
+    uri, before = storage.join(root, file), storage.retries()
+    try:
+        data = storage.retried(lambda: storage.read_range(uri, offset, size))
+    except UserError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        data = b""
+    return data, storage.retries() - before

@@ -1,0 +1,1 @@
+"""Prepared datasets: shards, index, splits."""

@@ -1,0 +1,209 @@
+"""What a prepared dataset is, and how it is read.
+
+A dataset is a folder on any storage:
+
+    dataset.json                          what it is (`DatasetInfo`); written last: makes the rest a dataset
+    index.parquet                         one row per sample (`INDEX_SCHEMA`), train before val
+    shards/train-00000.parquet, ...       the encoded bytes (`SHARD_SCHEMA`), rows shuffled, small row groups
+    splits/PROTOCOL/SPLIT/labeled.txt     which images count as labeled (see `pipeline.datasets.prepared.splits`)
+
+Shards are neither compressed (JPEG and PNG already are) nor dictionary-encoded; their pages carry checksums.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+SCHEMA_VERSION = 1
+IGNORE_INDEX = 255
+SUBSETS = ("train", "val")
+INFO_FILE = "dataset.json"
+INDEX_FILE = "index.parquet"
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),  # the original JPEG or PNG file
+        pa.field("mask", pa.binary()),  # PNG, one channel of class ids; null where unlabeled
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+    ]
+)
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("subset", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),  # path below the root
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),  # inside the row group
+        pa.field("image_bytes", pa.int64(), nullable=False),
+        pa.field("mask_bytes", pa.int64(), nullable=False),  # 0: no mask
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+    ]
+)
+WRITE_OPTIONS: dict[str, Any] = {
+    "compression": "NONE",
+    "use_dictionary": False,
+    "write_statistics": False,
+    "write_page_checksum": True,
+}
+"""How files with image bytes are written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """The content of dataset.json."""
+
+    name: str
+    """For people; means nothing to the program."""
+    classes: tuple[str, ...]
+    """Names by class id."""
+    palette: tuple[tuple[int, int, int], ...]
+    """RGB colour by class id."""
+    counts: dict[str, int]
+    """Images per subset: train (with and without mask) and val."""
+    evaluation: str
+    """How val is scored unless the run says otherwise: whole or sliding."""
+    protocol: str
+    """Split lists that are used unless the run names others; empty if no image has a mask."""
+    index_hash: str
+    """SHA-256 of index.parquet."""
+    shards: dict[str, int]
+    """Size in bytes by path below the root."""
+    skipped: int = 0
+    """Bad samples that prepare left out because it was told to."""
+    ignore_index: int = IGNORE_INDEX
+    """Mask value of pixels that are neither trained on nor scored."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this format."""
+
+    @property
+    def background(self) -> int | None:
+        """The class of what is no object: the one named background; None for data in which every class is something."""
+        return self.classes.index("background") if "background" in self.classes else None
+
+    def to_json(self) -> str:
+        """As text; `from_json` reads it back."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "DatasetInfo":
+        """Reads what `to_json` wrote; keys it does not know are left out.
+
+        Raises:
+            ValueError: not such a text.
+        """
+        values: Any = json.loads(text)
+        if not isinstance(values, Mapping):
+            raise ValueError("no JSON object")
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        try:
+            known["classes"] = tuple(map(str, known["classes"]))
+            known["palette"] = tuple((int(r), int(g), int(b)) for r, g, b in known["palette"])
+            return cls(**known)
+        except (KeyError, TypeError) as error:
+            raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A cheap, picklable handle: where the dataset is, what it is and what it holds; no image bytes."""
+
+    root: str
+    """URI without a trailing slash, valid in every working directory."""
+    info: DatasetInfo
+    """The content of dataset.json."""
+    index: pa.Table
+    """One row per sample, `INDEX_SCHEMA`."""
+
+    def subset(self, name: str) -> pa.Table:
+        """The rows of the index that belong to the subset `name` (train or val), in stored order."""
+        return self.index.filter(pc.field("subset") == name)
+
+
+def open_dataset(root: str) -> Dataset:
+    """Opens the dataset at `root` (a path or URI); reads dataset.json and the index, no shard.
+
+    Raises:
+        UserError: nothing is there, prepare did not finish, the index was changed, or the format is of
+            another version.
+    """
+    root = storage.absolute(root)
+    info = _read_info(root)
+    data = storage.read_bytes(storage.join(root, INDEX_FILE))
+    if hashlib.sha256(data).hexdigest() != info.index_hash:
+        raise UserError(f"{root}/{INDEX_FILE}: not the file that {INFO_FILE} describes; prepare the dataset again")
+    try:
+        index = pq.read_table(pa.BufferReader(data), use_threads=False)
+    except pa.ArrowException as error:
+        raise UserError(f"{root}/{INDEX_FILE}: not readable ({error}); prepare the dataset again") from error
+    if not index.schema.equals(INDEX_SCHEMA):
+        raise UserError(f"{root}/{INDEX_FILE}: has other columns than this version knows; prepare the dataset again")
+    return Dataset(root, info, index)
+
+
+def _read_info(root: str) -> DatasetInfo:
+    uri = storage.join(root, INFO_FILE)
+    if not storage.exists(uri):
+        begun = storage.exists(storage.join(root, INDEX_FILE)) or storage.list_files(storage.join(root, "shards"))
+        if begun:
+            raise UserError(f"{root}: prepare did not finish; run it again")
+        raise UserError(f"{root}: no dataset there ({INFO_FILE} is missing); make one with `u2pl prepare`")
+    try:
+        info = DatasetInfo.from_json(storage.read_bytes(uri))
+    except ValueError as error:
+        raise UserError(f"{uri}: not readable ({error}); prepare the dataset again") from error
+    if info.schema_version != SCHEMA_VERSION:
+        raise UserError(f"{uri}: format version {info.schema_version}, this program reads {SCHEMA_VERSION}")
+    return info
+
+
+def read_group(root: str, shard: str, row_group: int, columns: list[str]) -> pa.Table:
+    """Reads one row group; brief trouble of the storage is waited for (`storage.retried`).
+
+    Each call opens a handle of its own: one that is shared between threads hangs.
+
+    Args:
+        root: the dataset.
+        shard: path of the shard below `root`, as in the index.
+        row_group: which group of the shard.
+        columns: names out of `SHARD_SCHEMA`.
+
+    Returns:
+        The rows in stored order, columns as asked.
+
+    Raises:
+        UserError: the shard is missing or damaged (page checksums are verified), or the storage refuses.
+    """
+    uri = storage.join(root, shard)
+    return storage.retried(lambda: _read_group(uri, row_group, columns))
+
+
+def _read_group(uri: str, row_group: int, columns: list[str]) -> pa.Table:
+    filesystem, path = storage.resolve(uri)
+    with storage.translated(uri), filesystem.open_input_file(path) as handle:
+        try:
+            file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
+            if not 0 <= row_group < file.num_row_groups:
+                raise pa.ArrowInvalid(f"it has {file.num_row_groups} row groups")
+            table = file.read_row_group(row_group, columns=columns, use_threads=False)
+            if set(table.column_names) != set(columns):
+                raise pa.ArrowInvalid(f"it has the columns {file.schema_arrow.names}")
+        except (pa.ArrowException, OSError) as error:
+            # Parquet's own complaints carry neither an errno (the operating system's do) nor S3's mark.
+            if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+                raise
+            message = " ".join(str(error).split())
+            raise UserError(
+                f"{uri}: row group {row_group} is damaged ({message}); prepare the dataset again"
+            ) from error
+    return table.select(columns)

@@ -1,0 +1,1 @@
+"""What comes from outside: trees, masks and class lists of others."""

@@ -1,0 +1,1 @@
+"""AEL (Hu et al., NeurIPS 2021)."""

@@ -1,0 +1,249 @@
+"""AEL (Hu et al., NeurIPS 2021): what the network knows badly it sees more often.
+
+L = L_s + L_c(labeled) + L_c(mixed). A running confidence by class steers three things: which classes are pasted into
+labeled images, which class' region is cut into unlabeled ones, and how often a pixel of a class is learned from.
+Code: hzhupku/SemiSeg-AEL; `docs/methods.md` says where we differ.
+"""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.config.parse import convert, require_positive, require_share
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.methods.ael.sampling import ClassConfidence, DrawnCrops, Reservoir, draw_index, zoomed
+from pipeline.methods.base import BatchNorm, Losses, Method, Step, untouched
+from pipeline.models import Prediction, SegmentationModel, upsample
+from pipeline.ops import ema, mixing
+from pipeline.ops.entropy import IGNORE
+from pipeline.ops.losses import weighted_cross_entropy
+from pipeline.ops.mixing import Boxes, class_boxes, inside
+from pipeline.ops.schedules import ema_decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class AELOptions:
+    """AEL: classes that are known badly are seen more often. The defaults are the release's for PASCAL VOC."""
+
+    warmup: float = 0.0
+    """Supervised training with pastes before the teacher starts: steps, or below 1 a share of the run (release: none,
+    from ImageNet weights; a network from scratch is better with some)."""
+    ema_decay: float = 0.99
+    """Largest decay of the EMA teacher."""
+    momentum: float = 0.999
+    """Decay of the class confidence."""
+    weight: float = 1.0
+    """Weight of both consistency losses (consist_weight)."""
+    threshold: float = 0.7
+    """Least teacher confidence of a pixel that is learned from (Cityscapes: 0)."""
+    gamma: float = 2.0
+    """Power of the confidence in a pixel's weight."""
+    paste: float = 0.5
+    """Probability that a labeled image gets a paste."""
+    paste_classes: int = 1
+    """Draws of classes to paste, per step (Cityscapes: 3)."""
+    paste_exclude: str = ""
+    """Classes that are never pasted, beside the background (the release: 0,1,2,8,10 of Cityscapes, for VOC too)."""
+    paste_zoom: tuple[float, float] = (0.2, 1.0)
+    """Size of a paste relative to its crop; with crops at 0.5..2 that spans the release's 0.1..2."""
+    area: float = 0.03
+    """Least share of a crop that a class must cover to be cut out (Cityscapes: 0.005)."""
+    depth: int = 4
+    """Crops that the reservoir holds per class."""
+    fresh: int = 4
+    """Crops that enter the reservoir per step, of all workers together."""
+    batch_norm: BatchNorm = "separate"
+    """Whether labeled and mixed images share batch statistics (release: separate)."""
+
+    def __post_init__(self) -> None:
+        require_positive("ael", self, "paste_classes", "paste_zoom", "depth", "fresh")
+        require_share("ael", self, "ema_decay", "momentum", "threshold", "paste", "area")
+        if self.paste_zoom[0] > self.paste_zoom[1]:
+            raise UserError(f"ael.paste_zoom: must be the smaller and the larger end, got {self.paste_zoom}")
+        _class_ids(self.paste_exclude)
+
+
+class Said(NamedTuple):
+    """What the teacher says of each pixel."""
+
+    label: Tensor
+    """int64 [B,H,W]."""
+    confidence: Tensor
+    """float32 [B,H,W]; 0 where there is no pixel."""
+
+
+class Task(NamedTuple):
+    """What the student is to learn."""
+
+    labeled: Views
+    """With pastes."""
+    of_labeled: Said
+    """What the teacher says of them."""
+    mixed: Tensor
+    """uint8 [B_u,3,H,W]."""
+    of_mixed: Said
+    """What it says of their parts."""
+
+
+class AEL(Method):
+    """Student, EMA teacher, class confidence, reservoir of unlabeled crops."""
+
+    Options: ClassVar[type] = AELOptions
+    views = ViewSpec(unlabeled=True)
+    durations = ("ael.warmup",)
+    features: ClassVar[bool] = False
+    """Whether the networks have a representation head."""
+    allowed: Tensor
+    """float [C], 0 for classes that are never pasted."""
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        options = convert(AELOptions, config.methods.get("ael", {}), "ael")
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options: AELOptions = options
+        self.warmup = self.steps(options.warmup)
+        self.student = self.build_network(features=self.features)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.confidence = ClassConfidence(num_classes, self.options.momentum)
+        self.reservoir = Reservoir(num_classes, self.options.depth, 4, config.data.crop)
+        allowed = torch.ones(num_classes)
+        excluded = {*_class_ids(self.options.paste_exclude), self.background}
+        allowed[[k for k in range(num_classes) if k in excluded]] = 0.0
+        self.register_buffer("allowed", allowed, persistent=False)
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The teacher is the result, as in the release."""
+        return {"teacher": self.teacher, "student": self.student}
+
+    def after_step(self, step: Step) -> None:
+        """EMA of parameters and batch statistics, min(1 - 1/(t+1), ema_decay); until the end of the warm-up a copy."""
+        decay = ema_decay(step.index, self.warmup, self.options.ema_decay)
+        ema.update(self.teacher, self.student, decay, buffers=True)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """Supervised loss with pastes, then consistency with the teacher on labeled and mixed images (paper eq. 1)."""
+        labeled, unlabeled = self.sides(batch)
+        labeled = self._paste(labeled, step)
+        if step.index < self.warmup:
+            prediction = self.student(labeled.image)
+            supervised = self._labeled_loss(prediction, labeled, step)
+            return Losses({"supervised": supervised + untouched(prediction)}, {})
+        task = self._prepare(labeled, unlabeled, step)
+        student = self.together(self.student, labeled.image, task.mixed)
+        with torch.autocast(labeled.image.device.type, enabled=False):
+            return self._losses(student, task, step)
+
+    @torch.no_grad()
+    def _prepare(self, labeled: Views, unlabeled: Views, step: Step) -> Task:
+        """Mixes unlabeled images with earlier crops; the teacher looks at all parts and the reservoir takes some in."""
+        partner = self._partners(len(unlabeled.image), step)
+        seen = torch.cat([labeled.image, unlabeled.image, partner.crops[:, :3]])
+        # evaluation mode: clean images have other batch statistics than those the student learns with
+        of_labeled, of_unlabeled, of_partner = self._said(self.teacher.eval()(seen), labeled, unlabeled, partner)
+        box = self._boxes(of_partner.label, partner, step)
+        mixed = torch.where(box.unsqueeze(1), partner.crops[:, :3], unlabeled.image)
+        both = zip(of_unlabeled, of_partner, strict=True)
+        self._remember(unlabeled, of_unlabeled.label, step)
+        return Task(labeled, of_labeled, mixed, Said(*(torch.where(box, theirs, own) for own, theirs in both)))
+
+    @torch.no_grad()
+    def _paste(self, labeled: Views, step: Step) -> Views:
+        """Adaptive copy-paste: pixels of badly known classes of the batch's neighbour, zoomed (paper section 3.3)."""
+        options, count, device = self.options, len(labeled.image), labeled.image.device
+        partner = mixing.partners(count, device)
+        draws = step.uniform_per_image("ael/paste", (count, 5), device)
+        image, mask = zoomed(labeled.image[partner], labeled.truth[partner], draws[:, :4], options.paste_zoom)
+        weights = self.confidence.preference(0.5) * self.allowed
+        chosen = draw_index(weights, step.uniform_shared("ael/classes", (options.paste_classes,), device))
+        wanted = torch.zeros(IGNORE + 1, dtype=torch.bool, device=device).index_fill_(0, chosen, True)
+        pasted = wanted[mask] & (draws[:, 4] < options.paste).view(-1, 1, 1) & (weights.sum() > 0)
+        return dataclasses.replace(
+            labeled,
+            image=torch.where(pasted.unsqueeze(1), image, labeled.image),
+            mask=torch.where(pasted, mask, labeled.truth),
+            valid=labeled.valid | pasted,
+        )
+
+    def _partners(self, count: int, step: Step) -> DrawnCrops:
+        """For each unlabeled image an earlier crop that shows a badly known class."""
+        draws = step.uniform_per_image("ael/partner", (count, 2), self.confidence.value.device)
+        return self.reservoir.draw(self.confidence.preference(), draws)
+
+    def _said(self, prediction: Prediction, labeled: Views, unlabeled: Views, partner: DrawnCrops) -> list[Said]:
+        """The teacher's labels and confidence of labeled, unlabeled and partner images; 0 confidence off the image."""
+        confidence, label = upsample(prediction.logits.float(), labeled.size).softmax(1).max(1)
+        valid = torch.cat([labeled.valid, unlabeled.valid, partner.crops[:, 3] > 0])
+        counts = [len(labeled.image), len(unlabeled.image), len(partner.crops)]
+        return [Said(*parts) for parts in zip(label.split(counts), (confidence * valid).split(counts), strict=True)]
+
+    def _boxes(self, label: Tensor, partner: DrawnCrops, step: Step) -> Tensor:
+        """Adaptive CutMix: which pixels come from the partner, bool [B,H,W] (paper section 3.2).
+
+        The box around the drawn class, if the teacher still finds enough of it in the partner; else, or if that box is
+        more than half of the image, a random box of half the area.
+        """
+        size, count = (label.shape[1], label.shape[2]), len(label)
+        boxes = class_boxes(label, self.num_classes)
+        own = Boxes(*(side.gather(1, partner.label[:, None]).squeeze(1) for side in boxes))
+        area = (label == partner.label.view(-1, 1, 1)).flatten(1).float().mean(1)
+        fits = (area > self.options.area) & (2 * own.height * own.width <= size[0] * size[1])
+        anywhere = mixing.cutmix_masks(step.uniform_per_image("ael/box", (count, 3), label.device), size)
+        return torch.where(fits.view(-1, 1, 1), inside(own, size), anywhere) & partner.found.view(-1, 1, 1)
+
+    def _remember(self, unlabeled: Views, label: Tensor, step: Step) -> None:
+        """Hands some of this step's crops to the reservoir, each for a class that covers enough of it."""
+        label = label.masked_fill(~unlabeled.valid, IGNORE)
+        classes = torch.arange(self.num_classes, device=label.device).view(1, -1, 1, 1)
+        shown = (label.unsqueeze(1) == classes).flatten(2).float().mean(2) > self.options.area
+        draws = step.uniform_shared("ael/fresh", (self.options.fresh, 2), label.device)
+        crops = torch.cat([unlabeled.image, unlabeled.valid.unsqueeze(1).to(torch.uint8)], 1)
+        self.reservoir.push(crops, shown, self.confidence.preference(), draws, step.world)
+
+    def _losses(self, student: Prediction, task: Task, step: Step) -> Losses:
+        labeled, count = task.labeled, len(task.labeled.image)
+        logits = upsample(student.logits.float(), labeled.size)
+        terms = {  # the first one moves the class confidence, which the others use
+            "supervised": self._labeled_loss(student.of(slice(count)), labeled, step),
+            "consistency_labeled": self._consistency(logits[:count], task.of_labeled, "ael/labeled", step),
+            "consistency_mixed": self._consistency(logits[count:], task.of_mixed, "ael/mixed", step),
+        }
+        logs = {
+            "kept": (task.of_mixed.confidence >= self.options.threshold).float().mean(),
+            "class_confidence": self.confidence.value.clone(),
+            "reservoir": self.reservoir.count.float(),
+        }
+        return Losses(terms, logs)
+
+    def _labeled_loss(self, prediction: Prediction, labeled: Views, step: Step) -> Tensor:
+        """L_s; what the student makes of the true classes moves the class confidence."""
+        logits = upsample(prediction.logits.detach().float(), labeled.size)
+        self.confidence.update(logits, labeled.truth, step.world)
+        return self.supervised(prediction, labeled, step.world)
+
+    def _consistency(self, logits: Tensor, teacher: Said, name: str, step: Step) -> Tensor:
+        """Dynamic re-weighting: sum_i w_i CE_i / sum_i w_i, w_i = m_i^gamma Bernoulli(r of the student's class).
+
+        Paper section 3.4, eq. 8-10; a pixel below the threshold has weight 0.
+        """
+        rate = self.confidence.sampling_rate()[logits.detach().argmax(1)]
+        drawn = step.uniform_per_image(name, tuple(teacher.label.shape), logits.device) < rate
+        sure = (teacher.confidence >= self.options.threshold) & (teacher.confidence > 0)
+        weight = teacher.confidence.pow(self.options.gamma) * (drawn & sure)
+        return self.options.weight * weighted_cross_entropy(logits, teacher.label, weight, step.world)
+
+
+def _class_ids(text: str) -> list[int]:
+    """The numbers in `0,1,2`.
+
+    Raises:
+        UserError: something else is in there.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"ael.paste_exclude: expected class numbers like 0,1,2, got {text!r}")
+    return [int(part) for part in parts]

@@ -1,0 +1,1 @@
+"""U2PL (Wang et al., CVPR 2022)."""

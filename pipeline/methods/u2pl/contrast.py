@@ -1,0 +1,313 @@
+"""U2PL's pixel contrastive loss L_c: who is anchor, positive or negative of each class, and the loss itself."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.methods.u2pl.bank import MemoryBank
+from pipeline.ops.entropy import IGNORE
+from pipeline.ops.kernel import is_active, kernel
+from pipeline.ops.selection import Members, Segments, rows, take
+from pipeline.ops.world import World
+
+# ---- anchors, positives, negatives ------------------------------------------------------------------------------
+
+
+class Pixels(NamedTuple):
+    """What the loss knows of the n = B*h*w pixels of labeled and unlabeled images (labeled first)."""
+
+    student: Tensor
+    """float [B,D,h,w], features that get the gradient."""
+    teacher: Tensor
+    """float [B,D,h,w], features of prototypes and keys."""
+    logits: Tensor
+    """float [B,C,h,w] of the teacher."""
+    label: Tensor
+    """integer [B,h,w] of any dtype, truth or pseudo-label, 255 unknown."""
+    reliable: Tensor
+    """bool [B,h,w]: may be anchor or positive. On labeled images: label known."""
+    unreliable: Tensor
+    """bool [B,h,w]: may be a negative, on unlabeled images."""
+    labeled: int
+    """How many images are labeled; they come first."""
+
+
+class Rule(NamedTuple):
+    """Which pixels of which rank count; O(c) is the rank of class c in the teacher's scores, 0 the likeliest."""
+
+    delta_p: float
+    """Anchors are pixels whose own class has more than this probability."""
+    r_l: int
+    """Classes with O(c) < r_l are likely."""
+    r_h: int
+    """Classes with O(c) >= r_h are so unlikely that the pixel teaches nothing."""
+
+
+class Draws(NamedTuple):
+    """Uniform numbers in [0,1) that decide the sampling; given from outside, so a test can inject its own."""
+
+    anchors: Tensor
+    """float [C,M]."""
+    keys: Tensor
+    """float [C,K]."""
+    negatives: Tensor
+    """float [C,G,N]: N negatives for each of G groups of neighbouring anchors; G = M is the paper's."""
+
+
+class Candidates(NamedTuple):
+    """What this rank's pixels give to each class."""
+
+    anchors: Tensor
+    """int64 [C,M], drawn pixels."""
+    anchor_count: Tensor
+    """int64 [C], pixels they were drawn from."""
+    positive_sum: Tensor
+    """float32 [C,D], summed teacher features of the pixels that make the prototype."""
+    positive_count: Tensor
+    """int64 [C], number of those pixels."""
+    keys: Tensor
+    """int64 [C,K], pixels that enter the bank."""
+    keys_valid: Tensor
+    """bool [C,K], which of them exist."""
+    negative_count: Tensor
+    """int64 [C], pixels that could have entered."""
+
+
+def candidates(pixels: Pixels, rule: Rule, draws: Draws) -> Candidates:
+    """Chooses anchors, positives and new keys (paper eq. 5, 6, 9-12).
+
+    Anchors are reliable pixels of the class with p_c > delta_p; the prototype averages all reliable pixels of the
+    class; negatives are labeled pixels of another class that the teacher still ranks high, O(c) < r_l, and
+    unreliable pixels for which the class is neither likely nor the least likely, r_l <= O(c) < r_h.
+    """
+    classes = pixels.logits.shape[1]
+    label, logits = pixels.label.float(), pixels.logits.detach().float()
+    by_class = Segments(_anchor_set(logits, label, pixels.reliable, rule.delta_p).flatten(), 2 * classes)
+    count = by_class.count.view(classes, 2)
+    sums = by_class.sums(rows(pixels.teacher.detach())).unflatten(0, (classes, 2))
+    members = Members(negative_mask(pixels, rule))
+    keys, valid = members.stratified(draws.keys)
+    # the even sets hold the pixels that may be anchors
+    anchors = by_class.draw(draws.anchors.repeat_interleave(2, 0))[::2]
+    return Candidates(anchors, count[:, 0], sums.sum(1), count.sum(1), keys, valid, members.count)
+
+
+@kernel()
+def _anchor_set(logits: Tensor, label: Tensor, reliable: Tensor, delta_p: float) -> Tensor:
+    """Number of each pixel's set, int16 [B,h,w]: 2c for sure pixels of class c, 2c+1 for unsure ones, 2C for none."""
+    classes = logits.shape[1]
+    own = label.unsqueeze(1) == torch.arange(classes, device=logits.device, dtype=logits.dtype).view(-1, 1, 1)
+    weights = (logits - logits.amax(1, keepdim=True)).exp()
+    probability = (weights * own.float()).sum(1) / weights.sum(1)
+    member = reliable.float() * (label != IGNORE).float()
+    number = 2.0 * label + (1.0 - (probability > delta_p).float())  # NaN is not sure
+    return (member * number + (1.0 - member) * (2.0 * classes)).to(torch.int16)
+
+
+def negative_mask(pixels: Pixels, rule: Rule) -> Tensor:
+    """Which pixels are negatives of which class: uint8 [C,n], 0 or 1."""
+    logits = pixels.logits.detach().float()
+    likely, possible = kth_largest(logits, rule.r_l), kth_largest(logits, min(rule.r_h, logits.shape[1]))
+    label = pixels.label.float()
+    labeled = (torch.arange(len(label), device=label.device) < pixels.labeled).float().view(-1, 1, 1)
+    truth, unreliable = labeled * (label != IGNORE).float(), (1.0 - labeled) * pixels.unreliable.float()
+    return _negatives(logits, likely, possible, label, truth, unreliable).flatten(1)
+
+
+@kernel()
+def _negatives(
+    logits: Tensor, likely: Tensor, possible: Tensor, label: Tensor, truth: Tensor, unreliable: Tensor
+) -> Tensor:
+    """uint8 [C,B,h,w]. Products of floats 0 and 1 in place of logic: mixed types do not vectorise."""
+    score = logits.transpose(0, 1)
+    classes = torch.arange(len(score), device=logits.device, dtype=logits.dtype).view(-1, 1, 1, 1)
+    leading = (score >= likely).float()
+    of_labeled = leading * (label != classes).float() * truth
+    of_unlabeled = (1.0 - leading) * (score >= possible).float() * unreliable
+    return (of_labeled + of_unlabeled).to(torch.uint8)
+
+
+_NETWORK = 512
+"""Comparisons up to which an unrolled insertion beats `topk`."""
+
+
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest (1 = largest) along dim 1: float [B,C,h,w] -> [B,h,w]."""
+    classes = values.shape[1]
+    if classes * min(k, classes + 1 - k) > _NETWORK:
+        return values.topk(k, dim=1).values[:, -1]
+    return _largest(values, k) if 2 * k <= classes + 1 else -_largest(-values, classes + 1 - k)
+
+
+@kernel()
+def _largest(values: Tensor, k: int) -> Tensor:
+    """Insertion of one class after the other into the k largest so far."""
+    best: list[Tensor] = []
+    for value in values.unbind(1):
+        for i, held in enumerate(best):
+            best[i], value = torch.maximum(held, value), torch.minimum(held, value)
+        if len(best) < k:
+            best.append(value)
+    return best[-1]
+
+
+class Positives(NamedTuple):
+    """The positive of each class."""
+
+    mean: Tensor
+    """float32 [C,D], mean teacher feature; 0 for a class without pixels."""
+    pixels: Tensor
+    """float32 [C], how many pixels it is made of."""
+    weight: Tensor
+    """float32 [C], weight of the class's loss on this rank; 0 without anchors."""
+
+
+def positives(found: Candidates, world: World) -> Positives:
+    """Prototypes over all ranks: one sum, whatever the number of classes.
+
+    The weight is this rank's share of the anchor candidates relative to the mean per rank: the mean over the ranks then
+    has the expectation of one draw from all candidates.
+    """
+    local = torch.cat([found.positive_sum, found.positive_count[:, None], found.anchor_count[:, None]], 1)
+    total = world.sum(local)
+    count, anchors = total[:, -2], total[:, -1]
+    weight = found.anchor_count * world.size / anchors.clamp_min(1)
+    return Positives(total[:, :-2] / count.clamp_min(1)[:, None], count, weight)
+
+
+def averaged(previous: Tensor, current: Positives, decay: Tensor) -> Tensor:
+    """Prototypes smoothed over the steps: decay * previous + (1 - decay) * mean where the class is present, [C,D]."""
+    return torch.where(current.pixels[:, None] > 0, torch.lerp(current.mean, previous, decay), previous)
+
+
+def contrastive_loss(
+    pixels: Pixels,
+    found: Candidates,
+    positive: Positives,
+    bank: MemoryBank,
+    draws: Draws,
+    temperature: float,
+    world: World,
+    *,
+    binary: bool = False,
+) -> Tensor:
+    """L_c (or L_b) of this rank; its mean over the ranks has the same expectation for any number of ranks.
+
+    New keys are pushed before the negatives are drawn. The sum over classes with anchors and keys is divided by the
+    number of classes present (prototype set not empty); with at most one class present the loss is 0.
+    """
+    bank.push(take(rows(pixels.teacher.detach()), found.keys), found.keys_valid, world)
+    sharing = found.anchors.shape[1] // draws.negatives.shape[1]
+    losses = info_nce(
+        take(rows(pixels.student), found.anchors),
+        positive.mean,
+        bank.keys,
+        bank.draw(draws.negatives).repeat_interleave(sharing, 1),
+        temperature,
+        binary=binary,
+    )
+    weight = torch.where(bank.count > 0, positive.weight, 0.0)
+    present = (positive.pixels > 0).sum()
+    return (losses * weight).sum() / present.clamp_min(1) * (present > 1)
+
+
+# ---- InfoNCE: loss and gradient in one pass ---------------------------------------------------------------------
+
+
+def info_nce(
+    anchors: Tensor, positives: Tensor, keys: Tensor, index: Tensor, temperature: float, *, binary: bool = False
+) -> Tensor:
+    """Mean loss over the anchors of each class, float32 [C].
+
+    With s = cosine / temperature, to the positive and to the N negatives of an anchor:
+    -log(exp(s+) / (exp(s+) + sum exp(s-))), the paper's eq. 3; or, binary, softplus(-s+) + mean softplus(s-), which
+    the paper's L_b is taken to mean (it is called in the release and defined nowhere).
+
+    Args:
+        anchors: float [C,M,D], get the gradient; compared by cosine.
+        positives: float [C,D], one per class.
+        keys: float [rows,D], normalised bank.
+        index: int64 [C,M,N], rows of `keys`: the negatives of each anchor. Anchors may share them, which is faster
+            as caches hold them, leaves the expected loss and gradient alone, and makes them noisier.
+        temperature: tau.
+        binary: which of the two.
+    """
+    return _InfoNCE.apply(  # type: ignore[no-any-return]
+        anchors.float(), positives.float(), keys, index, temperature, binary
+    )
+
+
+_SHORT = 1e-8
+"""Length below which a vector counts as 0."""
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Keeps the gradient [C,M,D] for the backward, and nothing of the size of the negatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchors: Tensor, positives: Tensor, keys: Tensor, index: Tensor, temperature: float, binary: bool
+    ) -> Tensor:
+        unit, norm, positive = _normalised(anchors, positives)
+        losses, slope_own, slope_others = _loss(
+            (unit * positive).sum(-1), _dots(unit, keys, index), temperature, binary
+        )
+        pull = slope_own[..., None] * positive + _combined(slope_others, keys, index)
+        ctx.save_for_backward(_tangent(pull, unit, norm))
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].view(-1, 1, 1), None, None, None, None, None
+
+
+@kernel()
+def _normalised(anchors: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit anchors [C,M,D], their lengths [C,M,1], unit positives [C,1,D]."""
+    norm = anchors.norm(dim=-1, keepdim=True).clamp_min(_SHORT)
+    return anchors / norm, norm, F.normalize(positives, dim=-1)[:, None]
+
+
+@kernel()
+def _loss(own: Tensor, others: Tensor, temperature: float, binary: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [C], and its slope along each cosine: to the positive [C,M] and to the negatives [C,M,N]."""
+    own, others = own / temperature, others / temperature
+    share = 1.0 / (temperature * own.shape[1])
+    if binary:
+        losses = F.softplus(-own) + F.softplus(others).mean(-1)
+        return losses.mean(1), (own.sigmoid() - 1) * share, others.sigmoid() * (share / others.shape[2])
+    largest = torch.maximum(own, others.amax(-1))
+    first, rest = (own - largest).exp(), (others - largest[..., None]).exp()
+    total = first + rest.sum(-1)
+    losses = largest + total.log() - own
+    return losses.mean(1), (first / total - 1) * share, rest * (share / total)[..., None]
+
+
+@kernel()
+def _tangent(pull: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of a cosine has no part along the anchor; an anchor of length 0 has no direction and gets none."""
+    return torch.where(norm > _SHORT, (pull - unit * (pull * unit).sum(-1, keepdim=True)) / norm, 0.0)
+
+
+def _dots(unit: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+    """Cosines of anchors and negatives: [C,M,D], [rows,D], [C,M,N] -> float32 [C,M,N]."""
+    if is_active():
+        return _gathered_dots(unit, keys, index)
+    classes = zip(unit, index, strict=True)  # one class at a time: all negatives at once are [C,M,N,D]
+    return torch.stack([torch.bmm(keys[rows].float(), a.unsqueeze(2)).squeeze(2) for a, rows in classes])
+
+
+@kernel()
+def _gathered_dots(unit: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+    """As `_dots`, each negative read where it lies."""
+    return (unit[:, :, None] * keys[index]).sum(-1)
+
+
+def _combined(weights: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+    """Weighted sums of each anchor's negatives: [C,M,N], [rows,D], [C,M,N] -> float32 [C,M,D]."""
+    weights = weights.flatten(0, 1).to(keys.dtype)
+    bags = F.embedding_bag(index.flatten(0, 1), keys, mode="sum", per_sample_weights=weights)
+    return bags.float().unflatten(0, index.shape[:2])

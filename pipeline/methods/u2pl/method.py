@@ -1,0 +1,393 @@
+"""U2PL (Wang et al., CVPR 2022): unreliable pixels as negative samples.
+
+L = L_s + L_u + lambda_c L_c. The teacher's entropy parts the unlabeled pixels: below gamma_t they carry pseudo-labels
+(L_u), above it they fill class-wise memory banks with negatives for the pixel contrastive loss (L_c). This is the
+method of the paper; where the released code differs from it, `docs/u2pl.md` says what we chose, and
+`variant: upstream` does as the release does.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.config.parse import convert, require_positive, require_share
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.methods.base import BatchNorm, Losses, Method, Step, untouched
+from pipeline.methods.u2pl import upstream
+from pipeline.methods.u2pl.bank import MemoryBank
+from pipeline.methods.u2pl.contrast import (
+    Candidates,
+    Draws,
+    Pixels,
+    Positives,
+    Rule,
+    averaged,
+    candidates,
+    contrastive_loss,
+    positives,
+)
+from pipeline.models import Prediction, SegmentationModel
+from pipeline.ops import ema, mixing
+from pipeline.ops.entropy import IGNORE, partition, reliable_labels, surest_threshold, threshold
+from pipeline.ops.grid import make_grid, shrink
+from pipeline.ops.losses import unsupervised_cross_entropy
+from pipeline.ops.schedules import ema_decay, unreliable_share
+from pipeline.ops.world import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class U2PLOptions:
+    """U2PL: unreliable pixels are negatives of a pixel contrast.
+
+    The defaults are the release's values for PASCAL VOC, lambda_c is the paper's.
+    """
+
+    variant: Literal["paper", "upstream"] = "paper"
+    """upstream: one-hot, negatives, class pairing, weight, padding and teacher start as in the released code."""
+    warmup: float = 0.0125
+    """Supervised training before the teacher starts: steps, or below 1 a share of the run (release: one epoch of 80 on
+    VOC, none on Cityscapes)."""
+    epoch_steps: int = 0
+    """Steps for which alpha_t stays what it is (release: an epoch, 570 on VOC at 1_2); 0: it moves in every step."""
+    ema_decay: float = 0.99
+    """Largest decay of the EMA teacher."""
+    teacher_passes: Literal[1, 2] = 2
+    """2: labels from clean images, entropy and keys from mixed ones; 1: all from clean ones, mixed like the images."""
+    mix: Literal["cutmix", "classmix", "cutout", "none"] = "cutmix"
+    """Strong augmentation of the unlabeled images."""
+    mix_share: float = 0.5
+    """Probability that a step uses it."""
+    alpha_0: float = 0.2
+    """Share of unlabeled pixels that is unreliable at step 0; it falls linearly to 0."""
+    thresholds: Literal["global", "rank"] = "global"
+    """Whether the entropy threshold is taken over the pixels of all workers or of each (release)."""
+    lambda_u: float = 1.0
+    """Further weight of L_u, whose own is shown pixels / kept pixels (release: 1)."""
+    loss: Literal["contrastive", "binary"] = "contrastive"
+    """contrastive: L_c, InfoNCE; binary: L_b, our derivation, as the release calls it without defining it."""
+    lambda_c: float = 0.1
+    """Weight of that loss."""
+    negative_pixels: Literal["unreliable", "reliable", "all"] = "unreliable"
+    """Which unlabeled pixels become negatives (the paper's ablation): the alpha_t share of the highest entropy, that of
+    the lowest, or all."""
+    temperature: float = 0.5
+    """tau of the contrastive loss."""
+    delta_p: float = 0.3
+    """Least teacher probability of an anchor's own class."""
+    r_l: int = 3
+    """Rank from which on a class is unlikely: lower ranks are likely."""
+    r_h: int = 20
+    """Rank from which on a class is so unlikely that the pixel teaches nothing."""
+    anchors: int = 256
+    """Anchors per class, step and worker."""
+    negatives: int = 50
+    """Negatives per anchor."""
+    negative_groups: int = 0
+    """Groups of anchors that share their negatives; 0: each anchor has its own, as in the paper. Fewer are faster on
+    CPUs and noisier, with the same expectation."""
+    keys: int = 256
+    """New keys per class, step and worker at most."""
+    keys_in_all: int = 2048
+    """New keys per class and step of all workers together: beyond eight workers each gives fewer, as what all exchange
+    would grow with their number (2.8 GB a step at 512) and a queue would be overwritten every few steps."""
+    queue: int = 30000
+    """Capacity of a class's memory bank."""
+    queue_background: int = 50000
+    """Capacity of class 0's memory bank."""
+    bank_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How keys are stored; bfloat16 halves memory and traffic."""
+    prototype_ema: bool = False
+    """Smooth the positives over the steps (the release's anchor_ema, which it leaves off)."""
+    batch_norm: BatchNorm = "joint"
+    """Whether labeled and unlabeled images share batch statistics, in student and teacher (release: joint)."""
+
+    def __post_init__(self) -> None:
+        sizes = ("temperature", "r_l", "anchors", "negatives", "keys", "keys_in_all", "queue", "queue_background")
+        require_positive("u2pl", self, *sizes)
+        require_share("u2pl", self, "ema_decay", "alpha_0", "delta_p", "mix_share")
+        if self.r_l >= self.r_h:
+            raise UserError(f"u2pl.r_l {self.r_l}: must be below u2pl.r_h {self.r_h}")
+        if self.negative_groups < 0 or self.anchors % self.groups:
+            raise UserError(f"u2pl.negative_groups {self.negative_groups}: must divide u2pl.anchors {self.anchors}")
+
+    @property
+    def groups(self) -> int:
+        """Sets of negatives per class."""
+        return self.negative_groups or self.anchors
+
+    def keys_of(self, workers: int) -> int:
+        """New keys per class and step of each of so many workers."""
+        return max(1, min(self.keys, self.keys_in_all // workers))
+
+
+class _Change(NamedTuple):
+    """What strong augmentation does to the unlabeled batch, in images, labels and whatever else lies on them."""
+
+    mask: Tensor
+    """bool [B,H,W], True where an image loses its own pixels."""
+    partner: Tensor | None
+    """int64 [B], whose pixels come in; None: they are erased."""
+
+    def apply(self, own: Tensor, blank: Tensor | int) -> Tensor:
+        """`own` [B,H,W] or [B,K,H,W] after it; `blank` is what erased pixels become."""
+        if self.partner is not None:
+            return mixing.mix(own, self.mask, self.partner)
+        return torch.where(self.mask if own.dim() == 3 else self.mask.unsqueeze(1), blank, own)
+
+    def apply_small(self, own: Tensor) -> Tensor:
+        """`own` [B,K,h,w] of the network's resolution; what is erased stays, as its label says 255."""
+        if self.partner is None:
+            return own
+        return mixing.mix(own, shrink(self.mask, (own.shape[-2], own.shape[-1])), self.partner)
+
+
+class _Taught(NamedTuple):
+    """What the student is to learn from the unlabeled images."""
+
+    images: Tensor
+    """uint8 [B_u,3,H,W], strongly augmented."""
+    label: Tensor
+    """int64 [B_u,H,W], pseudo-labels of them; 255 where there is no pixel."""
+    shown: Tensor
+    """bool [B_u,H,W], where they show an image: no padding; what is cut out counts, as in the release."""
+    teacher: Prediction
+    """The teacher's view of labeled and unlabeled images, for entropy, ranks and keys; no gradient."""
+
+
+class U2PL(Method):
+    """Student, EMA teacher, memory banks."""
+
+    Options = U2PLOptions
+    views = ViewSpec(unlabeled=True)
+    durations = ("u2pl.warmup",)
+
+    prototypes: Tensor
+    """float32 [C,D], smoothed positives."""
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        options = read_options(config, num_classes)
+        super().__init__(config, num_classes, options.batch_norm)
+        self.options, self.warmup = options, self.steps(options.warmup)
+        self.student = self.build_network(features=True)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.bank = make_bank(self.options, config, num_classes)
+        if self.options.prototype_ema:
+            self.register_buffer("prototypes", torch.zeros(num_classes, config.model.feature_dim))
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The teacher is the result, as in the release; during warm-up it equals the student."""
+        return {"teacher": self.teacher, "student": self.student}
+
+    def after_step(self, step: Step) -> None:
+        """EMA of the parameters; until the end of the warm-up the teacher is the student's copy."""
+        decay = ema_decay(step.index, self.warmup, self.options.ema_decay)
+        if self.options.variant == "upstream" and step.index < self.warmup + self.options.epoch_steps:
+            decay = 0.0  # D8: the release ties the teacher to the student for its whole first epoch
+        ema.update(self.teacher, self.student, decay)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        """L_s during the warm-up, then L_s + L_u + lambda_c L_c (paper eq. 1)."""
+        labeled, unlabeled = self.sides(batch)
+        if self.options.variant == "upstream":  # D6: padding is class 0, and pseudo-labels of padding count
+            labeled = replace(labeled, mask=labeled.truth.masked_fill(~labeled.valid, 0))
+            unlabeled = replace(unlabeled, valid=torch.ones_like(unlabeled.valid))
+        if step.index < self.warmup:
+            prediction = self.student(labeled.image)
+            supervised = self.supervised(prediction, labeled, step.world)
+            return Losses({"supervised": supervised + untouched(prediction)}, {})
+        taught = self._teach(labeled, unlabeled, step)
+        student = self.together(self.student, labeled.image, taught.images)
+        with torch.autocast(labeled.image.device.type, enabled=False):
+            return self._losses(student, taught, labeled, step)
+
+    # ---- what the teacher says ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _teach(self, labeled: Views, unlabeled: Views, step: Step) -> _Taught:
+        """Pseudo-labels of the clean images (paper eq. 4), strong augmentation, and the teacher's second look.
+
+        Labels come from the teacher in evaluation mode; entropy, ranks and keys from batch statistics, as in the
+        release. With one pass, all of it comes from that second look, taken at the clean images.
+        """
+        count, image = len(labeled.image), unlabeled.image
+        look = self._look(labeled.image, image) if self.options.teacher_passes == 1 else None
+        logits = self.teacher.eval()(image).logits if look is None else look.logits[count:]
+        grid = make_grid((image.shape[-2], image.shape[-1]), (logits.shape[-2], logits.shape[-1]))
+        label = grid.label(logits).masked_fill(~unlabeled.valid, IGNORE)
+        change, shown = self._change(label, step), unlabeled.valid
+        if change is not None:
+            shown = change.apply(shown, shown)
+            image = change.apply(image, self.student.mean.round().to(image.dtype))  # about 0 after normalisation
+            label = change.apply(label, IGNORE)
+            look = look and _mixed_outputs(look, count, change)
+        return _Taught(image, label, shown, look or self._look(labeled.image, image))
+
+    def _look(self, labeled: Tensor, unlabeled: Tensor) -> Prediction:
+        """The teacher with batch statistics, which also moves its running ones."""
+        return self.together(self.teacher.train(), labeled, unlabeled)
+
+    def _change(self, label: Tensor, step: Step) -> _Change | None:
+        """This step's strong augmentation; on steps without it, its mask is empty."""
+        kind, count, size = self.options.mix, len(label), (label.shape[1], label.shape[2])
+        if kind == "none":
+            return None
+        if kind == "classmix":
+            draws = step.uniform_per_image("classmix", (count, self.num_classes), label.device)
+            mask = mixing.classmix_masks(draws, label)
+        else:
+            mask = mixing.cutmix_masks(step.uniform_per_image("cutmix", (count, 3), label.device), size)
+        used = step.uniform_shared("mix", (1,), label.device) < self.options.mix_share
+        return _Change(mask & used, None if kind == "cutout" else mixing.partners(count, label.device))
+
+    # ---- the losses ---------------------------------------------------------------------------------------------
+
+    def _losses(self, student: Prediction, taught: _Taught, labeled: Views, step: Step) -> Losses:
+        options, truth, count = self.options, labeled.truth, len(labeled.image)
+        size, small = (truth.shape[-2], truth.shape[-1]), (student.logits.shape[-2], student.logits.shape[-1])
+        grid = make_grid(size, small)
+        alpha = torch.full((), self._alpha(step), device=truth.device)  # a copy of a host tensor would wait
+        label = grid.arrange(taught.label)
+        values = grid.entropy(taught.teacher.logits[count:])
+        among = step.world if options.thresholds == "global" else World()
+        gamma = threshold(values, label != IGNORE, alpha, among)
+        kept = reliable_labels(values, label, gamma)
+        unsupervised = unsupervised_cross_entropy(student.logits[count:], kept, taught.shown, step.world, grid)
+
+        small_values, small_known = grid.shrink(values), grid.shrink(label) != IGNORE
+        parts = partition(small_values, small_known, gamma)
+        anchors, negatives = parts.reliable, small_known if options.negative_pixels == "all" else parts.unreliable
+        if options.variant == "upstream" or options.negative_pixels == "reliable":
+            surest = small_known & (small_values <= surest_threshold(values, label != IGNORE, alpha, among))
+            anchors = surest if options.variant == "upstream" else anchors
+            negatives = surest if options.negative_pixels == "reliable" else negatives
+        pixels = make_pixels(student, taught.teacher, truth, taught.label, anchors, negatives)
+        draws = make_draws(options, step, self.num_classes, truth.device)
+        found, positive = self._candidates(pixels, draws, step)
+        contrastive = contrastive_loss(
+            pixels, found, positive, self.bank, draws, options.temperature, step.world, binary=options.loss == "binary"
+        )
+        supervised = self.supervised(student.of(slice(count)), labeled, step.world)
+        terms = {
+            "supervised": supervised,
+            "unsupervised": options.lambda_u * unsupervised,
+            "contrastive": self._lambda_c(step.world) * contrastive,
+        }
+        logs = {
+            "kept": (kept != IGNORE).sum() / taught.label.numel(),
+            "alpha": alpha,
+            "entropy_threshold": gamma,
+            "anchors": found.anchor_count,
+            "negatives": found.negative_count,
+            "bank_fill": self.bank.count / self.bank.size,
+            "pseudo_labels": _histogram(grid.shrink(kept))[: self.num_classes],
+        }
+        return Losses(terms, logs)
+
+    def _alpha(self, step: Step) -> float:
+        """alpha_t; the release holds it for an epoch."""
+        held = self.options.epoch_steps or 1
+        return unreliable_share(step.index // held * held, step.total, self.options.alpha_0)
+
+    def _lambda_c(self, world: World) -> float:
+        """D4: the release divides the contrastive gradient by the number of ranks once more."""
+        return self.options.lambda_c / (world.size if self.options.variant == "upstream" else 1)
+
+    def _candidates(self, pixels: Pixels, draws: Draws, step: Step) -> tuple[Candidates, Positives]:
+        """Anchors, positives and new keys, by the paper's rules or the release's."""
+        rule = Rule(self.options.delta_p, self.options.r_l, self.options.r_h)
+        if self.options.variant == "paper":
+            found = candidates(pixels, rule, draws)
+            positive = self._smoothed(positives(found, step.world), step)
+            return found, positive
+        halves = pixels.label[: pixels.labeled], pixels.label[pixels.labeled :]
+        own = torch.cat([upstream.one_hot(half, self.num_classes) for half in halves])
+        found = upstream.candidates(pixels, own, rule, draws)
+        return upstream.mispaired(found, self._smoothed(upstream.positives(found), step))
+
+    def _smoothed(self, positive: Positives, step: Step) -> Positives:
+        """The positives, or their moving average with the release's decay, min(1 - 1/i, 0.999)."""
+        if not self.options.prototype_ema:
+            return positive
+        decay = torch.full((), ema_decay(step.index, self.warmup, 0.999), device=positive.mean.device)
+        self.prototypes.copy_(averaged(self.prototypes, positive, decay))
+        return positive._replace(mean=self.prototypes)
+
+
+def _mixed_outputs(teacher: Prediction, count: int, change: _Change) -> Prediction:
+    """The teacher's outputs of clean images, mixed as the images are; the first `count` are labeled and stay."""
+    assert teacher.features is not None
+    logits, features = (
+        torch.cat([output[:count], change.apply_small(output[count:])]) for output in (teacher.logits, teacher.features)
+    )
+    return Prediction(logits, features, None)
+
+
+def _histogram(label: Tensor) -> Tensor:
+    """Pixels per label, int64 [256]; `torch.bincount` would wait for the device."""
+    counts = torch.zeros(IGNORE + 1, dtype=torch.int64, device=label.device)
+    return counts.index_add_(0, label.flatten().long(), torch.ones_like(label, dtype=torch.int64).flatten())
+
+
+# ---- what U2PL on another method shares -------------------------------------------------------------------------
+
+
+def read_options(config: Config, num_classes: int) -> U2PLOptions:
+    """The section `u2pl`. Ranks end at the number of classes: with r_l >= C no pixel could ever be a negative."""
+    options: U2PLOptions = convert(U2PLOptions, config.methods.get("u2pl", {}), "u2pl")
+    if options.r_l < num_classes:
+        return options
+    lower = max(1, num_classes - 1)
+    log.warning("u2pl.r_l %d leaves no negatives with %d classes: using %d", options.r_l, num_classes, lower)
+    return replace(options, r_l=lower)
+
+
+def make_bank(options: U2PLOptions, config: Config, num_classes: int) -> MemoryBank:
+    """Empty memory banks for the features of the config's network."""
+    sizes = [options.queue_background] + [options.queue] * (num_classes - 1)
+    return MemoryBank(sizes, config.model.feature_dim, getattr(torch, options.bank_dtype))
+
+
+def make_draws(options: U2PLOptions, step: Step, num_classes: int, device: torch.device) -> Draws:
+    """The random numbers of a step's contrast."""
+    return Draws(
+        anchors=step.uniform("anchors", (num_classes, options.anchors), device),
+        keys=step.uniform("keys", (num_classes, options.keys_of(step.world.size)), device),
+        negatives=step.uniform("negatives", (num_classes, options.groups, options.negatives), device),
+    )
+
+
+def make_pixels(
+    student: Prediction, teacher: Prediction, truth: Tensor, label: Tensor, anchors: Tensor, negatives: Tensor
+) -> Pixels:
+    """All images at the resolution of the features.
+
+    Args:
+        student: of labeled and unlabeled images; its features get the gradient.
+        teacher: of the same images.
+        truth: int64 [B_l,H,W].
+        label: int64 [B_u,H,W], pseudo-labels.
+        anchors: bool [B_u,h,w], which pixels of unlabeled images may be anchors and positives.
+        negatives: bool [B_u,h,w], which of them may be negatives.
+    """
+    assert student.features is not None
+    assert teacher.features is not None
+    size = (anchors.shape[1], anchors.shape[2])
+    labels = torch.cat([shrink(truth, size), shrink(label, size)])
+    known = labels[: len(truth)] != IGNORE
+    return Pixels(
+        student=student.features,
+        teacher=teacher.features,
+        logits=teacher.logits,
+        label=labels,
+        reliable=torch.cat([known, anchors]),
+        unreliable=torch.cat([known, negatives]),
+        labeled=len(truth),
+    )

@@ -1,0 +1,109 @@
+"""What a look through a dataset found, as text and as a page."""
+
+from html import escape
+
+import numpy as np
+
+from pipeline.datasets.check import Picture, Report
+from pipeline.datasets.prepared.format import DatasetInfo
+from pipeline.inference.pictures import IGNORED, colour_mask
+from pipeline.report.html import Table, html_figure, html_list, html_name, html_page, html_table, text_table
+
+MIX = 0.5
+"""Share of the class colour in an overlay."""
+NAMED = 12
+"""So many classes are named in a row, the others counted."""
+
+
+def as_text(report: Report) -> str:
+    """For a terminal: no line of it is needed to understand another. Without a last newline."""
+    blocks = [text_table(table) for table in _tables(report)]
+    for title, lines in (("Problems", report.problems), ("Oddities", report.oddities)):
+        blocks.append("\n".join([title, *(f"- {line}" for line in lines)]) if lines else f"{title}: none")
+    return "\n\n".join([_title(report), *blocks])
+
+
+def as_page(report: Report) -> str:
+    """One HTML file with everything in it, pictures too."""
+    info = report.dataset.info
+    figures = "".join(_figure(picture, info) for picture in report.pictures)
+    shown = f'<h2>Samples</h2>\n<div class="grid">\n{figures}</div>\n' if figures else ""
+    findings = html_list("Problems", report.problems) + html_list("Oddities", report.oddities)
+    return html_page(
+        _title(report),
+        (findings or "<p>No problems, nothing odd.</p>\n") + "".join(map(html_table, _tables(report))) + shown,
+    )
+
+
+def _title(report: Report) -> str:
+    info = report.dataset.info
+    return f"{info.name}: {sum(info.counts.values())} images, {len(info.classes)} classes, {report.dataset.root}"
+
+
+def _tables(report: Report) -> list[Table]:
+    tables = [_counts(report), _sizes(report), _histogram(report), _splits(report)]
+    return [table for table in tables if table.rows]
+
+
+def _counts(report: Report) -> Table:
+    rows = [
+        (each.name, str(each.images), str(each.masked), _megabytes(each.image_bytes), _megabytes(each.mask_bytes))
+        for each in report.subsets
+    ]
+    return Table("Images", ("subset", "images", "with mask", "MB images", "MB masks"), rows)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f}"
+
+
+def _sizes(report: Report) -> Table:
+    rows = [(size, each.name, str(count)) for each in report.subsets for size, count in each.sizes]
+    return Table("Commonest sizes", ("width x height", "subset", "images"), rows)
+
+
+def _histogram(report: Report) -> Table:
+    """Share of pixels and number of images by class, in each subset with masks; the last row are ignored pixels."""
+    info, subsets = report.dataset.info, [each for each in report.subsets if each.masked]
+    shares = [each.pixels / max(1, each.pixels.sum()) for each in subsets]
+    rows = []
+    for at, name in enumerate([*info.classes, "(ignored)"]):
+        cells = [name]
+        for each, share in zip(subsets, shares, strict=True):
+            cells += [f"{100 * share[at]:.2f}", str(each.images_with[at]) if at < len(info.classes) else ""]
+        rows.append(cells)
+    columns = [f"{each.name} {what}" for each in subsets for what in ("pixels %", "images")]
+    bars = shares[0] / max(shares[0].max(), 1e-9) if shares else ()
+    colors = (*info.palette, IGNORED)
+    return Table("Classes", ("class", *columns), rows if subsets else [], colors, list(bars))
+
+
+def _splits(report: Report) -> Table:
+    rows = []
+    for each in report.splits:
+        larger = "-" if each.in_larger is None else f"{each.in_larger} of {each.labeled}"
+        more = f" and {len(each.absent) - NAMED} more" if len(each.absent) > NAMED else ""
+        absent = ", ".join(each.absent[:NAMED]) + more if each.absent else "-"
+        counts = map(str, (each.labeled, each.unlabeled, each.both, each.copies))
+        rows.append((f"{each.protocol}/{each.name}", *counts, larger, absent))
+    columns = (
+        "split",
+        "labeled",
+        "unlabeled",
+        "on both sides",
+        "copies across",
+        "in the next larger",
+        "classes absent",
+    )
+    return Table("Splits", columns, rows)
+
+
+def _figure(picture: Picture, info: DatasetInfo) -> str:
+    colours = colour_mask(picture.mask, info.palette)
+    mixed = ((1 - MIX) * picture.image + MIX * colours).round().astype(np.uint8)
+    present = [at for at in np.unique(picture.mask) if at < len(info.classes)]
+    names = [info.classes[at] for at in present]
+    note = f" ({picture.note})" if picture.note else ""
+    legend = " ".join(html_name(info.classes[at], info.palette[at]) for at in present)
+    alt = f"{picture.id} under its mask: {', '.join(names) or 'nothing but ignored pixels'}"
+    return html_figure(mixed, alt, f"{escape(picture.id + note)}<br>{legend}")

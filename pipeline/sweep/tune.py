@@ -1,0 +1,212 @@
+"""Trials on Ray Tune, each on Ray Train, and what is shown of them meanwhile; imports Ray.
+
+Nothing of Tune's has to be kept: a trial is a run directory, so the same command goes on where it was cut off, as
+`launch` does, and passes over what is finished.
+"""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.util
+from ray import tune
+from ray.train import TrainingFailedError
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from pipeline import storage
+from pipeline.checkpoint import LOG_FILE, Progress
+from pipeline.config.parse import build
+from pipeline.config.schema import Config, as_dict
+from pipeline.errors import RunError, UserError
+from pipeline.sweep.table import TrialRow, evaluations, look, screen, summary
+from pipeline.sweep.trials import Trial
+from pipeline.training.launch import launch
+from pipeline.training.recipe import self_train
+
+Find = Callable[[Mapping[str, Any], int], Trial]
+"""The trial of what Tune chose, and of its place in the order in which Tune did."""
+LOOK_SECONDS = 5.0
+"""How often the records of running trials are read."""
+QUIET_SECONDS = 60.0
+"""Time between lines where there is no terminal."""
+
+
+# ---- what is shown ----------------------------------------------------------------------------------------------
+
+
+class LiveTable(tune.Callback):
+    """Follows the trials of a sweep; Tune tells what begins and ends, the runs' own records how far they are."""
+
+    def __init__(self, trials: Sequence[Trial], find: Find, total: int) -> None:
+        """Begins with what is known.
+
+        Args:
+            trials: those that are known beforehand; finished ones count as done.
+            find: the trial of what Tune chose, and of its place in Tune's order.
+            total: how many there will be.
+        """
+        self._find, self._total = find, total
+        self.rows = {trial.name: TrialRow(trial) for trial in trials}
+        for row in self.rows.values():
+            done = row.trial.finished()
+            if done and done.last:
+                row.state, row.step, row.miou = "done", done.step, done.last.value
+        self._drawn = 0
+        self._live = sys.stdout.isatty()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="live", daemon=True)
+
+    def __enter__(self) -> "LiveTable":
+        """Begins to show."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Shows the end."""
+        self._ended.set()
+        self._thread.join()
+        self._show()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune saves its callbacks for a restore that is not used here."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune."""
+        self._change(trial, "running")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune."""
+        problem = trial.last_result.get("problem")  # said by a run that came to its end
+        ended = "done" if self._found(trial).finished() else "stopped"  # a repeated search stops what is done, too
+        self._change(trial, ended if problem is None else "failed" if problem else "done", problem or "")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune."""
+        text = Path(trial.error_file).read_text() if trial.error_file else "it ended without a word"
+        self._change(trial, "failed", text.strip().splitlines()[-1])
+
+    def failed(self) -> dict[str, str]:
+        """Why each failed trial did, by name."""
+        return {name: row.problem for name, row in self.rows.items() if row.state == "failed"}
+
+    def _change(self, trial: Any, state: str, problem: str = "") -> None:
+        found = self._found(trial)
+        row = self.rows.setdefault(found.name, TrialRow(found))
+        row.state, row.problem = state, problem
+        look(row)
+        if not self._live:
+            print("  ".join(row.cells()), flush=True)
+
+    def _found(self, trial: Any) -> Trial:
+        return self._find(trial.config, int(trial.custom_trial_name))
+
+    def _follow(self) -> None:
+        quiet = 0.0
+        while not self._ended.wait(LOOK_SECONDS):
+            for row in [*self.rows.values()]:
+                if row.state == "running":
+                    look(row)
+            quiet += LOOK_SECONDS
+            if self._live or quiet >= QUIET_SECONDS:
+                self._show()
+                quiet = 0.0
+
+    def _show(self) -> None:
+        rows = [*self.rows.values()]  # a search adds some meanwhile
+        if self._live:
+            lines = screen(rows, self._total, *shutil.get_terminal_size())
+            print(f"\x1b[{self._drawn}F\x1b[J" * bool(self._drawn) + "\n".join(lines), flush=True)
+            self._drawn = len(lines)
+            return
+        running = ", ".join(" ".join(row.cells()[::2]) for row in rows if row.state == "running")
+        print(summary(rows, self._total) + f"; {running}" * bool(running), flush=True)
+
+
+# ---- what is run ------------------------------------------------------------------------------------------------
+
+
+def run_tuner(find: Find, space: dict[str, Any], how: tune.TuneConfig, live: LiveTable) -> None:
+    """Runs what Tune chooses; one trial that fails stops no other.
+
+    Args:
+        find: the trial of a choice.
+        space: what Tune chooses from.
+        how: how it chooses, and how many run at a time.
+        live: is told what happens, and shows it.
+    """
+
+    def train(params: dict[str, Any]) -> dict[str, Any]:
+        trial = find(params, int(tune.get_context().get_trial_name()))
+        if trial.problem:
+            return {"problem": trial.problem, "step": 0, "score": -1.0}
+        return _train(as_dict(trial.config), self_train if trial.staged else launch, trial.out)
+
+    places: dict[str, int] = {}
+
+    def name(trial: Any) -> str:
+        return f"{places.setdefault(trial.trial_id, len(places)):03d}"
+
+    how.trial_name_creator = how.trial_dirname_creator = name
+    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:  # of no use once the sweep has ended
+        tune.Tuner(
+            # on the driver's node, as it only waits for its workers: they may be lost with their nodes, it should not
+            tune.with_resources(train, {f"node:{ray.util.get_node_ip_address()}": 0.001}),
+            param_space=space,
+            tune_config=how,
+            run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[live]),
+        ).fit()
+
+
+class ScoreReporter(TuneReportCallback):
+    """Tells Tune of the evaluations of a run, not of its other checkpoints."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Called by Ray Train's controller."""
+        if metrics[0]["score"] >= 0:
+            super().after_report(run_context, metrics, checkpoint)
+
+
+def _train(values: dict[str, Any], run: Callable[..., Progress], out: str) -> dict[str, Any]:
+    """Runs in an actor of Tune: a whole run, with what it says in its own log.
+
+    What an earlier attempt has evaluated is told again, so that a scheduler decides as it did then, at least if one
+    trial runs at a time: ASHA's verdict depends on who came first.
+    """
+    problem, step, score = "", 0, -1.0
+    with _logged(out):
+        for step, score in evaluations(out):
+            tune.report({"step": step, "score": score})
+        try:
+            progress = run(build(Config, values), callbacks=[ScoreReporter()])
+            step, score = progress.step, progress.last.value if progress.last else score
+        except (UserError, RunError) as error:
+            problem = " ".join(str(error).split())
+            print(problem)
+        except TrainingFailedError as error:  # workers that were lost too often, or a fault of the program
+            problem = str(error).strip().splitlines()[-1]
+            traceback.print_exc(file=sys.stdout)
+    return {"problem": problem, "step": step, "score": score}
+
+
+@contextlib.contextmanager
+def _logged(out: str) -> Iterator[None]:
+    """Appends what is printed inside to the log of the run in `out`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / LOG_FILE
+        try:
+            with path.open("w") as log, contextlib.redirect_stdout(log):
+                yield
+        finally:
+            with contextlib.suppress(UserError, OSError):  # a log that cannot be written costs no result
+                storage.retried(lambda: _append(storage.join(out, LOG_FILE), path.read_bytes()))
+
+
+def _append(uri: str, text: bytes) -> None:
+    storage.write_bytes(uri, (storage.read_bytes(uri) if storage.exists(uri) else b"") + text)

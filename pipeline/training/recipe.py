@@ -1,0 +1,77 @@
+"""Naive self-training, the three stages one after the other: train a teacher, label the pool, train a student anew.
+
+Each stage leaves its result below the run directory, so a recipe that was cut off goes on where it was:
+
+    RUN/teacher          a SupOnly run
+    RUN/pseudo_labels    what its last checkpoint sees in the unlabeled images
+    RUN/student          the run of method `self_training`: the result
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipeline import checkpoint, storage
+from pipeline.checkpoint import Progress
+from pipeline.config.parse import convert
+from pipeline.config.schema import Config, as_dict
+from pipeline.datasets.prepared import pseudo
+from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.splits import load_split
+from pipeline.errors import UserError
+from pipeline.inference.label import Labeling, label_pool
+from pipeline.methods.self_training import SelfTrainingOptions
+from pipeline.training.launch import delete_run, launch
+from pipeline.training.preflight import check_identity, resolve, resolve_paths
+
+STUDENT = "student"
+"""Where the result lies below the run directory."""
+
+
+def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()) -> Progress:
+    """Runs the recipe; `config.method` does not matter.
+
+    The teacher is its *last* checkpoint: the best one would already be chosen on the validation set.
+
+    Args:
+        config: of teacher and student alike.
+        fresh: delete what the stages left and start anew.
+        callbacks: `ray.train.UserCallback`s that are told of the student's checkpoints.
+
+    Raises:
+        UserError: as `launch`, or other pseudo-labels are in the way.
+    """
+    config = resolve_paths(replace(config, method="self_training"))
+    labels, student = (storage.join(str(config.out), part) for part in ("pseudo_labels", STUDENT))
+    print("stage 1 of 3: the teacher")
+    teacher = _teacher(config)
+    if fresh:  # the last stage first: what a kill leaves must not pass for the result of the new teacher
+        resolve(teacher, fresh=True)
+        delete_run(student)
+        pseudo.delete_labels(labels)
+    launch(teacher, fresh=fresh)
+    print("\nstage 2 of 3: the teacher's labels of the pool")
+    options: SelfTrainingOptions = convert(SelfTrainingOptions, config.methods["self_training"], "self_training")
+    newest = checkpoint.find(str(teacher.out))
+    dataset = open_dataset(str(config.data.root))
+    split = load_split(dataset, config.split, config.data.protocol)
+    info = label_pool(Labeling(dataset.root, newest, options.tta, options.keep), split, labels)
+    print(f"{info.images} images labeled in {labels}\n\nstage 3 of 3: the student")
+    config = replace(config, out=student, data=replace(config.data, pseudo_labels=labels))
+    return launch(config, callbacks=callbacks)
+
+
+def check_recipe(config: Config) -> None:
+    """Whether the recipe can be run, as far as can be seen before its first stage; changes nothing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if config.data.unlabeled_pools:
+        raise UserError("data.unlabeled_pools: self-training labels the dataset's own images; leave the pools out")
+    check_identity(resolve(_teacher(config)).config)
+
+
+def _teacher(config: Config) -> Config:
+    unasked = {**config.methods, "self_training": as_dict(SelfTrainingOptions())}  # other ones make no other teacher
+    return replace(config, method="suponly", out=storage.join(str(config.out), "teacher"), methods=unasked)
