@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
 from pipeline.config import cli
-from pipeline.config.parse import convert
 from pipeline.config.schema import Config
 from pipeline.methods import OPTIONS
 from pipeline.methods.u2pl.method import U2PLOptions
@@ -63,7 +62,7 @@ class Counted:
 
 def count(config: Config) -> Counted:
     """Counts on meta tensors: nothing is computed."""
-    options: U2PLOptions = convert(U2PLOptions, config.methods["u2pl"], "u2pl")
+    options = config.options_of(U2PLOptions)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = build_model(config.model, CLASSES, features=True)
         model(torch.empty(1, 3, *config.data.crop))

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation
 
 from pipeline.cluster.connect import connect
 from pipeline.config import cli
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, as_dict
 from pipeline.methods import OPTIONS
 from pipeline.sweep.run import sweep
 from pipeline.sweep.trials import make_trials
@@ -43,7 +43,7 @@ def timed(config: Config, *, tuned: bool) -> tuple[float, float]:
     began = time.time()
     with contextlib.redirect_stdout(io.StringIO()):
         if tuned:
-            trials = make_trials(config, [config.method], [config.split], 1, {})
+            trials = make_trials(as_dict(config), [config.method], [config.split], 1, {})
             assert not sweep(trials)
             out = trials[0].out
         else:

@@ -120,17 +120,21 @@ def sweep(argv: list[str]) -> None:
         add("--step_seconds", nargs="+", default=[], help="for --plan: METHOD=SECONDS, or SECONDS for all others")
         add("--node", nargs=3, metavar=("COUNT", "WORKERS", "PRICE"), default=["1", "1", "0"], help="for --plan")
 
-    config, args = _config(argv, sweep, flags)
+    from pipeline.methods import OPTIONS
+
+    def names(text: str) -> list[str]:
+        return list(filter(None, text.split(",")))
+
+    values, args = cli.parse_values(argv, inspect.getdoc(sweep) or "", OPTIONS, flags, lambda args: names(args.methods))
     from pipeline.report import results
     from pipeline.report.html import text_table
-    from pipeline.report.page import write_report
+    from pipeline.report.writer import write_report
     from pipeline.sweep.run import sweep as run_trials
     from pipeline.sweep.trials import TRIALS, make_trials, parse_grid
 
     if args.seeds < 1 or args.at_once < 0:
         raise UserError("--seeds: at least 1; --at_once: not below 0")
-    methods, splits = (list(filter(None, text.split(","))) for text in (args.methods, args.splits))
-    trials = make_trials(config, methods, splits, args.seeds, parse_grid(args.grid))
+    trials = make_trials(values, names(args.methods), names(args.splits), args.seeds, parse_grid(args.grid))
     if args.plan:
         from pipeline.sweep.costs import parse_node, parse_step_seconds, plan
 
@@ -204,7 +208,7 @@ def report(argv: list[str]) -> None:
     args = parser.parse(argv)
     from pipeline.report import results
     from pipeline.report.html import text_table
-    from pipeline.report.page import write_report
+    from pipeline.report.writer import write_report
 
     for each in write_report(args.runs, args.out, args.images):
         print(results.headline(each), *each.notes(), *map(text_table, results.tables(each)), sep="\n\n", end="\n\n")

@@ -24,6 +24,9 @@ from pipeline.errors import RunError, UserError
 
 _SHORT = {"data.root": ["--data"]}
 """Flags that have a short form beside their dotted name."""
+_FIELDS = tuple(item.name for item in dataclasses.fields(Config) if item.name != "options")
+Options = Mapping[str, Mapping[str, type]]
+"""Sections of options by method name, each a dataclass by its name: `pipeline.methods.OPTIONS`."""
 COMMON = (
     *("method", "split", "seed", "out", "data.root", "data.unlabeled_pools", "data.protocol", "data.crop"),
     *("model.backbone", "model.weights", "optim.lr", "optim.steps", "optim.batch_labeled", "optim.batch_unlabeled"),
@@ -60,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         return [
             (" ".join([each.option_strings[-1], str(each.metavar or "")]).strip(), str(each.help))
             for each in self._actions
-            if "." not in each.dest and each.dest not in {item.name for item in dataclasses.fields(Config)}
+            if "." not in each.dest and each.dest not in _FIELDS
         ]
 
 
@@ -81,26 +84,40 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
 
 def parse_config(
+    argv: Sequence[str], description: str, options: Options, extra: Callable[[Parser], None] | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """Reads a run's config; takes and raises what `parse_values` does.
+
+    Returns:
+        The checked config, and the namespace with the job's own flags.
+    """
+    values, args = parse_values(argv, description, options, extra)
+    return resolve(values, options), args
+
+
+def parse_values(
     argv: Sequence[str],
     description: str,
-    options: Mapping[str, type],
+    options: Options,
     extra: Callable[[Parser], None] | None = None,
-) -> tuple[Config, argparse.Namespace]:
-    """Reads a run's config: defaults < `--preset` < `--config` < flags.
+    methods: Callable[[argparse.Namespace], Sequence[str]] | None = None,
+) -> tuple[dict[str, Any], argparse.Namespace]:
+    """Reads what a run is told: defaults < `--preset` < `--config` < flags.
 
     With neither a preset, a file nor a dataset, the `demo` preset holds.
 
     Args:
         argv: the arguments without the program's name.
         description: what the job does, for `--help`.
-        options: dataclass of options by method name.
+        options: sections by method name, each a dataclass by its name.
         extra: adds the job's own flags.
+        methods: which methods the job runs by its own flags; None: the one of the config.
 
     Returns:
-        The checked config, and the namespace with the job's own flags.
+        Plain values by section, which `resolve` makes a config of, and the namespace with the job's own flags.
 
     Raises:
-        UserError: an unknown flag, key, preset or method, or a value of the wrong type.
+        UserError: an unknown flag, key, preset or method, a value of the wrong type, or a flag of another method.
     """
     parser = _parser(description, options)
     if extra:
@@ -109,75 +126,86 @@ def parse_config(
         _print_help(parser, argv, options)
         sys.exit(0)
     args = parser.parse(argv)
-    result = _config_of(args, options)
+    values = _values_of(args, options)
+    result = resolve(values, options)
+    _refuse_foreign(args, methods(args) if methods else [result.method], options)
     if args.print_config:
         print(configs.to_yaml(result), end="")
         sys.exit(0)
-    return result, args
+    return values, args
 
 
-def _config_of(args: argparse.Namespace, options: Mapping[str, type]) -> Config:
-    """The config that the flags stand for."""
-    flags = {key: value for key, value in vars(args).items() if value is not None and _is_path(key, options)}
+def _flags_of(args: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """The flags that are places in the config; the others are the command's own."""
+    places = {*_FIELDS, *_sections(options)}
+    return {key: value for key, value in vars(args).items() if value is not None and key.partition(".")[0] in places}
+
+
+def _values_of(args: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """What the flags stand for, with the layers below them."""
+    flags = _flags_of(args, options)
     preset = args.preset or (None if args.config or "data.root" in flags else "demo")
-    return layered(flags, options, preset=preset, file=args.config)
+    return layered(flags, preset=preset, file=args.config)
 
 
-def layered(
-    values: Mapping[str, Any], options: Mapping[str, type], *, preset: str | None = None, file: str | None = None
-) -> Config:
-    """A config of defaults < preset < file < values.
+def _refuse_foreign(args: argparse.Namespace, methods: Sequence[str], options: Options) -> None:
+    """A preset or file may hold sections of many methods; a flag of a method that is not run is a mistake."""
+    read = {section for method in methods for section in options.get(method, {})}
+    for key in _flags_of(args, options):
+        section = key.partition(".")[0]
+        if section in _sections(options) and section not in read:
+            raise UserError(f"--{key}: method {', '.join(methods)} has no such option; see --help, or leave it out")
+
+
+def layered(values: Mapping[str, Any], *, preset: str | None = None, file: str | None = None) -> dict[str, Any]:
+    """Plain values by section of preset < file < values.
 
     Args:
         values: by dotted key (`optim.lr`), or by section with keys and values below it.
-        options: dataclass of options by method name.
         preset: name of a preset.
         file: path or URI of a YAML file.
 
     Raises:
-        UserError: an unknown key, preset or method, or a value of the wrong type.
+        UserError: an unknown preset, no file there, or none that can be read.
     """
     merged: dict[str, Any] = {}
     layers = (configs.read_preset(preset) if preset else {}, configs.read_file(file) if file else {}, _nested(values))
     for layer in layers:
         merged = configs.merge(merged, layer)
-    return resolve(merged, options)
+    return merged
 
 
-def _is_path(key: str, options: Mapping[str, type]) -> bool:
-    """Whether an argument's name is a place in the config; the others are the command's own flags."""
-    section = key.partition(".")[0]
-    return section in options or section in {f.name for f in dataclasses.fields(Config)} - {"methods"}
+def _sections(options: Options) -> dict[str, type]:
+    """All sections of options, of whatever method."""
+    return {name: kind for read in options.values() for name, kind in read.items()}
 
 
-def resolve(values: Mapping[str, Any], options: Mapping[str, type]) -> Config:
-    """A config of plain values, with every method's options checked and completed.
+def resolve(values: Mapping[str, Any], options: Options) -> Config:
+    """A config of plain values, with the options of its method.
 
-    Options stand at the top level under the method's name (`u2pl: {lambda_c: 0.1}`) or below `methods`.
+    Args:
+        values: by section; options stand at the top level under the method's name (`u2pl: {lambda_c: 0.1}`). Those of
+            other methods are checked and left out, so that one file serves them all.
+        options: sections by method name, each a dataclass by its name.
+
+    Raises:
+        UserError: an unknown key or method, or a value of the wrong type.
     """
-    values = dict(values)
-    given = {name: _section(values.pop(name, None), name) for name in options}
-    stored = _section(values.pop("methods", None), "methods")
-    named = str(values.get("method", Config.method))
-    unknown = [name for name in [named, *stored] if name not in options]
-    if unknown:
-        raise UserError(f"unknown method {unknown[0]!r}{suggest(str(unknown[0]), sorted(options))}")
-    near = [name for name in values if name not in {f.name for f in dataclasses.fields(Config)}]
-    if near:
-        valid = [f.name for f in dataclasses.fields(Config)] + sorted(options)
-        raise UserError(f"unknown key {near[0]!r}{suggest(str(near[0]), valid)}")
-    methods = {
-        name: configs.as_dict(convert(kind, configs.merge(_section(stored.get(name), name), given[name]), name))
-        for name, kind in options.items()
-    }
-    return build(Config, {**values, "methods": methods})
+    values, known = dict(values), _sections(options)
+    if "methods" in values:
+        raise UserError("methods: written by an older version, whose runs this one does not read; train anew")
+    given = {name: convert(known[name], values.pop(name), name) for name in [*values] if name in known}
+    method = str(values.get("method", Config.method))
+    if method not in options:
+        raise UserError(f"unknown method {method!r}{suggest(method, sorted(options))}")
+    for key in values:
+        if key not in _FIELDS:
+            raise UserError(f"unknown key {key!r}{suggest(str(key), [*_FIELDS, *sorted(known)])}")
+    chosen = {name: given.get(name) or kind() for name, kind in options[method].items()}
+    return build(Config, {**values, "options": chosen})
 
 
-def _section(value: Any, name: str) -> Mapping[str, Any]:
-    return convert(Mapping[str, Any], value, name)
-
-
-def _parser(description: str, options: Mapping[str, type]) -> Parser:
+def _parser(description: str, options: Options) -> Parser:
     usage = "%(prog)s [--preset NAME] [--split SPLIT] [--SECTION.KEY VALUE ...]"
     parser = Parser(description=description, usage=usage, add_help=False)
     parser.add_argument("-h", "--help", nargs="?", metavar="[all]", help="this text; `--help all` shows every key")
@@ -188,7 +216,7 @@ def _parser(description: str, options: Mapping[str, type]) -> Parser:
     for name, kind in get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             _add_fields(parser.add_argument_group(name, inspect.getdoc(kind)), kind, f"{name}.")
-    for name, kind in options.items():
+    for name, kind in _sections(options).items():
         if dataclasses.fields(kind):
             _add_fields(parser.add_argument_group(name, inspect.getdoc(kind)), kind, f"{name}.")
     return parser
@@ -206,7 +234,7 @@ def _add_fields(parser: Any, kind: Any, prefix: str) -> None:
         parser.add_argument(f"--{path}", *_SHORT.get(path, []), dest=path, metavar=_type_name(hint), help=text, **bare)
 
 
-def _print_help(parser: Parser, argv: Sequence[str], options: Mapping[str, type]) -> None:
+def _print_help(parser: Parser, argv: Sequence[str], options: Options) -> None:
     """Help that fits on two screens, with this command line's values; or, if `all` is asked for, every key.
 
     Raises:
@@ -216,9 +244,9 @@ def _print_help(parser: Parser, argv: Sequence[str], options: Mapping[str, type]
     if args.help == "all":
         parser.print_help()
         return
-    config = _config_of(args, options)
+    config = resolve(_values_of(args, options), options)
     wide = max(60, shutil.get_terminal_size().columns)
-    keys = [f"{config.method}.{item.name}" for item in dataclasses.fields(options[config.method])]
+    keys = [f"{config.method}.{item.name}" for item in dataclasses.fields(options[config.method][config.method])]
     lines = [
         *textwrap.wrap(parser.format_usage().strip(), wide),
         "",
@@ -227,26 +255,26 @@ def _print_help(parser: Parser, argv: Sequence[str], options: Mapping[str, type]
         *(_row(name, text, "", wide) for name, text in parser.own_flags()),
         "",
         "Methods (--method):",
-        *(f"  {name:<14}{_first(inspect.getdoc(kind)).partition(': ')[2]}"[:wide] for name, kind in options.items()),
+        *(
+            f"  {name:<14}{_first(inspect.getdoc(own[name])).partition(': ')[2]}"[:wide]
+            for name, own in options.items()
+        ),
         "",
         "What most runs set, with the values of this command line:",
-        *(_key_row(path, config, options, wide) for path in COMMON),
+        *(_key_row(path, config, wide) for path in COMMON),
         "",
         *([f"Of {config.method}; --method NAME --help shows those of another one:"] if keys else []),
-        *(_key_row(path, config, options, wide) for path in keys),
+        *(_key_row(path, config, wide) for path in keys),
     ]
     print("\n".join(lines).rstrip())
 
 
-def _key_row(path: str, config: Config, options: Mapping[str, type], wide: int) -> str:
+def _key_row(path: str, config: Config, wide: int) -> str:
     section, _, name = path.rpartition(".")
-    if section in options:
-        kind, value = options[section], config.methods[section][name]
-    else:
-        holder = getattr(config, section) if section else config
-        kind, value = type(holder), getattr(holder, name)
+    holder = config.options.get(section) or (getattr(config, section) if section else config)
+    value = getattr(holder, name)
     shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else "" if value is None else str(value)
-    return _row(_SHORT.get(path, [f"--{path}"])[0], _first(field_docs(kind).get(name)), shown, wide)
+    return _row(_SHORT.get(path, [f"--{path}"])[0], _first(field_docs(type(holder)).get(name)), shown, wide)
 
 
 def _row(name: str, text: str, value: str, wide: int) -> str:

@@ -9,13 +9,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from pipeline import storage
 from pipeline.config.parse import parse_yaml, require_positive, require_share, suggest
 from pipeline.errors import UserError
+
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +237,20 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Options by method name; each method's file defines its own."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the chosen method by section: its own, and those of the methods that it builds on. Each is a frozen
+    dataclass that the method's file defines; in files and flags the sections stand beside `data` and `optim`."""
+
+    def options_of(self, kind: type[Options]) -> Options:
+        """The section of one type.
+
+        Raises:
+            KeyError: the chosen method has none of it.
+        """
+        for section in self.options.values():
+            if type(section) is kind:
+                return section
+        raise KeyError(f"{self.method} has no {kind.__name__}")
 
 
 def presets() -> list[str]:
@@ -283,9 +297,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    """The config as plain values: what `build` takes, YAML writes and a checkpoint holds."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as plain values: what `cli.resolve` takes, YAML writes and a checkpoint holds."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    options = values.pop("options")
+    return {**values, **options}
 
 
 def to_yaml(config: Config) -> str:

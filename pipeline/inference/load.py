@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import checkpoint, storage
-from pipeline.config.parse import build
+from pipeline.config import cli
 from pipeline.config.schema import Config, RunConfig
 from pipeline.datasets.images import DecodeError, decode_image
 from pipeline.datasets.prepared.format import Dataset, open_dataset
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import Scores, evaluate
 from pipeline.inference.predict import sliding, whole
-from pipeline.methods import METHODS, Method, Predictor, build_method
+from pipeline.methods import OPTIONS, Method, Predictor, build_method
 
 
 class Model:
@@ -104,8 +104,7 @@ def restore(uri: str, device: torch.device) -> tuple[Config, Method]:
     """
     place = checkpoint.find(uri)
     meta = checkpoint.read_meta(place)
-    values = {**meta["config"], "methods": {k: v for k, v in meta["config"]["methods"].items() if k in METHODS}}
-    config: Config = build(Config, values)
+    config = cli.resolve(meta["config"], OPTIONS)
     bare = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has them all
     method = build_method(bare, len(meta["data"]["classes"]))
     state = checkpoint.read_state(place)["method"]

@@ -40,7 +40,10 @@ METHODS: dict[str, type[Method]] = {
     "unimatch": UniMatch,
 }
 """In the order of the paper's tables; after U2PL what came later."""
-OPTIONS: dict[str, type] = {name: method.Options for name, method in METHODS.items()}
+OPTIONS: dict[str, dict[str, type]] = {
+    name: {each: METHODS[each].Options for each in (name, *method.builds_on)} for name, method in METHODS.items()
+}
+"""By method the sections that it reads: its own, and those of the methods that it builds on."""
 
 
 def make_config(
@@ -56,7 +59,7 @@ def make_config(
     Raises:
         UserError: an unknown key, preset or method, or a value of the wrong type; the message names the nearest.
     """
-    return cli.layered(values or {}, OPTIONS, preset=preset, file=file)
+    return cli.resolve(cli.layered(values or {}, preset=preset, file=file), OPTIONS)
 
 
 def check_durations(config: Config) -> None:
@@ -68,7 +71,7 @@ def check_durations(config: Config) -> None:
     total, values = config.optim.steps, {"optim.warmup": config.optim.warmup}
     for key in METHODS[config.method].durations:
         section, _, name = key.partition(".")
-        values[key] = config.methods[section][name]
+        values[key] = getattr(config.options[section], name)
     for key, value in values.items():
         if steps_of(value, total) >= total:
             raise UserError(

@@ -100,6 +100,8 @@ class Method(nn.Module, ABC):
     Options: ClassVar[type]
     """Frozen dataclass of the method's own knobs."""
     views: ClassVar[ViewSpec]
+    builds_on: ClassVar[tuple[str, ...]] = ()
+    """Other methods whose options it reads, too."""
     durations: ClassVar[tuple[str, ...]] = ()
     """Options, such as `u2pl.warmup`, that are steps or, below 1, a share of the run, and must end before it does."""
 

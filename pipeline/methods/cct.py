@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config.parse import convert, require_positive, require_share
+from pipeline.config.parse import require_positive, require_share
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import UserError
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
@@ -161,9 +161,9 @@ class CCT(Method):
     durations = ("cct.ramp",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(CCTOptions, config.methods.get("cct", {}), "cct")
+        options = config.options_of(CCTOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: CCTOptions = options
+        self.options = options
         self.student = self.build_network(features=False)
         self.kinds = [kind for kind in KINDS for _ in range(getattr(self.options, kind))]
         inputs, doublings = self.student.channels.high, _doublings(config.model)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import convert
 from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
@@ -42,9 +41,9 @@ class CPS(Method):
     views = ViewSpec(unlabeled=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(CPSOptions, config.methods.get("cps", {}), "cps")
+        options = config.options_of(CPSOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: CPSOptions = options
+        self.options = options
         self.first = self.build_network(features=False)
         self.second = self.build_network(features=False)  # other random numbers, so other heads
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config.parse import convert, require_share
+from pipeline.config.parse import require_share
 from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
@@ -48,9 +48,9 @@ class CutMixSeg(Method):
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(CutMixSegOptions, config.methods.get("cutmix_seg", {}), "cutmix_seg")
+        options = config.options_of(CutMixSegOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: CutMixSegOptions = options
+        self.options = options
         self.student = self.build_network(features=False)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 

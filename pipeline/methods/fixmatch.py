@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config.parse import convert, require_share
+from pipeline.config.parse import require_share
 from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
@@ -54,9 +54,9 @@ class FixMatch(Method):
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(FixMatchOptions, config.methods.get("fixmatch", {}), "fixmatch")
+        options = config.options_of(FixMatchOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: FixMatchOptions = options
+        self.options = options
         self.student = self.build_network(features=False)
 
     def networks(self) -> dict[str, SegmentationModel]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import convert, require_positive, require_share
+from pipeline.config.parse import require_positive, require_share
 from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
@@ -193,9 +193,9 @@ class GCT(Method):
     durations = ("gct.ramp",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(GCTOptions, config.methods.get("gct", {}), "gct")
+        options = config.options_of(GCTOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: GCTOptions = options
+        self.options = options
         self.left = self.build_network(features=False)
         self.right = self.build_network(features=False)
         self.detector = FlawDetector(3 + num_classes, self.options.detector_width)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config.parse import convert, require_share
+from pipeline.config.parse import require_share
 from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
@@ -49,9 +49,9 @@ class MeanTeacher(Method):
     durations = ("mean_teacher.ramp",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(MeanTeacherOptions, config.methods.get("mean_teacher", {}), "mean_teacher")
+        options = config.options_of(MeanTeacherOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: MeanTeacherOptions = options
+        self.options = options
         self.student = self.build_network(features=False)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 

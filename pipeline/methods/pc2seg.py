@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import convert, require_positive
+from pipeline.config.parse import require_positive
 from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import Prediction, SegmentationModel
@@ -113,9 +113,9 @@ class PC2Seg(Method):
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(PC2SegOptions, config.methods.get("pc2seg", {}), "pc2seg")
+        options = config.options_of(PC2SegOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: PC2SegOptions = options
+        self.options = options
         self.student = self.build_network(features=True)
 
     def networks(self) -> dict[str, SegmentationModel]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import convert, require_positive, require_share
+from pipeline.config.parse import require_positive, require_share
 from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.models import FeatureMaps, SegmentationModel, upsample
@@ -74,9 +74,9 @@ class PseudoSeg(Method):
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(PseudoSegOptions, config.methods.get("pseudoseg", {}), "pseudoseg")
+        options = config.options_of(PseudoSegOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: PseudoSegOptions = options
+        self.options = options
         self.student = self.build_network(features=False)
         channels = self.student.channels
         self.cam = AttentiveCAM(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import convert, require_share
+from pipeline.config.parse import require_share
 from pipeline.config.schema import Config
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
 from pipeline.methods.fixmatch import kept_share
@@ -46,9 +46,9 @@ class SelfTraining(Method):
     views = ViewSpec(unlabeled=True, strong=1, pseudo=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(SelfTrainingOptions, config.methods.get("self_training", {}), "self_training")
+        options = config.options_of(SelfTrainingOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: SelfTrainingOptions = options
+        self.options = options
         self.student = self.build_network(features=False)
 
     def networks(self) -> dict[str, SegmentationModel]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config.parse import convert, require_share
+from pipeline.config.parse import require_share
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods.base import BatchNorm, Losses, Method, Step
@@ -50,9 +50,9 @@ class UniMatch(Method):
     views = ViewSpec(unlabeled=True, strong=2)
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(UniMatchOptions, config.methods.get("unimatch", {}), "unimatch")
+        options = config.options_of(UniMatchOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: UniMatchOptions = options
+        self.options = options
         self.student = self.build_network(features=False)
 
     def networks(self) -> dict[str, SegmentationModel]:

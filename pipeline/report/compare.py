@@ -3,13 +3,14 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from pipeline.config.schema import identity
+from pipeline.config.cli import Options
+from pipeline.config.schema import Config, identity
 from pipeline.datasets.prepared.splits import FRACTIONS
-from pipeline.report.runs import Run, sections
+from pipeline.report.runs import Run
 
 BASELINE = "suponly"
 """The method that gains are over."""
@@ -76,7 +77,8 @@ class MethodRow:
 
     def distance(self, other: "MethodRow") -> int:
         """In how many settings two rows differ, beside options of methods."""
-        shared = [name for name in self.options if not name.startswith("methods.")]
+        sections = {item.name for item in fields(Config)}
+        shared = [name for name in self.options if name.partition(".")[0] in sections]
         return sum(self.options[name] != other.options[name] for name in shared)
 
     @property
@@ -208,12 +210,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def compare(runs: Sequence[Run], options: Mapping[str, type]) -> list[Comparison]:
+def compare(runs: Sequence[Run], options: Options) -> list[Comparison]:
     """Sorts runs into comparisons: what ran on different datasets or protocols never shares a table.
 
     Args:
         runs: in any order.
-        options: dataclass of options by method name, in the order in which tables show methods.
+        options: sections by method name, in the order in which tables show methods.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -221,7 +223,7 @@ def compare(runs: Sequence[Run], options: Mapping[str, type]) -> list[Comparison
     return [_comparison(group, options) for group in groups.values()]
 
 
-def _comparison(runs: Sequence[Run], options: Mapping[str, type]) -> Comparison:
+def _comparison(runs: Sequence[Run], options: Options) -> Comparison:
     kept, doubles = _distinct(runs)
     about = kept[0].about
     classes = next((run.about.classes for run in kept if run.about.classes), ())
@@ -236,7 +238,7 @@ def _distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     return [run for run in runs if run in best.values()], [run.uri for run in runs if run not in best.values()]
 
 
-def _rows(runs: Sequence[Run], options: Mapping[str, type]) -> list[MethodRow]:
+def _rows(runs: Sequence[Run], options: Options) -> list[MethodRow]:
     """One row for each method and set of options; those that differ least from the usual come first."""
     groups: dict[Key, list[Run]] = {}
     for run in runs:
@@ -263,15 +265,8 @@ Key = tuple[str, ...]
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """What makes the result what it is, by dotted key; options of other methods do not count."""
-    values = identity(run.config)
-    methods = values.pop("methods")
-    own = {name: methods[name] for name in sections(run.config.method, methods)}
-    return {
-        key: value
-        for key, value in _flat({**values, **{f"methods.{k}": v for k, v in own.items()}})
-        if key not in _PLACES
-    }
+    """What makes the result what it is, by dotted key."""
+    return {key: value for key, value in _flat(identity(run.config)) if key not in _PLACES}
 
 
 def key(run: Run) -> Key:
@@ -279,7 +274,7 @@ def key(run: Run) -> Key:
     return (run.config.method, *map(repr, settings(run).items()))
 
 
-def usual(runs: Sequence[Run], options: Mapping[str, type]) -> dict[str, Any]:
+def usual(runs: Sequence[Run], options: Options) -> dict[str, Any]:
     """The value of each setting that goes without saying: a method's default if a run has it, else the commonest."""
     found: dict[str, Counter[str]] = {}
     values: dict[str, Any] = {}
@@ -288,7 +283,7 @@ def usual(runs: Sequence[Run], options: Mapping[str, type]) -> dict[str, Any]:
             values[repr(value)] = value
             found.setdefault(name, Counter())[repr(value)] += 1
     common = {name: values[counts.most_common(1)[0][0]] for name, counts in found.items()}
-    defaults = dict(_flat({f"methods.{method}": asdict(kind()) for method, kind in options.items()}))
+    defaults = dict(_flat({name: asdict(kind()) for read in options.values() for name, kind in read.items()}))
     return {
         name: defaults[name] if repr(defaults.get(name)) in found[name] else value for name, value in common.items()
     }
@@ -296,11 +291,9 @@ def usual(runs: Sequence[Run], options: Mapping[str, type]) -> dict[str, Any]:
 
 def differences(run: Run, common: Mapping[str, Any]) -> list[str]:
     """Its settings that are not the usual ones, such as `loss=binary` or `optim.steps=1800`."""
-    own = f"methods.{run.config.method}."
+    own = f"{run.config.method}."
     return [
-        f"{name.removeprefix(own).removeprefix('methods.')}={_shown(value)}"
-        for name, value in settings(run).items()
-        if value != common[name]
+        f"{name.removeprefix(own)}={_shown(value)}" for name, value in settings(run).items() if value != common[name]
     ]
 
 

@@ -7,16 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from pipeline import storage
 from pipeline.config.schema import as_dict
-from pipeline.errors import UserError
-from pipeline.inference.pictures import compare_networks
-from pipeline.methods import OPTIONS
 from pipeline.report import plots, results
-from pipeline.report.compare import Comparison, MethodRow, compare
+from pipeline.report.compare import Comparison, MethodRow
 from pipeline.report.html import Table, html_details, html_figure, html_list, html_page, html_table
 from pipeline.report.published import published
-from pipeline.report.runs import find_runs, read_run, sections
 
 LEGEND = (
     "Last and best evaluation of finished runs, mean over seeds with the sample's standard deviation. In brackets the "
@@ -121,9 +116,7 @@ def _production(comparison: Comparison) -> str:
 
 def _config(row: MethodRow) -> str:
     """The config of the first of its runs; the others differ in split, seed and place."""
-    config = row.runs[0].config
-    values = as_dict(config)
-    values["methods"] = {name: values["methods"][name] for name in sections(config.method, values["methods"])}
+    values = as_dict(row.runs[0].config)
     return f'<pre tabindex="0">{escape(yaml.safe_dump(values, sort_keys=False))}</pre>\n'
 
 
@@ -137,44 +130,3 @@ def _plain(text: str) -> str:
     for mark in "\\|<*`[":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())
-
-
-def write_report(
-    places: Sequence[str], out: str, images: int, failed: Mapping[str, str] | None = None
-) -> list[Comparison]:
-    """Compares runs and writes a page, and the same tables as Markdown and CSV beside it.
-
-    Args:
-        places: run directories, or folders or URIs that hold some.
-        out: page to write.
-        images: validation images to show; 0: none.
-        failed: of a sweep, why each failed trial did, by name.
-
-    Raises:
-        UserError: `out` or `images` cannot be, no run is found, or one is damaged.
-    """
-    if not out.endswith(".html"):
-        raise UserError(f"--out {out}: must end in .html; .md and .csv are written beside it")
-    if images < 0:
-        raise UserError("--images: must be 0 or more")
-    comparisons = compare([read_run(uri, OPTIONS) for uri in find_runs(places)], OPTIONS)
-    pictures = {at: _drawn_by(each, images) for at, each in enumerate(comparisons) if images}
-    stem = out.removesuffix(".html")
-    for ending, text in (
-        ("html", as_page(comparisons, pictures, failed)),
-        ("md", as_markdown(comparisons, failed)),
-        ("csv", results.as_csv(comparisons)),
-    ):
-        storage.write_bytes(f"{stem}.{ending}", text.encode())
-    return comparisons
-
-
-def _drawn_by(comparison: Comparison, images: int) -> Picture:
-    """What the networks of two runs see, or why it cannot be drawn."""
-    shown = comparison.shown()
-    try:
-        pixels = compare_networks({row.label: run.uri for row, run in shown}, images)
-    except (UserError, OSError) as error:
-        return str(error)
-    runs = ", ".join(f"{row.label} (split {run.config.split}, seed {run.config.seed})" for row, run in shown)
-    return ImagePanel(pixels, f"Networks, from the left: {runs}.")

@@ -32,7 +32,7 @@ class Published:
         """Whether a row of ours is of the same method and ablation."""
         wanted = {**ABLATED, **self.options}
         return row.method == self.method and all(
-            row.options.get(f"methods.u2pl.{name}", value) == value for name, value in wanted.items()
+            row.options.get(f"u2pl.{name}", value) == value for name, value in wanted.items()
         )
 
 

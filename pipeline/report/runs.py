@@ -1,7 +1,7 @@
 """Run directories as they were left: config, records, scores, and what they were made of and with."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Progress, Score
 from pipeline.config import cli
+from pipeline.config.cli import Options
 from pipeline.config.schema import Config, read_file
 from pipeline.datasets.prepared.format import Dataset, open_dataset
 from pipeline.datasets.prepared.splits import load_split
@@ -101,12 +102,12 @@ def find_runs(places: Sequence[str]) -> list[str]:
     return [uri for uri in found if by_place[storage.absolute(uri)] == uri]
 
 
-def read_run(uri: str, options: Mapping[str, type]) -> Run:
+def read_run(uri: str, options: Options) -> Run:
     """Reads a run directory.
 
     Args:
         uri: where `config.yaml` is.
-        options: dataclass of options by method name; the config is completed with their defaults.
+        options: sections by method name; the config is completed with their defaults.
 
     Raises:
         UserError: a file is damaged; the message names it.
@@ -119,18 +120,9 @@ def read_run(uri: str, options: Mapping[str, type]) -> Run:
     return Run(uri, config, _about(uri, config), records, progress, finished)
 
 
-def sections(method: str, methods: Iterable[str]) -> list[str]:
-    """The names among `methods` whose options a method uses: its own, and those it is joined of (u2pl_ael)."""
-    return [name for name in methods if name == method or name in method.split("_")]
-
-
-def _config(uri: str, options: Mapping[str, type]) -> Config:
-    values = read_file(uri)
-    method, methods = str(values.get("method")), values.get("methods")
-    if isinstance(methods, Mapping):  # options of other methods change from version to version and do not matter
-        values["methods"] = {name: methods[name] for name in sections(method, methods)}
+def _config(uri: str, options: Options) -> Config:
     try:
-        return cli.resolve(values, options)
+        return cli.resolve(read_file(uri), options)
     except UserError as error:
         raise UserError(
             f"{uri}: not the config of a run ({error}); name runs, or folders that hold nothing else"

@@ -98,16 +98,16 @@ def sample(base: Config, space: Space, drawn: Mapping[str, Any], place: int) -> 
         chosen[key] = values.text(value) if isinstance(values, Range) else str(value)
     name = "-".join([f"{place:03d}", *(f"{key}-{value}" for key, value in chosen.items())])
     try:
-        return make_trial(base, name, chosen)
+        return make_trial(as_dict(base), name, chosen)
     except UserError as error:
-        return replace(make_trial(base, name, {}), problem=str(error))
+        return replace(make_trial(as_dict(base), name, {}), problem=str(error))
 
 
 def prepare(base: Config, space: Space) -> tuple[Config, Space]:
     """The config that all samples have in common, and the space with numbers of its options' types.
 
     Raises:
-        UserError: an unknown key, an end that is no value of it, or what `launch.check` raises of either end.
+        UserError: an unknown key, an end that is no value of it, or what `preflight.resolve` raises of either end.
     """
     base = resolve_paths(replace(base, out=base.out or DEFAULT_OUT))
     space = {
@@ -127,16 +127,15 @@ def prepare(base: Config, space: Space) -> tuple[Config, Space]:
 
 def _value(config: Config, key: str) -> Any:
     """What the config has at a dotted key, if anything."""
-    values = as_dict(config)
     section, _, field = key.rpartition(".")
-    return {**values, **values["methods"]}.get(section, {}).get(field)
+    return as_dict(config).get(section, {}).get(field)
 
 
 def _absolute(config: Config, key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     """Places do not depend on the directory that a sample runs in."""
     if key not in PLACES:
         return choices
-    return tuple(str(_value(make_trial(config, "", {key: choice}).config, key)) for choice in choices)
+    return tuple(str(_value(make_trial(as_dict(config), "", {key: choice}).config, key)) for choice in choices)
 
 
 def _typed(ends: Range, value: Any) -> Range:

@@ -4,11 +4,12 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import CONFIG_FILE, SUMMARY_FILE, Progress
 from pipeline.config import cli
-from pipeline.config.schema import Config, as_dict, merge
+from pipeline.config.schema import Config, merge
 from pipeline.errors import UserError
 from pipeline.methods import METHODS, OPTIONS
 from pipeline.training.preflight import check_identity, resolve, resolve_paths
@@ -80,13 +81,15 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return grid
 
 
-def make_trials(base: Config, methods: Sequence[str], splits: Sequence[str], seeds: int, grid: Grid) -> list[Trial]:
+def make_trials(
+    base: Mapping[str, Any], methods: Sequence[str], splits: Sequence[str], seeds: int, grid: Grid
+) -> list[Trial]:
     """All trials of a sweep, checked as far as can be without starting one.
 
-    A key in a method's section varies the methods that read it: those with its name in theirs (`u2pl` in `u2pl_ael`).
+    A key in a method's section varies the methods that read it: `u2pl.alpha_0` those of `u2pl` and `u2pl_ael`.
 
     Args:
-        base: what all have in common; its `out` is the sweep's directory.
+        base: plain values by section that all have in common; `out` is the sweep's directory.
         methods: names out of `METHODS`.
         splits: names of splits.
         seeds: how many, counted up from that of `base`.
@@ -94,25 +97,27 @@ def make_trials(base: Config, methods: Sequence[str], splits: Sequence[str], see
 
     Raises:
         UserError: no method or split, an unknown one or one twice, an unknown key or value, a key that no method
-            reads, or what `launch.check` raises.
+            reads, or what `preflight.resolve` raises.
     """
     if not methods or not splits:
         raise UserError("--methods, --splits: name at least one each")
     for name, values in (("--methods", methods), ("--splits", splits), *((f"--grid {key}", grid[key]) for key in grid)):
         if len(set(values)) < len(values):
             raise UserError(f"{name}: {','.join(values)} names one twice")
-    base = resolve_paths(replace(base, out=base.out or DEFAULT_OUT))
+    common = cli.resolve(base, OPTIONS)
     trials, read = [], set[str]()
     for method, split, seed in itertools.product(methods, splits, range(seeds)):
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-        config = replace(base, method=method, split=split, seed=base.seed + seed)
-        keys = [key for key in grid if key.partition(".")[0] not in OPTIONS or key.partition(".")[0] in method]
+        place = {"method": method, "split": split, "seed": common.seed + seed, "out": common.out or DEFAULT_OUT}
+        values = {**base, **place}
+        sections = {key: key.partition(".")[0] for key in grid}
+        keys = [key for key, name in sections.items() if name in OPTIONS[method] or name not in OPTIONS]
         read.update(keys)
-        for values in itertools.product(*(grid[key] for key in keys)):
-            chosen = dict(zip(keys, values, strict=True))
-            name = "-".join([method, split, f"s{config.seed}", *(f"{key}-{value}" for key, value in chosen.items())])
-            trials.append(make_trial(config, name, chosen))
+        for drawn in itertools.product(*(grid[key] for key in keys)):
+            chosen = dict(zip(keys, drawn, strict=True))
+            name = "-".join([method, split, f"s{values['seed']}", *(f"{key}-{value}" for key, value in chosen.items())])
+            trials.append(make_trial(values, name, chosen))
     for key in grid:
         if key not in read:
             raise UserError(f"--grid {key}: none of the methods {', '.join(methods)} reads it")
@@ -138,7 +143,7 @@ def check_trial(trial: Trial) -> Trial:
     """The trial with the generations of its pools that count, if it can be run and its directory is its own.
 
     Raises:
-        UserError: what `launch.check` raises.
+        UserError: what `preflight.resolve` raises.
     """
     if trial.staged:
         check_recipe(trial.config)
@@ -148,13 +153,13 @@ def check_trial(trial: Trial) -> Trial:
     return replace(trial, config=config)
 
 
-def make_trial(config: Config, name: str, chosen: Mapping[str, str]) -> Trial:
-    """One trial below the directory `config.out`, with chosen values by dotted key, its places absolute.
+def make_trial(values: Mapping[str, Any], name: str, chosen: Mapping[str, str]) -> Trial:
+    """One trial below the directory `out` of `values`, with chosen values by dotted key, its places absolute.
 
     Raises:
         UserError: an unknown key or value.
     """
-    values = as_dict(replace(config, out=storage.join(str(config.out), TRIALS, name)))
+    values = {**values, "out": storage.join(str(values["out"]), TRIALS, name)}
     for key, value in chosen.items():
         section, dot, field = key.partition(".")
         values = merge(values, {section: {field: value}} if dot else {section: value})

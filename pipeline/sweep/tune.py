@@ -21,9 +21,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import storage
 from pipeline.checkpoint import LOG_FILE, Progress
-from pipeline.config.parse import build
-from pipeline.config.schema import Config, as_dict
+from pipeline.config import cli
+from pipeline.config.schema import as_dict
 from pipeline.errors import RunError, UserError
+from pipeline.methods import OPTIONS
 from pipeline.sweep.table import TrialRow, evaluations, look, screen, summary
 from pipeline.sweep.trials import Trial
 from pipeline.training.launch import launch
@@ -184,7 +185,7 @@ def _train(values: dict[str, Any], run: Callable[..., Progress], out: str) -> di
         for step, score in evaluations(out):
             tune.report({"step": step, "score": score})
         try:
-            progress = run(build(Config, values), callbacks=[ScoreReporter()])
+            progress = run(cli.resolve(values, OPTIONS), callbacks=[ScoreReporter()])
             step, score = progress.step, progress.last.value if progress.last else score
         except (UserError, RunError) as error:
             problem = " ".join(str(error).split())

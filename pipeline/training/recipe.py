@@ -13,14 +13,14 @@ from typing import Any
 
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import Progress
-from pipeline.config.parse import convert
-from pipeline.config.schema import Config, as_dict
+from pipeline.config.schema import Config
 from pipeline.datasets.prepared import pseudo
 from pipeline.datasets.prepared.format import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.inference.label import Labeling, label_pool
 from pipeline.methods.self_training import SelfTrainingOptions
+from pipeline.methods.suponly import SupOnlyOptions
 from pipeline.training.launch import delete_run, launch
 from pipeline.training.preflight import check_identity, resolve, resolve_paths
 
@@ -51,7 +51,7 @@ def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] 
         pseudo.delete_labels(labels)
     launch(teacher, fresh=fresh)
     print("\nstage 2 of 3: the teacher's labels of the pool")
-    options: SelfTrainingOptions = convert(SelfTrainingOptions, config.methods["self_training"], "self_training")
+    options = config.options_of(SelfTrainingOptions)
     newest = checkpoint.find(str(teacher.out))
     dataset = open_dataset(str(config.data.root))
     split = load_split(dataset, config.split, config.data.protocol)
@@ -73,5 +73,5 @@ def check_recipe(config: Config) -> None:
 
 
 def _teacher(config: Config) -> Config:
-    unasked = {**config.methods, "self_training": as_dict(SelfTrainingOptions())}  # other ones make no other teacher
-    return replace(config, method="suponly", out=storage.join(str(config.out), "teacher"), methods=unasked)
+    options = {"suponly": SupOnlyOptions()}
+    return replace(config, method="suponly", options=options, out=storage.join(str(config.out), "teacher"))

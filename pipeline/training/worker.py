@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from pipeline import storage
 from pipeline.cluster.console import send_logs
-from pipeline.config.parse import build
-from pipeline.config.schema import Config
+from pipeline.config import cli
 from pipeline.errors import UserError
+from pipeline.methods import OPTIONS
 from pipeline.training.meter import Diverged
 from pipeline.training.runtime import RayRuntime
 from pipeline.training.trainer import Trainer
@@ -30,7 +30,7 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
     """
     first = ray.train.get_context().get_world_rank() == 0
     send_logs(values["console"], logging.INFO if first else logging.WARNING)
-    config: Config = build(Config, values["config"])
+    config = cli.resolve(values["config"], OPTIONS)
     assert config.out is not None
     storage.set_patience(config.run.storage_patience)
     runtime = RayRuntime(config.out, ray.get_runtime_context().get_assigned_resources())

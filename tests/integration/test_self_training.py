@@ -26,26 +26,19 @@ FLAGS = ["--preset", "demo", "--split", "1_2", "--optim.steps", "6", "--run.tens
 def test_a_killed_recipe_goes_on_where_it_was_and_keeps_its_options(
     shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
 ) -> None:
-    """Other options do not pass for the same run."""
+    """Other options do not pass for the same run, and an old student not for the result of a new teacher."""
     run, env = "s3://runs/self-training", environment(ray_folder, s3)
     command = [sys.executable, "jobs/self_training.py", *FLAGS, "--data", shapes, "--out", run]
     labels = f"{run}/pseudo_labels"
     with Job(command, env, tmp_path / "first.log") as job:
-        wait_for("labels of a shard", lambda: storage.list_files(labels), 300)
-        kill(job.pid, *descendants(job.pid))
-        assert not storage.exists(f"{labels}/{LABELS_FILE}"), job.said
-    first = _written(labels)
-    with Job(command, env, tmp_path / "second.log") as job:
         assert job.wait() == 0, job.said
-        assert f"{run}/teacher is finished" in job.said
-        assert "Traceback" not in job.said
-    _check(run, shapes, first)
+    _check(run, shapes, {})
+    before = _written(labels)
     other = [*command, "--self_training.keep", "0.5"]
     with Job(other, env, tmp_path / "other.log") as job:
         assert job.wait() == 2, job.said
     assert re.search(r"pseudo_labels holds labels .* --fresh", job.said.splitlines()[-1])
-    _check(run, shapes, first)
-    before = _written(labels)
+    _check(run, shapes, before)
 
     def relabeled() -> bool:
         now = _written(labels)
@@ -53,13 +46,18 @@ def test_a_killed_recipe_goes_on_where_it_was_and_keeps_its_options(
 
     other += ["--self_training.strong", "false"]
     with Job([*other, "--fresh"], env, tmp_path / "fresh.log") as job:
-        wait_for("new labels", lambda: relabeled() or job.ended, 300)
+        wait_for("new labels of a shard", lambda: relabeled() or job.ended, 300)
+        kill(job.pid, *descendants(job.pid))
         assert "is finished" not in job.said
+        assert not storage.exists(f"{labels}/{LABELS_FILE}"), job.said
         assert not storage.list_files(f"{run}/student")
+    first = _written(labels)
     with Job(other, env, tmp_path / "last.log") as job:
         assert job.wait() == 0, job.said
-        assert f"{run}/student is finished" not in job.said  # the old student does not pass for the result
-    _check(run, shapes, {})
+        assert f"{run}/teacher is finished" in job.said
+        assert f"{run}/student is finished" not in job.said
+        assert "Traceback" not in job.said
+    _check(run, shapes, first)
 
 
 def _check(run: str, shapes: str, first: dict[str, object]) -> None:

@@ -69,7 +69,7 @@ def test_the_layers_are_those_of_the_code() -> None:
         ("`ops`, `batch`", "`ops`", "batch: not in the table"),
         ("`ops`, `batch`", "`ops`, `batch`, `losses`", "losses: not in the package"),
         ("charts, pages | -", "charts, pages | Data", "report: Ray"),
-        ("splits, pools | Data", "splits, pools | -", "datasets: Ray"),
+        ("jobs on it | core, Data, Train", "jobs on it | -", "cluster: Ray"),
     ],
 )
 def test_a_slip_in_the_table_is_caught(old: str, new: str, told: str) -> None:

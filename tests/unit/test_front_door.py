@@ -37,7 +37,7 @@ def test_what_only_some_networks_need_is_not_imported_for_the_flags() -> None:
 def test_a_config_from_python_is_the_one_of_the_command_line() -> None:
     config = pipeline.make_config({"method": "cps", "optim.lr": 0.5, "cps": {"cutmix": False}}, preset="demo")
     assert (config.method, config.optim.lr, config.model.backbone) == ("cps", 0.5, "tiny")
-    assert config.methods["cps"]["cutmix"] is False
+    assert config.options["cps"].cutmix is False
     with pytest.raises(pipeline.UserError, match=r"unknown key 'optim\.lrr'; did you mean lr\?"):
         pipeline.make_config({"optim.lrr": 0.5})
 

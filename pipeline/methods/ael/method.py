@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import convert, require_positive, require_share
+from pipeline.config.parse import require_positive, require_share
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods.ael.sampling import ClassConfidence, DrawnCrops, Reservoir, draw_index, zoomed
@@ -103,9 +103,9 @@ class AEL(Method):
     """float [C], 0 for classes that are never pasted."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        options = convert(AELOptions, config.methods.get("ael", {}), "ael")
+        options = config.options_of(AELOptions)
         super().__init__(config, num_classes, options.batch_norm)
-        self.options: AELOptions = options
+        self.options = options
         self.warmup = self.steps(options.warmup)
         self.student = self.build_network(features=self.features)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import convert, require_positive, require_share
+from pipeline.config.parse import require_positive, require_share
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods.base import BatchNorm, Losses, Method, Step, untouched
@@ -341,7 +341,7 @@ def _histogram(label: Tensor) -> Tensor:
 
 def read_options(config: Config, num_classes: int) -> U2PLOptions:
     """The section `u2pl`. Ranks end at the number of classes: with r_l >= C no pixel could ever be a negative."""
-    options: U2PLOptions = convert(U2PLOptions, config.methods.get("u2pl", {}), "u2pl")
+    options = config.options_of(U2PLOptions)
     if options.r_l < num_classes:
         return options
     lower = max(1, num_classes - 1)

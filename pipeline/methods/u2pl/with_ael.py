@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.config.parse import convert, require_share
+from pipeline.config.parse import require_share
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods.ael.method import AEL, Task
@@ -59,12 +59,13 @@ class U2PLAEL(AEL):
     """AEL's networks with representation heads, and memory banks."""
 
     Options = U2PLAELOptions
+    builds_on = ("ael", "u2pl")
     durations = (*AEL.durations, "u2pl_ael.contrast_start")
     features = True
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.own: U2PLAELOptions = convert(U2PLAELOptions, config.methods.get("u2pl_ael", {}), "u2pl_ael")
+        self.own = config.options_of(U2PLAELOptions)
         self.u2pl = read_options(config, num_classes)
         self.bank = make_bank(self.u2pl, config, num_classes)
 

@@ -32,9 +32,9 @@ def test_defaults_then_preset_then_file_then_flags(tmp_path):
     config = _parse("--preset", "demo", "--config", file, "--optim.lr", "0.25")
     assert config.model.dropout == Config().model.dropout
     assert config.model.backbone == "tiny"
-    assert config.methods["u2pl"]["anchors"] == 64
+    assert config.options["u2pl"].anchors == 64
     assert config.optim.power == 0.7
-    assert config.methods["u2pl"]["lambda_c"] == 0.3
+    assert config.options["u2pl"].lambda_c == 0.3
     assert config.optim.lr == 0.25
 
 
@@ -42,7 +42,7 @@ def test_an_empty_section_in_the_file_keeps_the_preset(tmp_path):
     config = _parse("--preset", "demo", "--config", _file(tmp_path, "data:\nu2pl:\n"), "--data.flip", "false")
     assert config.data.crop == (64, 64)
     assert config.data.flip is False
-    assert config.methods["u2pl"]["anchors"] == 64
+    assert config.options["u2pl"].anchors == 64
 
 
 def test_demo_is_the_default_unless_something_is_named(tmp_path):
@@ -53,7 +53,7 @@ def test_demo_is_the_default_unless_something_is_named(tmp_path):
 
 def test_flags_of_methods_and_switches():
     config = _parse("--u2pl.lambda_c", "0.5", "--run.tensorboard", "false", "--data.flip", "--data", "x")
-    assert config.methods["u2pl"]["lambda_c"] == 0.5
+    assert config.options["u2pl"].lambda_c == 0.5
     assert config.run.tensorboard is False
     assert config.data.flip is True
     assert config.data.root == "x"
@@ -137,7 +137,7 @@ def test_help_fits_two_screens_and_shows_the_methods_and_one_methods_options(met
     assert max(map(len, lines)) <= 80
     shown = [line.split()[0] for line in lines if line.startswith("  ")]
     assert [name for name in shown if name in OPTIONS] == list(OPTIONS)
-    own = [f"--{method}.{item.name}" for item in dataclasses.fields(OPTIONS[method])]
+    own = [f"--{method}.{item.name}" for item in dataclasses.fields(OPTIONS[method][method])]
     assert [flag for flag in shown if flag.partition(".")[0] in {f"--{name}" for name in OPTIONS}] == own
     assert {"--data", "--optim.lr", "--scaling.workers", "--print_config"} <= set(shown)
 

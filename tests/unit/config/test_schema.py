@@ -8,10 +8,11 @@ import yaml
 
 from pipeline.config import schema as configs
 from pipeline.config.cli import field_docs, resolve
-from pipeline.config.parse import build, convert, parse_yaml
-from pipeline.config.schema import Config, as_dict, identity, merge, presets, to_yaml
+from pipeline.config.parse import convert, parse_yaml
+from pipeline.config.schema import as_dict, identity, merge, presets, to_yaml
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
+from pipeline.methods.u2pl.method import U2PLOptions
 
 SECTIONS = [kind for _, kind in inspect.getmembers(configs, inspect.isclass) if dataclasses.is_dataclass(kind)]
 
@@ -30,13 +31,13 @@ def test_a_split_survives_yaml_unquoted(split):
     """To YAML 1.1 and to int(), `1_2` is the number 12."""
     assert yaml.safe_load("split: 1_2")["split"] == 12
     values = parse_yaml(f"split: {split}", "file")
-    assert build(Config, values).split == split
+    assert resolve(values, OPTIONS).split == split
 
 
 def test_round_trips():
     config = resolve({"split": "1_2", "data": {"crop": [65, 33], "scale": "0.5,1.5"}, "optim": {"lr": "3e-3"}}, OPTIONS)
     assert resolve(parse_yaml(to_yaml(config), "text"), OPTIONS) == config
-    assert build(Config, as_dict(config)) == config
+    assert resolve(as_dict(config), OPTIONS) == config
     assert yaml.safe_load(to_yaml(config))["split"] == "1_2"  # quoted for readers of YAML 1.1
     assert config.data.crop == (65, 33)
     assert config.optim.lr == 0.003
@@ -143,13 +144,13 @@ def test_values_that_make_no_sense(values, words):
         ({"optim": {"lrr": 1}}, "'optim.lrr'; did you mean lr?"),
         ({"method": "u2pI"}, "method 'u2pI'; did you mean u2pl?"),
         ({"u2pl": {"lamda_c": 1}}, "'u2pl.lamda_c'; did you mean lambda_c?"),
-        ({"methods": {"u2p": {}}}, "method 'u2p'; did you mean u2pl?"),
+        ({"methods": {"u2pl": {}}}, "methods: written by an older version"),
         ({"model": {"backbone": "resnet11"}}, "'resnet11' is not known; did you mean resnet101?"),
         ({"zzz": 1}, "'zzz'; choose from method, split"),
         ({"data": 5}, "data: expected keys and values, got 5"),
         ({"u2pl": 5}, "u2pl: expected keys and values, got 5"),
-        ({"methods": ["u2pl"]}, "methods: expected keys and values"),
-        ({"methods": {"u2pl": 5}}, "u2pl: expected keys and values, got 5"),
+        ({"options": {"u2pl": {}}}, "unknown key 'options'"),
+        ({"method": "cps", "u2pl": {"lamda_c": 1}}, "'u2pl.lamda_c'; did you mean lambda_c?"),
         ({"split": {"a": 1}}, "split: expected a text"),
     ],
 )
@@ -159,17 +160,24 @@ def test_mistakes_name_the_nearest(values: dict[str, Any], words: str):
     assert words in _one_line(error)
 
 
-@pytest.mark.parametrize("values", [{"data": None}, {"u2pl": None}, {"methods": None}, {"methods": {"u2pl": None}}])
+@pytest.mark.parametrize("values", [{"data": None}, {"u2pl": None}, {"cps": None}])
 def test_an_empty_section_holds_the_defaults(values):
     assert resolve(values, OPTIONS) == resolve({}, OPTIONS)
 
 
-def test_options_stand_at_the_top_or_below_methods():
-    top = resolve({"u2pl": {"lambda_c": 0.5}}, OPTIONS)
-    assert top == resolve({"methods": {"u2pl": {"lambda_c": "0.5"}}}, OPTIONS)
-    assert top.methods["u2pl"]["lambda_c"] == 0.5
-    assert set(top.methods) == set(OPTIONS)
-    assert top.methods["u2pl"].keys() == {f.name for f in dataclasses.fields(OPTIONS["u2pl"])}
+def test_a_config_has_the_options_of_its_method_alone():
+    values = {"u2pl": {"lambda_c": "0.5"}, "ael": {"depth": 2}, "cps": {"cutmix": False}}
+    of = {name: resolve({"method": name, **values}, OPTIONS) for name in ("suponly", "u2pl", "u2pl_ael")}
+    assert {name: [*config.options] for name, config in of.items()} == {
+        "suponly": ["suponly"], "u2pl": ["u2pl"], "u2pl_ael": ["u2pl_ael", "ael", "u2pl"]
+    }  # fmt: skip
+    assert of["u2pl"].options_of(U2PLOptions) == U2PLOptions(lambda_c=0.5)
+    assert (of["u2pl_ael"].options["u2pl"].lambda_c, of["u2pl_ael"].options["ael"].depth) == (0.5, 2)
+    assert identity(of["suponly"]) == identity(resolve({"method": "suponly"}, OPTIONS)), "nothing of other methods"
+    assert as_dict(of["u2pl"]).keys() >= {"data", "u2pl"}
+    assert not as_dict(of["u2pl"]).keys() & {"cps", "ael", "options"}
+    with pytest.raises(KeyError, match="suponly has no U2PLOptions"):
+        of["suponly"].options_of(U2PLOptions)
 
 
 def test_merge():
@@ -197,7 +205,9 @@ def test_every_preset_resolves(name):
     assert resolve(parse_yaml(to_yaml(config), name), OPTIONS) == config
 
 
-@pytest.mark.parametrize("kind", [*SECTIONS, *OPTIONS.values()], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [*SECTIONS, *(OPTIONS[name][name] for name in OPTIONS)], ids=lambda kind: kind.__name__
+)
 def test_every_field_is_documented(kind):
     assert inspect.getdoc(kind)
     fields = {f.name for f in dataclasses.fields(kind) if not dataclasses.is_dataclass(f.default_factory)}

@@ -64,12 +64,12 @@ def test_a_block_is_cut_back_into_its_units(units):
 
 def test_a_block_says_how_often_the_storage_was_asked_again(units, monkeypatch):
     """What a task counted comes back with its rows: the first one of each group."""
-    read, answers = formats._read_group, itertools.cycle([True, True, False])
+    original, answers = formats._read_group, itertools.cycle([True, True, False])
 
     def flaky(*arguments) -> pa.Table:
         if next(answers):
             raise TimeoutError("no answer")
-        return read(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(formats, "_read_group", flaky)
     monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: None)

@@ -32,7 +32,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Me
     spec.loader.exec_module(module)
     kind = module.MinEntropy
     monkeypatch.setitem(METHODS, NAME, kind)
-    monkeypatch.setitem(OPTIONS, NAME, kind.Options)
+    monkeypatch.setitem(OPTIONS, NAME, {NAME: kind.Options})
     return kind
 
 

@@ -22,9 +22,9 @@ STEPS = (0, 1, 2, 3, 19)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_declared(name):
-    assert dataclasses.is_dataclass(OPTIONS[name])
-    assert OPTIONS[name] is METHODS[name].Options
-    assert OPTIONS[name].__doc__
+    assert dataclasses.is_dataclass(METHODS[name].Options)
+    assert OPTIONS[name][name] is METHODS[name].Options
+    assert METHODS[name].Options.__doc__
     assert METHODS[name].views.unlabeled in (True, False)
 
 
@@ -148,7 +148,7 @@ def test_unlabeled_masks_are_not_looked_at(name, build):
     assert build(name)(masked, step(5)).terms == one
 
 
-JOINABLE = [name for name in NAMES if hasattr(OPTIONS[name], "batch_norm")]
+JOINABLE = [name for name in NAMES if hasattr(METHODS[name].Options, "batch_norm")]
 """Methods that may pass labeled and unlabeled images through the network in one batch or apart."""
 
 

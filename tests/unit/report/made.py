@@ -64,7 +64,7 @@ def write_run(
     if known:
         place = folder / "step_0000010"
         place.mkdir()
-        resolved = as_dict(resolve({**values, "methods": {}}, OPTIONS))
+        resolved = as_dict(resolve(values, OPTIONS))
         meta = {"step": 10, "sha256": "", "version": "1.0", "data": known, "config": resolved}
         labeled = round(400 / FRACTIONS.get(split, 4))
         meta["about"] = {**ABOUT, "labeled": labeled, "unlabeled": 400 - labeled, **(about or {})}

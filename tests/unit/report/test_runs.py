@@ -81,12 +81,6 @@ def test_cost(tmp_path, about, cost):
     assert read_run(write_run(tmp_path / "a", about=about), OPTIONS).cost == cost
 
 
-def test_options_of_methods_that_are_gone_do_not_matter(tmp_path):
-    config = {"methods": {"gone": {"a": 1}, "u2pl": {"lambda_c": 0.2}}}
-    run = read_run(write_run(tmp_path / "r", "u2pl", config=config), OPTIONS)
-    assert run.config.methods["u2pl"]["lambda_c"] == 0.2
-
-
 class TestMistakes:
     """One line each: what is wrong, where, and what to do."""
 
@@ -96,7 +90,13 @@ class TestMistakes:
                 find_runs([str(place)])
 
     @pytest.mark.parametrize(
-        ("text", "said"), [("a: 1", "unknown key 'a'"), ("method: magic", "unknown method 'magic'"), ("[", "not valid")]
+        ("text", "said"),
+        [
+            ("a: 1", "unknown key 'a'"),
+            ("methods: {}", "written by an older version"),
+            ("method: magic", "unknown method 'magic'"),
+            ("[", "not valid"),
+        ],
     )
     def test_no_config_of_a_run(self, tmp_path, text, said):
         place = write_run(tmp_path / "r")

@@ -13,7 +13,7 @@ from pipeline.sweep.trials import make_trials
 @pytest.fixture
 def trials(shapes, tmp_path):
     flags = ["--preset", "demo", "--data", shapes, "--out", str(tmp_path), "--scaling.workers", "2"]
-    base = cli.parse_config([*flags, "--optim.steps", "3600"], "", OPTIONS)[0]
+    base = cli.parse_values([*flags, "--optim.steps", "3600"], "", OPTIONS)[0]
     return make_trials(base, ["suponly", "u2pl"], ["1_8"], 2, {})
 
 
@@ -50,7 +50,7 @@ def test_what_ran_already_tells_the_time_of_a_step(trials):
 
 
 def test_a_record_of_other_work_tells_nothing(shapes, tmp_path):
-    base = cli.parse_config(["--preset", "demo", "--data", shapes, "--out", str(tmp_path)], "", OPTIONS)[0]
+    base = cli.parse_values(["--preset", "demo", "--data", shapes, "--out", str(tmp_path)], "", OPTIONS)[0]
     small, large = make_trials(base, ["suponly"], ["1_8"], 1, {"model.width": ("8", "64")})
     _record(small, {"kind": "train", "step": 9, "eta_seconds": 1.0, "images_per_second": 48.0, "workers": 1})
     assert plan([small], {}, Node(count=1, workers=1, price=0))
@@ -81,14 +81,14 @@ def test_a_node_that_is_none(texts):
 
 
 def test_auto_takes_what_the_nodes_hold_and_the_batch_allows(shapes, tmp_path):
-    base = cli.parse_config(["--preset", "demo", "--data", shapes, "--out", str(tmp_path)], "", OPTIONS)[0]
+    base = cli.parse_values(["--preset", "demo", "--data", shapes, "--out", str(tmp_path)], "", OPTIONS)[0]
     trials = make_trials(base, ["u2pl"], ["1_8"], 1, {})
     assert plan(trials, {"": 1.0}, Node(count=1, workers=1, price=0))[1].split()[1] == "1"
     assert plan(trials, {"": 1.0}, Node(count=2, workers=8, price=0))[1].split()[1] == "4"
 
 
 def test_self_training_has_a_teacher_to_pay_for(shapes, tmp_path):
-    base = cli.parse_config(["--preset", "demo", "--data", shapes, "--out", str(tmp_path)], "", OPTIONS)[0]
+    base = cli.parse_values(["--preset", "demo", "--data", shapes, "--out", str(tmp_path)], "", OPTIONS)[0]
     lines = plan(make_trials(base, ["self_training"], ["1_8"], 1, {}), {"": 1.0}, Node(count=1, workers=1, price=0))
     assert lines[1].split()[2] == "1800"
     assert "evaluations and labelling that nobody has timed" in lines[2]

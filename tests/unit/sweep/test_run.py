@@ -1,16 +1,18 @@
+from typing import Any
+
 import pytest
 
 from pipeline.cluster.nodes import Machine
 from pipeline.config import cli
-from pipeline.config.schema import Config, as_dict
+from pipeline.config.schema import as_dict
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.sweep.run import sized
 from pipeline.sweep.trials import make_trials
 
 
-def _base(shapes: str, out: object, *flags: str) -> Config:
-    return cli.parse_config(["--preset", "demo", "--data", shapes, "--out", str(out), *flags], "", OPTIONS)[0]
+def _base(shapes: str, out: object, *flags: str) -> dict[str, Any]:
+    return cli.parse_values(["--preset", "demo", "--data", shapes, "--out", str(out), *flags], "", OPTIONS)[0]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pipeline.sweep.trials import make_trial
 @pytest.fixture
 def rows(shapes, tmp_path):
     """Forty trials with long names: one runs, one has failed, three are done."""
-    base = cli.parse_config(["--preset", "demo", "--data", shapes, "--out", str(tmp_path)], "", OPTIONS)[0]
+    base = cli.parse_values(["--preset", "demo", "--data", shapes, "--out", str(tmp_path)], "", OPTIONS)[0]
     names = [f"u2pl-1_16-s{at:02d}-u2pl.negative_pixels-unreliable-optim.lr-0.0123" for at in range(40)]
     found = [TrialRow(make_trial(base, name, {})) for name in names]
     for at, state in ((3, "done"), (5, "done"), (7, "done"), (20, "failed"), (30, "running")):

@@ -1,9 +1,11 @@
+from typing import Any
+
 import pytest
 from PIL import Image
 
 from pipeline import storage
 from pipeline.config import cli
-from pipeline.config.schema import Config, to_yaml
+from pipeline.config.schema import to_yaml
 from pipeline.datasets.pools import writer
 from pipeline.datasets.pools.writer import make_pool
 from pipeline.errors import UserError
@@ -11,8 +13,8 @@ from pipeline.methods import OPTIONS
 from pipeline.sweep.trials import make_trials, parse_grid
 
 
-def _base(shapes: str, out: object, *flags: str) -> Config:
-    return cli.parse_config(["--preset", "demo", "--data", shapes, "--out", str(out), *flags], "", OPTIONS)[0]
+def _base(shapes: str, out: object, *flags: str) -> dict[str, Any]:
+    return cli.parse_values(["--preset", "demo", "--data", shapes, "--out", str(out), *flags], "", OPTIONS)[0]
 
 
 def test_every_combination_once(shapes, tmp_path):
@@ -40,7 +42,7 @@ def test_a_grid_varies_what_reads_it(shapes, tmp_path):
         "suponly-1_8-s0-optim.lr-0.01": 0.01,
         "suponly-1_8-s0-optim.lr-0.02": 0.02,
     }
-    assert found["u2pl-1_8-s0-u2pl.loss-binary-optim.lr-0.02"].methods["u2pl"]["loss"] == "binary"
+    assert found["u2pl-1_8-s0-u2pl.loss-binary-optim.lr-0.02"].options["u2pl"].loss == "binary"
     names = {"ablation_reliability": ("unreliable", "reliable", "all")}
     assert parse_grid(["ablation_reliability"]) == {"u2pl.negative_pixels": names["ablation_reliability"]}
 
@@ -48,7 +50,7 @@ def test_a_grid_varies_what_reads_it(shapes, tmp_path):
 @pytest.mark.parametrize("text", ["foo", "optim.lr=", "=1"])
 def test_a_grid_that_is_none(text):
     with pytest.raises(UserError, match="--grid"):
-        make_trials(Config(), ["suponly"], ["1_8"], 1, parse_grid([text]))
+        make_trials({}, ["suponly"], ["1_8"], 1, parse_grid([text]))
 
 
 def test_a_key_twice():

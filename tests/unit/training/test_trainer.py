@@ -29,7 +29,7 @@ def _small_validation_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "val_groups", lambda dataset: groups(dataset)[:1])
 
 
-def _config(root: str, out: Path, **sections: dict[str, Any]) -> Config:
+def _config(root: str, out: Path, method: str = "suponly", **sections: dict[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {
         "data": {"root": root, "crop": [32, 32]},
         "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
@@ -39,7 +39,7 @@ def _config(root: str, out: Path, **sections: dict[str, Any]) -> Config:
     }
     for name, section in sections.items():
         values[name] |= section
-    return resolve({"method": "suponly", "split": "1_4", "out": str(out), **values}, OPTIONS)
+    return resolve({"method": method, "split": "1_4", "out": str(out), **values}, OPTIONS)
 
 
 def _train(config: Config) -> checkpoint.Progress:
@@ -116,8 +116,7 @@ def test_other_pools_are_refused(shapes, tmp_path):
     """A prepared dataset serves as a pool here; its masks play no part."""
 
     def config(**data: Any) -> Config:
-        found = _config(shapes, tmp_path, data=data, optim={"steps": 2})
-        return dataclasses.replace(found, method="mean_teacher")
+        return _config(shapes, tmp_path, "mean_teacher", data=data, optim={"steps": 2})
 
     _train(config(unlabeled_pools=[shapes]))
     pools = checkpoint.read_meta(checkpoint.find(str(tmp_path)))["data"]["pools"]

@@ -299,7 +299,7 @@ def test_the_bad_file_is_named(trees, tmp_path):
 def test_the_background_is_the_class_of_that_name():
     """CamVid's class 0 is sky, ADE20K's wall: nothing may take class 0 for the background."""
     known = {name: _info(spec.classes).background for name, spec in KNOWN.items()}
-    assert {name for name, background in known.items() if background == 0} == {"voc", "shapes"}
+    assert {name for name, background in known.items() if background == 0} == {"voc", "shapes", "lookalikes"}
     assert set(known.values()) == {0, None}
     assert _info(("road", "background")).background == 1
 
