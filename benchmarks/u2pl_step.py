@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation
 
 from pipeline.config.schema import ModelConfig
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.methods.u2pl.contrast import Draws, Pixels, Rule, candidates, contrastive_loss, positives
+from pipeline.methods.u2pl.fast import candidates, contrastive, positives, unsupervised
 from pipeline.methods.u2pl.method import U2PLOptions
+from pipeline.methods.u2pl.reference import Draws, Pixels, Rule
 from pipeline.models import build_model
 from pipeline.ops import kernel
-from pipeline.ops.entropy import IGNORE, partition, reliable_labels, threshold
-from pipeline.ops.grid import make_grid, shrink
-from pipeline.ops.losses import unsupervised_cross_entropy
+from pipeline.ops.entropy import IGNORE
+from pipeline.ops.grid import shrink
 from pipeline.ops.schedules import unreliable_share
 from pipeline.ops.world import World
 
@@ -134,31 +134,25 @@ def ours(case: Case, groups: int) -> Step:
     for label, (start, size) in enumerate(zip(bank.offset.tolist(), case.queues, strict=True)):
         bank.keys[start : start + size] = case.queue(label)
     bank.count.copy_(bank.size)
-    grid = make_grid((shape.large, shape.large), (shape.small, shape.small))
     rule = Rule(options.delta_p, min(options.r_l, shape.classes - 1), options.r_h)  # ranks end at the classes
-    small_truth = shrink(case.truth, grid.small)
+    small = (shape.small, shape.small)
+    small_truth, small_label = shrink(case.truth, small), shrink(case.pseudo_label, small)
     count, shown = shape.images, torch.ones_like(case.pseudo_label, dtype=torch.bool)
 
     def step(contrast: bool) -> Tensor:
-        label = grid.arrange(case.pseudo_label)
-        values = grid.entropy(case.teacher_logits[count:])
-        alpha = torch.full((), unreliable_share(round(1000 * case.progress), 1000, options.alpha_0))
-        gamma = threshold(values, label != IGNORE, alpha, world)
-        kept = reliable_labels(values, label, gamma)
-        unsupervised = unsupervised_cross_entropy(case.student_logits[count:], kept, shown, world, grid)
-        known = small_truth != IGNORE
-        parts = partition(grid.shrink(values), grid.shrink(label) != IGNORE, gamma)
-        reliable = torch.cat([known, parts.reliable])
-        unreliable = torch.cat([known, parts.unreliable])
+        alpha = torch.full((1,), unreliable_share(round(1000 * case.progress), 1000, options.alpha_0))
+        student, teacher = case.student_logits[count:], case.teacher_logits[count:]
+        split = unsupervised(student, teacher, case.pseudo_label, shown, 1.0 - alpha, world, world)
         if not contrast:
-            return unsupervised
+            return split.loss
+        known = small_truth != IGNORE
         pixels = Pixels(
             case.student_features,
             case.teacher_features,
             case.teacher_logits,
-            torch.cat([small_truth, shrink(case.pseudo_label, grid.small)]),
-            reliable,
-            unreliable,
+            torch.cat([small_truth, small_label]),
+            torch.cat([known, split.reliable]),
+            torch.cat([known, split.unreliable]),
             count,
         )
         draws = Draws(
@@ -168,7 +162,7 @@ def ours(case: Case, groups: int) -> Step:
         )
         found = candidates(pixels, rule, draws)
         positive = positives(found, world)
-        return unsupervised + contrastive_loss(pixels, found, positive, bank, draws, options.temperature, world)
+        return split.loss + contrastive(pixels, found, positive, bank, draws, options.temperature, world)
 
     return step
 

@@ -3,7 +3,6 @@
 L = L_s + lambda_u L_u with soft targets of an EMA teacher, and one confidence for the whole batch.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +10,12 @@ import torch
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config.parse import require_share
 from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
-from pipeline.models import SegmentationModel, upsample
-from pipeline.ops import ema, mixing
+from pipeline.methods.base import BatchNorm, Losses, Step
+from pipeline.methods.teacher import TeacherMethod
+from pipeline.models import upsample
+from pipeline.ops import mixing
 from pipeline.ops.losses import confident_share, probability_mse
 from pipeline.ops.mixing import box_masks
-from pipeline.ops.schedules import ema_decay
 
 AREA = (0.5, 0.5)
 """Share of the image that the box covers (release: mask_prop_range 0.5)."""
@@ -41,7 +40,7 @@ class CutMixSegOptions:
         require_share("cutmix_seg", self, "threshold", "ema_decay")
 
 
-class CutMixSeg(Method):
+class CutMixSeg(TeacherMethod):
     """Student and EMA teacher; the teacher sees whole images, the student their mixture."""
 
     Options = CutMixSegOptions
@@ -49,19 +48,8 @@ class CutMixSeg(Method):
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(CutMixSegOptions)
-        super().__init__(config, num_classes, options.batch_norm)
+        super().__init__(config, num_classes, options.batch_norm, decay=options.ema_decay)
         self.options = options
-        self.student = self.build_network(features=False)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-
-    def networks(self) -> dict[str, SegmentationModel]:
-        """The teacher is the result, as in the release."""
-        return {"teacher": self.teacher, "student": self.student}
-
-    def after_step(self, step: Step) -> None:
-        """EMA of parameters and batch statistics, as in the release (optim_weight_ema.py)."""
-        decay = ema_decay(step.index, 0, self.options.ema_decay)
-        ema.update(self.teacher, self.student, decay, buffers=True)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_u = c mean_pixels |softmax S(mix(x'_a, x'_b, M)) - mix(softmax T(x_a), softmax T(x_b), M)|^2 (section 3).

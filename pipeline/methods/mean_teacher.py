@@ -4,7 +4,6 @@ L = L_s + lambda_u w(t) L_c. No public recipe is the recipe: TorchSemiSeg compar
 the student, PixelSSL compares logits of the unlabeled ones. `docs/methods.md` says what we chose.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config.parse import require_share
 from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
-from pipeline.models import SegmentationModel, upsample
-from pipeline.ops import ema
+from pipeline.methods.base import BatchNorm, Losses, Step
+from pipeline.methods.teacher import TeacherMethod
+from pipeline.models import upsample
 from pipeline.ops.losses import probability_mse, squared_error
-from pipeline.ops.schedules import ema_decay, sigmoid_ramp
+from pipeline.ops.schedules import sigmoid_ramp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class MeanTeacherOptions:
         require_share("mean_teacher", self, "ema_decay")
 
 
-class MeanTeacher(Method):
+class MeanTeacher(TeacherMethod):
     """Student and EMA teacher on the same weak view."""
 
     Options = MeanTeacherOptions
@@ -50,19 +49,8 @@ class MeanTeacher(Method):
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(MeanTeacherOptions)
-        super().__init__(config, num_classes, options.batch_norm)
+        super().__init__(config, num_classes, options.batch_norm, decay=options.ema_decay)
         self.options = options
-        self.student = self.build_network(features=False)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-
-    def networks(self) -> dict[str, SegmentationModel]:
-        """The teacher is the result."""
-        return {"teacher": self.teacher, "student": self.student}
-
-    def after_step(self, step: Step) -> None:
-        """EMA of parameters and batch statistics, for the teacher only evaluates (paper section 2)."""
-        decay = ema_decay(step.index, 0, self.options.ema_decay)
-        ema.update(self.teacher, self.student, decay, buffers=True)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s + lambda_u w(t) mean_{pixels, classes} (softmax S(x) - softmax T(x))^2 (paper section 2)."""

@@ -60,7 +60,7 @@ def ohem_cross_entropy(
 def unsupervised_cross_entropy(
     logits: Tensor, pseudo_label: Tensor, shown: Tensor, world: World, grid: Grid | None = None
 ) -> Tensor:
-    """L_u: mean cross entropy over the kept pixels, times shown pixels / kept pixels (the paper's lambda_u, eq. 3).
+    """L_u: mean cross entropy over the kept pixels, times shown pixels / kept pixels (the paper's lambda_u, eq. 8).
 
     The paper counts B x H x W, as the release labels padding, too; here padding is neither kept nor shown.
 

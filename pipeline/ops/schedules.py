@@ -26,7 +26,7 @@ def ema_decay(step: int, start: int, cap: float) -> float:
 
 
 def unreliable_share(step: int, steps: int, alpha_0: float) -> float:
-    """alpha_t = alpha_0 (1 - t/T): the share of unlabeled pixels that counts as unreliable (paper eq. 8)."""
+    """alpha_t = alpha_0 (1 - t/T): the share of unlabeled pixels that counts as unreliable (paper eq. 7)."""
     return alpha_0 * max(0.0, 1.0 - step / steps)
 
 

@@ -14,7 +14,8 @@ from pipeline.config.cli import resolve
 from pipeline.methods import OPTIONS, build_method
 from pipeline.methods.base import Step
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.methods.u2pl.contrast import Draws, Pixels, Rule, candidates, contrastive_loss, positives
+from pipeline.methods.u2pl.fast import candidates, contrastive, positives
+from pipeline.methods.u2pl.reference import Draws, Pixels, Rule
 from pipeline.ops.world import World
 from tests.unit.methods.conftest import batch
 from tests.unit.methods.u2pl.banks import ordered
@@ -47,7 +48,7 @@ def _share(images: list[int], world: World) -> dict[str, Any]:
     draws = Draws(every(48), torch.zeros(CLASSES, 4 * SIDE * SIDE), every(48)[:, None])
     bank = MemoryBank([200] * CLASSES, DIM)
     found = candidates(pixels, Rule(0.3, 2, 3), draws)
-    loss = contrastive_loss(pixels, found, positives(found, world), bank, draws, 0.5, world)
+    loss = contrastive(pixels, found, positives(found, world), bank, draws, 0.5, world)
     loss.backward()
     keys = [sorted(ordered(bank, label).tolist()) for label in range(CLASSES)]
     return {"loss": loss.detach(), "gradient": pixels.student.grad, "keys": keys, "bank": bank.keys}

@@ -10,22 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.inference.evaluate import ConfusionMatrix
-from pipeline.methods.u2pl import upstream
+from pipeline.methods.u2pl import fast, reference, upstream
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.methods.u2pl.contrast import (
-    Draws,
-    Pixels,
-    Positives,
-    Rule,
-    averaged,
-    candidates,
-    contrastive_loss,
-    negative_mask,
-    positives,
-)
-from pipeline.methods.u2pl.method import _Change
+from pipeline.methods.u2pl.fast import reliable_labels
+from pipeline.methods.u2pl.method import Augmentation
+from pipeline.methods.u2pl.reference import Draws, Pixels, Positives, Reliability, Rule, averaged
 from pipeline.ops import mixing
-from pipeline.ops.entropy import entropy, partition, reliable_labels, surest_threshold, threshold
+from pipeline.ops.entropy import masked_quantile
 from pipeline.ops.grid import FullGrid, QuarterGrid, shrink
 from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.schedules import ema_decay, poly, unreliable_share
@@ -49,47 +40,48 @@ def _number(value: Any) -> float:
 # ---- entropy, thresholds, unsupervised loss -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", range(5))
-def test_unsupervised_loss(case: int):
-    golden, grid = _golden("unsup_loss"), FullGrid((33, 33), (33, 33))
-    label = golden["label_u"]
-    alpha = (1 - golden["percents"][case] / 100).float()
-    values = grid.entropy(golden["pred_teacher"])
-    gamma = threshold(values, label != 255, alpha, ALONE)
-    assert _number(gamma) == pytest.approx(_number(golden["thresholds"][case]), abs=1e-6)
-    kept = reliable_labels(values, label, gamma)
-    assert torch.equal(kept, golden["targets_after"][case])
+PARTS = pytest.mark.parametrize("parts", [fast, reference], ids=["fast", "reference"])
 
-    logits = golden["pred_student"].clone().requires_grad_()
-    loss = unsupervised_cross_entropy(logits, kept, torch.ones_like(label, dtype=torch.bool), ALONE, grid)
+
+def _split(parts: Any, student: Tensor, teacher: Tensor, label: Tensor, alpha: Tensor) -> Reliability:
+    shown, shares = torch.ones_like(label, dtype=torch.bool), torch.stack([1 - alpha, alpha])
+    split: Reliability = parts.unsupervised(student, teacher, label, shown, shares, ALONE, ALONE)
+    return split
+
+
+@PARTS
+@pytest.mark.parametrize("case", range(5))
+def test_unsupervised_loss(case: int, parts: Any):
+    golden = _golden("unsup_loss")
+    logits, alpha = golden["pred_student"].clone().requires_grad_(), (1 - golden["percents"][case] / 100).float()
+    split = _split(parts, logits, golden["pred_teacher"], golden["label_u"], alpha)
+    assert _number(split.at[0]) == pytest.approx(_number(golden["thresholds"][case]), abs=1e-6)
+    assert torch.equal(split.label, golden["targets_after"][case])
+    loss = split.loss
     loss.backward()
     assert _number(loss) == pytest.approx(_number(golden["losses"][case]), rel=1e-6)
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, golden["grads"][case], rtol=0, atol=1e-7)
 
 
+@PARTS
 @pytest.mark.parametrize("case", range(5))
-def test_entropy_masks(case: int):
+def test_entropy_masks(case: int, parts: Any):
     golden, grid = _golden("entropy_masks"), FullGrid((33, 33), (9, 9))
-    known = golden["label_u"] != 255
-    values = entropy(golden["pred_teacher"])
-    torch.testing.assert_close(values, golden["entropy"], rtol=0, atol=1e-6)
 
     share = unreliable_share(int(golden["epoch"][case]), int(golden["epochs"]), 0.2)
     assert 100 * share == pytest.approx(_number(golden["alpha_percent"][case]))
     assert 100 * (1 - share) == pytest.approx(_number(golden["drop_percent"][case]))
-    gamma = threshold(values, known, torch.tensor(share), ALONE)
-    parts = partition(values, known, gamma)
-    assert _number(gamma) == pytest.approx(_number(golden["high_thresh"][case]), abs=1e-6)
-    assert torch.equal(parts.unreliable, golden["high_mask_full"][case] > 0)
-    assert torch.equal(parts.reliable, known & ~parts.unreliable)  # the paper's, not low_mask
-
-    low = surest_threshold(values, known, torch.tensor(share), ALONE)
-    assert _number(low) == pytest.approx(_number(golden["low_thresh"][case]), abs=1e-6)
-    surest = known & (values <= low)
-    assert torch.equal(surest, golden["low_mask_full"][case] > 0)
+    split = _split(parts, golden["pred_teacher"], golden["pred_teacher"], golden["label_u"], torch.tensor(share))
+    torch.testing.assert_close(split.entropy, golden["entropy"], rtol=0, atol=1e-6)
+    assert _number(split.at[0]) == pytest.approx(_number(golden["high_thresh"][case]), abs=1e-6)
+    assert torch.equal(split.unreliable, golden["high_mask_full"][case] > 0)
+    assert torch.equal(split.known, golden["label_u"] != 255)
+    assert torch.equal(split.reliable, split.known & ~split.unreliable)  # the paper's, not low_mask
+    assert _number(split.at[1]) == pytest.approx(_number(golden["low_thresh"][case]), abs=1e-6)
+    assert torch.equal(split.surest, golden["low_mask_full"][case] > 0)
     truth = shrink(golden["label_l"] != 255, (9, 9))
-    for mask, name in ((surest, "low"), (parts.unreliable, "high")):
+    for mask, name in ((split.surest, "low"), (split.unreliable, "high")):
         reduced = torch.cat([truth, grid.shrink(mask)])
         assert torch.equal(reduced, golden[f"{name}_mask_all_small"][case][:, 0] > 0)
 
@@ -105,7 +97,7 @@ def test_the_quarter_grid_gives_the_same(case: int):
     for grid in (FullGrid((33, 33), (9, 9)), QuarterGrid((33, 33), (9, 9))):
         target = grid.arrange(label)
         values = grid.entropy(teacher)
-        gamma = threshold(values, target != 255, alpha, ALONE)
+        gamma = masked_quantile(values, target != 255, (1 - alpha).view(1), ALONE)[0]
         kept = reliable_labels(values, target, gamma)
         logits = student.clone().requires_grad_()
         loss = unsupervised_cross_entropy(logits, kept, torch.ones_like(label, dtype=torch.bool), ALONE, grid)
@@ -184,12 +176,12 @@ def test_upstream_candidate_sets(name: str):
         assert torch.equal(found, golden[expected].flatten(1)), expected
 
 
-def test_paper_candidate_sets():
+@PARTS
+def test_paper_candidate_sets(parts: Any):
     golden = _golden("contrast_correct_onehot")
     pixels, draws = _pixels(golden), _draws(golden)
     expected = golden["paper_negative_mask"].flatten(1)
-    assert torch.equal(negative_mask(pixels, _rule(golden)).bool(), expected)
-    found = candidates(pixels, _rule(golden), draws)
+    found = parts.candidates(pixels, _rule(golden), draws)
     assert torch.equal(found.negative_count, expected.sum(1))
     assert torch.equal(found.anchor_count, golden["draw_anchor_pool"])
     features = rows(pixels.teacher)
@@ -203,14 +195,15 @@ def test_paper_candidate_sets():
         assert torch.equal(keys, expected[label].nonzero().flatten())
 
 
+@PARTS
 @pytest.mark.parametrize("name", CONTRAST)
-def test_the_whole_upstream_loss(name: str):
+def test_the_whole_upstream_loss(name: str, parts: Any):
     golden = _golden(f"contrast_{name}")
     pixels, bank, draws = _pixels(golden), _bank(golden), _draws(golden)
     found = upstream.candidates(pixels, _own(name, pixels), _rule(golden), draws)
     assert torch.equal(found.negative_count, golden["new_keys"])
     found, positive = upstream.mispaired(found, upstream.positives(found))
-    loss = contrastive_loss(pixels, found, positive, bank, draws, _number(golden["cfg"][6]), ALONE)
+    loss = parts.contrastive(pixels, found, positive, bank, draws, _number(golden["cfg"][6]), ALONE)
     loss.backward()
     assert torch.equal(found.anchor_count, golden["draw_anchor_pool"])
     assert torch.equal(bank.count, golden["draw_negative_pool"])
@@ -218,14 +211,16 @@ def test_the_whole_upstream_loss(name: str):
     _check_loss(loss, pixels, golden)
 
 
+@PARTS
 @pytest.mark.parametrize("name", ["correct_onehot", "all_classes"])
-def test_the_whole_loss_with_the_recorded_keys(name: str):
+def test_the_whole_loss_with_the_recorded_keys(name: str, parts: Any):
     """The method's own path; the file's keys follow the release's rule, everything else the paper's."""
     golden = _golden(f"contrast_{name}")
     pixels, bank, draws = _pixels(golden), _bank(golden), _draws(golden)
     keys, valid = Members(golden["negative_mask"].flatten(1)).stratified(draws.keys)
-    found = candidates(pixels, _rule(golden), draws)._replace(keys=keys, keys_valid=valid)
-    loss = contrastive_loss(pixels, found, positives(found, ALONE), bank, draws, _number(golden["cfg"][6]), ALONE)
+    found = parts.candidates(pixels, _rule(golden), draws)._replace(keys=keys, keys_valid=valid)
+    positive = parts.positives(found, ALONE)
+    loss = parts.contrastive(pixels, found, positive, bank, draws, _number(golden["cfg"][6]), ALONE)
     loss.backward()
     _check_bank(bank, golden)
     _check_loss(loss, pixels, golden)
@@ -296,6 +291,6 @@ def test_cutmix():
 def test_cutout():
     golden = _golden("cutmix")
     erased = golden["masks_cutout"] == 0
-    change = _Change(erased, None)
+    change = Augmentation(erased, None)
     for name, blank in (("image", 0), ("target", 255), ("logits", 0)):
         assert torch.equal(change.apply(golden[name], blank), golden[f"cutout_{name}"])

@@ -5,7 +5,6 @@ labeled images, which class' region is cut into unlabeled ones, and how often a 
 Code: hzhupku/SemiSeg-AEL; `docs/methods.md` says where we differ.
 """
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -18,13 +17,13 @@ from pipeline.config.parse import require_positive, require_share
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods.ael.sampling import ClassConfidence, DrawnCrops, Reservoir, draw_index, zoomed
-from pipeline.methods.base import BatchNorm, Losses, Method, Step, untouched
-from pipeline.models import Prediction, SegmentationModel, upsample
-from pipeline.ops import ema, mixing
+from pipeline.methods.base import BatchNorm, Losses, Step, untouched
+from pipeline.methods.teacher import TeacherMethod
+from pipeline.models import Prediction, upsample
+from pipeline.ops import mixing
 from pipeline.ops.entropy import IGNORE
 from pipeline.ops.losses import weighted_cross_entropy
 from pipeline.ops.mixing import Boxes, class_boxes, inside
-from pipeline.ops.schedules import ema_decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +68,8 @@ class AELOptions:
         _class_ids(self.paste_exclude)
 
 
-class Said(NamedTuple):
-    """What the teacher says of each pixel."""
+class Targets(NamedTuple):
+    """What the teacher says of each pixel, for the student to learn."""
 
     label: Tensor
     """int64 [B,H,W]."""
@@ -83,15 +82,15 @@ class Task(NamedTuple):
 
     labeled: Views
     """With pastes."""
-    of_labeled: Said
+    of_labeled: Targets
     """What the teacher says of them."""
     mixed: Tensor
     """uint8 [B_u,3,H,W]."""
-    of_mixed: Said
+    of_mixed: Targets
     """What it says of their parts."""
 
 
-class AEL(Method):
+class AEL(TeacherMethod):
     """Student, EMA teacher, class confidence, reservoir of unlabeled crops."""
 
     Options: ClassVar[type] = AELOptions
@@ -104,26 +103,17 @@ class AEL(Method):
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(AELOptions)
-        super().__init__(config, num_classes, options.batch_norm)
+        super().__init__(
+            config, num_classes, options.batch_norm,
+            decay=options.ema_decay, start=options.warmup, features=self.features,
+        )  # fmt: skip
         self.options = options
-        self.warmup = self.steps(options.warmup)
-        self.student = self.build_network(features=self.features)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.confidence = ClassConfidence(num_classes, self.options.momentum)
         self.reservoir = Reservoir(num_classes, self.options.depth, 4, config.data.crop)
         allowed = torch.ones(num_classes)
         excluded = {*_class_ids(self.options.paste_exclude), self.background}
         allowed[[k for k in range(num_classes) if k in excluded]] = 0.0
         self.register_buffer("allowed", allowed, persistent=False)
-
-    def networks(self) -> dict[str, SegmentationModel]:
-        """The teacher is the result, as in the release."""
-        return {"teacher": self.teacher, "student": self.student}
-
-    def after_step(self, step: Step) -> None:
-        """EMA of parameters and batch statistics, min(1 - 1/(t+1), ema_decay); until the end of the warm-up a copy."""
-        decay = ema_decay(step.index, self.warmup, self.options.ema_decay)
-        ema.update(self.teacher, self.student, decay, buffers=True)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """Supervised loss with pastes, then consistency with the teacher on labeled and mixed images (paper eq. 1)."""
@@ -144,12 +134,12 @@ class AEL(Method):
         partner = self._partners(len(unlabeled.image), step)
         seen = torch.cat([labeled.image, unlabeled.image, partner.crops[:, :3]])
         # evaluation mode: clean images have other batch statistics than those the student learns with
-        of_labeled, of_unlabeled, of_partner = self._said(self.teacher.eval()(seen), labeled, unlabeled, partner)
+        of_labeled, of_unlabeled, of_partner = self._targets(self.teacher.eval()(seen), labeled, unlabeled, partner)
         box = self._boxes(of_partner.label, partner, step)
         mixed = torch.where(box.unsqueeze(1), partner.crops[:, :3], unlabeled.image)
         both = zip(of_unlabeled, of_partner, strict=True)
         self._remember(unlabeled, of_unlabeled.label, step)
-        return Task(labeled, of_labeled, mixed, Said(*(torch.where(box, theirs, own) for own, theirs in both)))
+        return Task(labeled, of_labeled, mixed, Targets(*(torch.where(box, theirs, own) for own, theirs in both)))
 
     @torch.no_grad()
     def _paste(self, labeled: Views, step: Step) -> Views:
@@ -174,12 +164,12 @@ class AEL(Method):
         draws = step.uniform_per_image("ael/partner", (count, 2), self.confidence.value.device)
         return self.reservoir.draw(self.confidence.preference(), draws)
 
-    def _said(self, prediction: Prediction, labeled: Views, unlabeled: Views, partner: DrawnCrops) -> list[Said]:
+    def _targets(self, prediction: Prediction, labeled: Views, unlabeled: Views, partner: DrawnCrops) -> list[Targets]:
         """The teacher's labels and confidence of labeled, unlabeled and partner images; 0 confidence off the image."""
         confidence, label = upsample(prediction.logits.float(), labeled.size).softmax(1).max(1)
         valid = torch.cat([labeled.valid, unlabeled.valid, partner.crops[:, 3] > 0])
         counts = [len(labeled.image), len(unlabeled.image), len(partner.crops)]
-        return [Said(*parts) for parts in zip(label.split(counts), (confidence * valid).split(counts), strict=True)]
+        return [Targets(*parts) for parts in zip(label.split(counts), (confidence * valid).split(counts), strict=True)]
 
     def _boxes(self, label: Tensor, partner: DrawnCrops, step: Step) -> Tensor:
         """Adaptive CutMix: which pixels come from the partner, bool [B,H,W] (paper section 3.2).
@@ -225,7 +215,7 @@ class AEL(Method):
         self.confidence.update(logits, labeled.truth, step.world)
         return self.supervised(prediction, labeled, step.world)
 
-    def _consistency(self, logits: Tensor, teacher: Said, name: str, step: Step) -> Tensor:
+    def _consistency(self, logits: Tensor, teacher: Targets, name: str, step: Step) -> Tensor:
         """Dynamic re-weighting: sum_i w_i CE_i / sum_i w_i, w_i = m_i^gamma Bernoulli(r of the student's class).
 
         Paper section 3.4, eq. 8-10; a pixel below the threshold has weight 0.

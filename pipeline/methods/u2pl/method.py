@@ -6,7 +6,6 @@ method of the paper; where the released code differs from it, `docs/u2pl.md` say
 `variant: upstream` does as the release does.
 """
 
-import copy
 import logging
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -18,25 +17,15 @@ from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config.parse import require_positive, require_share
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.methods.base import BatchNorm, Losses, Method, Step, untouched
-from pipeline.methods.u2pl import upstream
+from pipeline.methods.base import BatchNorm, Losses, Step, untouched
+from pipeline.methods.teacher import TeacherMethod
+from pipeline.methods.u2pl import fast, reference, upstream
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.methods.u2pl.contrast import (
-    Candidates,
-    Draws,
-    Pixels,
-    Positives,
-    Rule,
-    averaged,
-    candidates,
-    contrastive_loss,
-    positives,
-)
-from pipeline.models import Prediction, SegmentationModel
-from pipeline.ops import ema, mixing
-from pipeline.ops.entropy import IGNORE, partition, reliable_labels, surest_threshold, threshold
+from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Rule, averaged
+from pipeline.models import Prediction
+from pipeline.ops import mixing
+from pipeline.ops.entropy import IGNORE
 from pipeline.ops.grid import make_grid, shrink
-from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.schedules import ema_decay, unreliable_share
 from pipeline.ops.world import World
 
@@ -106,6 +95,8 @@ class U2PLOptions:
     """How keys are stored; bfloat16 halves memory and traffic."""
     prototype_ema: bool = False
     """Smooth the positives over the steps (the release's anchor_ema, which it leaves off)."""
+    parts: Literal["fast", "reference"] = "fast"
+    """How the losses are computed: fast, or plainly, to hold the one against the other."""
     batch_norm: BatchNorm = "joint"
     """Whether labeled and unlabeled images share batch statistics, in student and teacher (release: joint)."""
 
@@ -128,7 +119,7 @@ class U2PLOptions:
         return max(1, min(self.keys, self.keys_in_all // workers))
 
 
-class _Change(NamedTuple):
+class Augmentation(NamedTuple):
     """What strong augmentation does to the unlabeled batch, in images, labels and whatever else lies on them."""
 
     mask: Tensor
@@ -149,7 +140,7 @@ class _Change(NamedTuple):
         return mixing.mix(own, shrink(self.mask, (own.shape[-2], own.shape[-1])), self.partner)
 
 
-class _Taught(NamedTuple):
+class UnlabeledTargets(NamedTuple):
     """What the student is to learn from the unlabeled images."""
 
     images: Tensor
@@ -162,7 +153,7 @@ class _Taught(NamedTuple):
     """The teacher's view of labeled and unlabeled images, for entropy, ranks and keys; no gradient."""
 
 
-class U2PL(Method):
+class U2PL(TeacherMethod):
     """Student, EMA teacher, memory banks."""
 
     Options = U2PLOptions
@@ -174,24 +165,20 @@ class U2PL(Method):
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = read_options(config, num_classes)
-        super().__init__(config, num_classes, options.batch_norm)
-        self.options, self.warmup = options, self.steps(options.warmup)
-        self.student = self.build_network(features=True)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        super().__init__(
+            config, num_classes, options.batch_norm,
+            decay=options.ema_decay, start=options.warmup, features=True, statistics=False,
+        )  # fmt: skip
+        self.options = options
         self.bank = make_bank(self.options, config, num_classes)
+        self.parts = fast if options.parts == "fast" else reference
         if self.options.prototype_ema:
             self.register_buffer("prototypes", torch.zeros(num_classes, config.model.feature_dim))
 
-    def networks(self) -> dict[str, SegmentationModel]:
-        """The teacher is the result, as in the release; during warm-up it equals the student."""
-        return {"teacher": self.teacher, "student": self.student}
-
-    def after_step(self, step: Step) -> None:
-        """EMA of the parameters; until the end of the warm-up the teacher is the student's copy."""
-        decay = ema_decay(step.index, self.warmup, self.options.ema_decay)
-        if self.options.variant == "upstream" and step.index < self.warmup + self.options.epoch_steps:
-            decay = 0.0  # D8: the release ties the teacher to the student for its whole first epoch
-        ema.update(self.teacher, self.student, decay)
+    def decay(self, step: Step) -> float:
+        """As for every teacher; D8: the release ties it to the student for the whole first epoch."""
+        tied = self.options.variant == "upstream" and step.index < self.warmup + self.options.epoch_steps
+        return 0.0 if tied else super().decay(step)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s during the warm-up, then L_s + L_u + lambda_c L_c (paper eq. 1)."""
@@ -203,16 +190,16 @@ class U2PL(Method):
             prediction = self.student(labeled.image)
             supervised = self.supervised(prediction, labeled, step.world)
             return Losses({"supervised": supervised + untouched(prediction)}, {})
-        taught = self._teach(labeled, unlabeled, step)
-        student = self.together(self.student, labeled.image, taught.images)
+        targets = self._targets(labeled, unlabeled, step)
+        student = self.together(self.student, labeled.image, targets.images)
         with torch.autocast(labeled.image.device.type, enabled=False):
-            return self._losses(student, taught, labeled, step)
+            return self._losses(student, targets, labeled, step)
 
     # ---- what the teacher says ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _teach(self, labeled: Views, unlabeled: Views, step: Step) -> _Taught:
-        """Pseudo-labels of the clean images (paper eq. 4), strong augmentation, and the teacher's second look.
+    def _targets(self, labeled: Views, unlabeled: Views, step: Step) -> UnlabeledTargets:
+        """Pseudo-labels of the clean images (paper eq. 6), strong augmentation, and the teacher's second look.
 
         Labels come from the teacher in evaluation mode; entropy, ranks and keys from batch statistics, as in the
         release. With one pass, all of it comes from that second look, taken at the clean images.
@@ -228,13 +215,13 @@ class U2PL(Method):
             image = change.apply(image, self.student.mean.round().to(image.dtype))  # about 0 after normalisation
             label = change.apply(label, IGNORE)
             look = look and _mixed_outputs(look, count, change)
-        return _Taught(image, label, shown, look or self._look(labeled.image, image))
+        return UnlabeledTargets(image, label, shown, look or self._look(labeled.image, image))
 
     def _look(self, labeled: Tensor, unlabeled: Tensor) -> Prediction:
         """The teacher with batch statistics, which also moves its running ones."""
         return self.together(self.teacher.train(), labeled, unlabeled)
 
-    def _change(self, label: Tensor, step: Step) -> _Change | None:
+    def _change(self, label: Tensor, step: Step) -> Augmentation | None:
         """This step's strong augmentation; on steps without it, its mask is empty."""
         kind, count, size = self.options.mix, len(label), (label.shape[1], label.shape[2])
         if kind == "none":
@@ -245,49 +232,46 @@ class U2PL(Method):
         else:
             mask = mixing.cutmix_masks(step.uniform_per_image("cutmix", (count, 3), label.device), size)
         used = step.uniform_shared("mix", (1,), label.device) < self.options.mix_share
-        return _Change(mask & used, None if kind == "cutout" else mixing.partners(count, label.device))
+        return Augmentation(mask & used, None if kind == "cutout" else mixing.partners(count, label.device))
 
     # ---- the losses ---------------------------------------------------------------------------------------------
 
-    def _losses(self, student: Prediction, taught: _Taught, labeled: Views, step: Step) -> Losses:
+    def _losses(self, student: Prediction, targets: UnlabeledTargets, labeled: Views, step: Step) -> Losses:
         options, truth, count = self.options, labeled.truth, len(labeled.image)
-        size, small = (truth.shape[-2], truth.shape[-1]), (student.logits.shape[-2], student.logits.shape[-1])
-        grid = make_grid(size, small)
         alpha = torch.full((), self._alpha(step), device=truth.device)  # a copy of a host tensor would wait
-        label = grid.arrange(taught.label)
-        values = grid.entropy(taught.teacher.logits[count:])
-        among = step.world if options.thresholds == "global" else World()
-        gamma = threshold(values, label != IGNORE, alpha, among)
-        kept = reliable_labels(values, label, gamma)
-        unsupervised = unsupervised_cross_entropy(student.logits[count:], kept, taught.shown, step.world, grid)
-
-        small_values, small_known = grid.shrink(values), grid.shrink(label) != IGNORE
-        parts = partition(small_values, small_known, gamma)
-        anchors, negatives = parts.reliable, small_known if options.negative_pixels == "all" else parts.unreliable
-        if options.variant == "upstream" or options.negative_pixels == "reliable":
-            surest = small_known & (small_values <= surest_threshold(values, label != IGNORE, alpha, among))
-            anchors = surest if options.variant == "upstream" else anchors
-            negatives = surest if options.negative_pixels == "reliable" else negatives
-        pixels = make_pixels(student, taught.teacher, truth, taught.label, anchors, negatives)
+        surest = options.variant == "upstream" or options.negative_pixels == "reliable"
+        split = self.parts.unsupervised(
+            student.logits[count:],
+            targets.teacher.logits[count:],
+            targets.label,
+            targets.shown,
+            torch.stack([1.0 - alpha, alpha]) if surest else (1.0 - alpha).view(1),
+            step.world,
+            step.world if options.thresholds == "global" else World(),
+        )
+        anchors = split.surest if options.variant == "upstream" else split.reliable
+        kinds = {"unreliable": split.unreliable, "reliable": split.surest, "all": split.known}
+        negatives = kinds[options.negative_pixels]
+        pixels = make_pixels(student, targets.teacher, truth, targets.label, anchors, negatives)
         draws = make_draws(options, step, self.num_classes, truth.device)
         found, positive = self._candidates(pixels, draws, step)
-        contrastive = contrastive_loss(
+        contrastive = self.parts.contrastive(
             pixels, found, positive, self.bank, draws, options.temperature, step.world, binary=options.loss == "binary"
         )
         supervised = self.supervised(student.of(slice(count)), labeled, step.world)
         terms = {
             "supervised": supervised,
-            "unsupervised": options.lambda_u * unsupervised,
+            "unsupervised": options.lambda_u * split.loss,
             "contrastive": self._lambda_c(step.world) * contrastive,
         }
         logs = {
-            "kept": (kept != IGNORE).sum() / taught.label.numel(),
+            "kept": split.kept,
             "alpha": alpha,
-            "entropy_threshold": gamma,
+            "entropy_threshold": split.at[0],
             "anchors": found.anchor_count,
             "negatives": found.negative_count,
             "bank_fill": self.bank.count / self.bank.size,
-            "pseudo_labels": _histogram(grid.shrink(kept))[: self.num_classes],
+            "pseudo_labels": _histogram(split.label)[: self.num_classes],
         }
         return Losses(terms, logs)
 
@@ -304,8 +288,8 @@ class U2PL(Method):
         """Anchors, positives and new keys, by the paper's rules or the release's."""
         rule = Rule(self.options.delta_p, self.options.r_l, self.options.r_h)
         if self.options.variant == "paper":
-            found = candidates(pixels, rule, draws)
-            positive = self._smoothed(positives(found, step.world), step)
+            found = self.parts.candidates(pixels, rule, draws)
+            positive = self._smoothed(self.parts.positives(found, step.world), step)
             return found, positive
         halves = pixels.label[: pixels.labeled], pixels.label[pixels.labeled :]
         own = torch.cat([upstream.one_hot(half, self.num_classes) for half in halves])
@@ -321,7 +305,7 @@ class U2PL(Method):
         return positive._replace(mean=self.prototypes)
 
 
-def _mixed_outputs(teacher: Prediction, count: int, change: _Change) -> Prediction:
+def _mixed_outputs(teacher: Prediction, count: int, change: Augmentation) -> Prediction:
     """The teacher's outputs of clean images, mixed as the images are; the first `count` are labeled and stay."""
     assert teacher.features is not None
     logits, features = (

@@ -4,12 +4,11 @@ Numbered as in `docs/u2pl.md`: the one-hot of a batch (D1), the negatives (D2), 
 dense: nobody trains with it for speed.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from pipeline.methods.u2pl.contrast import Candidates, Draws, Pixels, Positives, Rule, kth_largest
+from pipeline.methods.u2pl.fast import kth_largest
+from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Rule, Sets
 from pipeline.ops.entropy import IGNORE
 from pipeline.ops.selection import Members, rows
 
@@ -30,14 +29,6 @@ def one_hot(label: Tensor, classes: int) -> Tensor:
     ids = torch.arange(classes, device=label.device).view(-1, 1, 1)
     first = (label.masked_fill(label == IGNORE, 0).unsqueeze(1) == ids).any(0) & (label[0] != IGNORE)
     return torch.cat([first[None], torch.zeros_like(first).expand(len(label) - 1, -1, -1, -1)])
-
-
-class Sets(NamedTuple):
-    """Membership by class, bool [C,n]."""
-
-    anchor: Tensor
-    positive: Tensor
-    negative: Tensor
 
 
 def masks(pixels: Pixels, own: Tensor, rule: Rule) -> Sets:

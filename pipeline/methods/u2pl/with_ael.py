@@ -16,8 +16,9 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods.ael.method import AEL, Task
 from pipeline.methods.base import Losses, Step, untouched
-from pipeline.methods.u2pl.contrast import Rule, candidates, contrastive_loss, positives
+from pipeline.methods.u2pl.fast import candidates, contrastive, positives
 from pipeline.methods.u2pl.method import make_bank, make_draws, make_pixels, read_options
+from pipeline.methods.u2pl.reference import Rule
 from pipeline.models import Prediction, upsample
 from pipeline.ops.entropy import IGNORE, entropy, masked_quantile
 from pipeline.ops.grid import shrink
@@ -75,8 +76,8 @@ class U2PLAEL(AEL):
         values = entropy(upsample(teacher.logits[len(task.labeled.image) :].float(), task.labeled.size))
         known = task.of_mixed.confidence > 0
         at = self._thresholds(values, known, step)
-        said = task.of_mixed._replace(confidence=task.of_mixed.confidence * (values < at.kept))
-        losses = super()._losses(student, task._replace(of_mixed=said), step)
+        certain = task.of_mixed._replace(confidence=task.of_mixed.confidence * (values < at.kept))
+        losses = super()._losses(student, task._replace(of_mixed=certain), step)
         if step.index < self.steps(self.own.contrast_start):
             return Losses({**losses.terms, "contrastive": untouched(student)}, losses.logs)
 
@@ -86,13 +87,13 @@ class U2PLAEL(AEL):
         pixels = make_pixels(student, teacher, task.labeled.truth, label, anchors, negatives)
         draws = make_draws(self.u2pl, step, self.num_classes, label.device)
         found = candidates(pixels, Rule(self.u2pl.delta_p, self.u2pl.r_l, self.u2pl.r_h), draws)
-        contrastive = contrastive_loss(
+        distance = contrastive(
             pixels, found, positives(found, step.world), self.bank, draws, self.u2pl.temperature, step.world,
             binary=self.u2pl.loss == "binary",
         )  # fmt: skip
         logs = {"anchors": found.anchor_count, "negatives": found.negative_count}
         return Losses(
-            {**losses.terms, "contrastive": self.u2pl.lambda_c * contrastive},
+            {**losses.terms, "contrastive": self.u2pl.lambda_c * distance},
             {**losses.logs, **logs, "bank_fill": self.bank.count / self.bank.size},
         )
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from pipeline.batch import Views
 from pipeline.errors import UserError
-from pipeline.methods.ael.method import AEL, Said
+from pipeline.methods.ael.method import AEL, Targets
 from pipeline.methods.ael.sampling import DrawnCrops, zoomed
 from tests.unit.methods.conftest import CLASSES, SIZE, batch, step, train_step
 
@@ -28,7 +28,7 @@ def test_consistency_weighs_by_confidence_and_sampling_rate(build):
     method.confidence.value.copy_(torch.tensor([0.9, 0.5, 0.1, 0.3, 0.7]))
     torch.manual_seed(0)
     logits = torch.randn(2, CLASSES, 6, 6)
-    said = Said(torch.randint(0, CLASSES, (2, 6, 6)), torch.rand(2, 6, 6))
+    said = Targets(torch.randint(0, CLASSES, (2, 6, 6)), torch.rand(2, 6, 6))
     draws = step(3).uniform_per_image("ael/labeled", (2, 6, 6), CPU)
     total = weights = 0.0
     for b, y, x in torch.cartesian_prod(torch.arange(2), torch.arange(6), torch.arange(6)).tolist():
@@ -107,7 +107,7 @@ def test_padding_is_never_learned_from(build):
     )
     seen = torch.cat([on.labeled.image, on.unlabeled.image, partner.crops[:, :3]])
     with torch.no_grad():
-        said = method._said(method.teacher(seen), on.labeled, on.unlabeled, partner)
+        said = method._targets(method.teacher(seen), on.labeled, on.unlabeled, partner)
     assert torch.equal(said[1].confidence > 0, on.unlabeled.valid)
     assert not said[2].confidence.any()
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.methods.u2pl.contrast import _gathered_dots, info_nce
+from pipeline.methods.u2pl.fast import _gathered_dots, info_nce
 
 C, M, N, D, ROWS = 3, 6, 8, 4, 20
 

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.methods.u2pl import upstream
+from pipeline.methods.u2pl import reference, upstream
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.methods.u2pl.contrast import Candidates, Draws, Pixels, Positives, Rule, contrastive_loss
-from pipeline.ops.entropy import surest_threshold
+from pipeline.methods.u2pl.fast import contrastive
+from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Rule
+from pipeline.ops.entropy import masked_quantile
 from pipeline.ops.selection import Members
 from pipeline.ops.world import World
 from tests.unit.methods.u2pl.banks import ordered
-from tests.unit.ops.scenes import C, D, H, W, drawn, flat, info_nce, places, scene
+from tests.unit.methods.u2pl.scenes import C, D, H, W, drawn, info_nce, places, scene, split
 from tests.unit.ops.worlds import on_ranks
 
 RULE = Rule(0.3, 2, 4)
@@ -70,8 +71,8 @@ def _own(pixels: Pixels, right: bool = False) -> Tensor:
     return torch.cat([_slow_one_hot(half, C) for half in halves])
 
 
-def _slow_sets(pixels: Pixels, own: Tensor, rule: Rule) -> upstream.Sets:
-    found = upstream.Sets(*(torch.zeros(C, pixels.label.numel(), dtype=torch.bool) for _ in range(3)))
+def _slow_sets(pixels: Pixels, own: Tensor, rule: Rule) -> reference.Sets:
+    found = reference.Sets(*(torch.zeros(C, pixels.label.numel(), dtype=torch.bool) for _ in range(3)))
     for n, (b, y, x) in enumerate(places(pixels.label)):
         p = pixels.logits[b, :, y, x].double().softmax(0)
         for c in range(C):
@@ -111,7 +112,7 @@ def test_candidates_are_drawn_from_the_masks(labels):
     assert torch.equal(found.keys_valid, valid)
     assert torch.equal(found.keys[valid], keys[valid])
     for c in range(C):
-        expected = flat(pixels.teacher).double()[sets.positive[c]].sum(0)
+        expected = reference.flat(pixels.teacher).double()[sets.positive[c]].sum(0)
         torch.testing.assert_close(found.positive_sum[c].double(), expected, rtol=1e-5, atol=1e-5)
         if sets.anchor[c].any():
             assert found.anchors[c].tolist() == drawn(sets.anchor[c], draws.anchors[c])
@@ -124,7 +125,9 @@ def test_prototypes_are_means_of_one_rank():
     found = upstream.candidates(pixels, own, RULE, Draws(torch.rand(C, 6), torch.rand(C, 8), torch.rand(C, 6, 5)))
     positive = upstream.positives(found)
     sets = _slow_sets(pixels, own, RULE)
-    torch.testing.assert_close(positive.mean[1], flat(pixels.teacher)[sets.positive[1]].mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        positive.mean[1], reference.flat(pixels.teacher)[sets.positive[1]].mean(0), rtol=1e-5, atol=1e-6
+    )
     assert positive.weight.tolist() == [0, 1, 0, 0, 0]
     assert positive.pixels.tolist() == sets.positive.sum(1).tolist()
     assert not positive.mean[[0, 2, 4]].any()
@@ -165,9 +168,9 @@ def test_the_bank_of_the_ith_class_present_meets_the_anchors_of_class_i(present,
     assert positive.pixels.bool().tolist() == [c in present for c in range(C)]
 
 
-def _slow_loss(pixels: Pixels, sets: upstream.Sets, draws: Draws, bank: MemoryBank) -> Tensor:
+def _slow_loss(pixels: Pixels, sets: reference.Sets, draws: Draws, bank: MemoryBank) -> Tensor:
     """As the release words it: a loop over the list of classes present, whose position serves as a class id."""
-    student, teacher = flat(pixels.student), flat(pixels.teacher)
+    student, teacher = reference.flat(pixels.student), reference.flat(pixels.teacher)
     valid = [c for c in range(C) if sets.positive[c].any()]
     total = pixels.student.sum() * 0
     if len(valid) <= 1:
@@ -189,7 +192,7 @@ def test_the_whole_loss_is_that_of_the_releases_loop(labels):
     bank = MemoryBank([10] * C, D)
     found = upstream.candidates(one, own, RULE, draws)
     found, positive = upstream.mispaired(found, upstream.positives(found))
-    loss = contrastive_loss(one, found, positive, bank, draws, 0.5, World())
+    loss = contrastive(one, found, positive, bank, draws, 0.5, World())
     expected = _slow_loss(two, _slow_sets(two, own, RULE), draws, bank)
     loss.backward()
     expected.backward()
@@ -202,7 +205,8 @@ def test_the_whole_loss_is_that_of_the_releases_loop(labels):
 
 
 def _surest(values: Tensor, known: Tensor, share: Tensor, world: World) -> Tensor:
-    return known & (values <= surest_threshold(values, known, share, world))
+    at = masked_quantile(values, known, share.view(1), world)
+    return split(values, known, at).surest
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

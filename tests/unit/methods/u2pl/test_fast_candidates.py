@@ -4,19 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.methods.u2pl.contrast import (
-    Candidates,
-    Positives,
-    Rule,
-    averaged,
-    candidates,
-    kth_largest,
-    negative_mask,
-    positives,
-)
+from pipeline.methods.u2pl import reference
+from pipeline.methods.u2pl.fast import candidates, kth_largest, negative_mask, positives
+from pipeline.methods.u2pl.reference import Candidates, Positives, Rule, averaged
 from pipeline.ops.selection import Members
 from pipeline.ops.world import World
-from tests.unit.ops.scenes import C, D, H, W, drawn, draws_of, flat, scene, slow_sets
+from tests.unit.methods.u2pl.scenes import C, D, H, W, drawn, draws_of, scene
 from tests.unit.ops.worlds import on_ranks
 
 RULES = [Rule(0.3, *ranks) for ranks in [(1, 2), (2, 4), (3, 20), (1, 5), (4, 5)]]
@@ -26,9 +19,9 @@ RULES = [Rule(0.3, *ranks) for ranks in [(1, 2), (2, 4), (3, 20), (1, 5), (4, 5)
 @pytest.mark.parametrize("labels", [None, (0, 1, 3), (2,)])
 def test_candidates_are_those_of_the_equations(rule, labels):
     pixels = scene(labels=labels)
-    sets, draws = slow_sets(pixels, rule), draws_of()
+    sets, draws = reference.sets(pixels, rule), draws_of()
     found = candidates(pixels, rule, draws)
-    teacher = flat(pixels.teacher).double()
+    teacher = reference.flat(pixels.teacher).double()
     assert torch.equal(found.anchor_count, sets.anchor.sum(1))
     assert torch.equal(found.positive_count, sets.positive.sum(1))
     assert torch.equal(found.negative_count, sets.negative.sum(1))
@@ -51,7 +44,7 @@ def test_the_negative_mask_is_that_of_the_equations(rule):
     pixels = scene(seed=1)
     found = negative_mask(pixels, rule)
     assert found.dtype == torch.uint8
-    assert torch.equal(found.bool(), slow_sets(pixels, rule).negative)
+    assert torch.equal(found.bool(), reference.sets(pixels, rule).negative)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32])
@@ -75,7 +68,7 @@ def test_teacher_maps_may_be_half_precision_and_in_channels_last_layout():
 @pytest.mark.parametrize("labeled", [0, 1, 3])
 def test_how_many_images_are_labeled(labeled):
     pixels = scene()._replace(labeled=labeled)
-    assert torch.equal(negative_mask(pixels, RULES[1]).bool(), slow_sets(pixels, RULES[1]).negative)
+    assert torch.equal(negative_mask(pixels, RULES[1]).bool(), reference.sets(pixels, RULES[1]).negative)
 
 
 def test_no_labeled_pixel_is_negative_and_anchor_of_one_class():
@@ -120,7 +113,7 @@ def test_classes_of_equal_scores_have_equal_ranks():
     logits = torch.tensor([2.0, 2.0, 2.0, 1.0, 0.0]).view(1, C, 1, 1).expand(3, -1, H, W)
     for rule in RULES:
         tied = pixels._replace(logits=logits)
-        assert torch.equal(negative_mask(tied, rule).bool(), slow_sets(tied, rule).negative)
+        assert torch.equal(negative_mask(tied, rule).bool(), reference.sets(tied, rule).negative)
 
 
 # ---- prototypes over ranks --------------------------------------------------------------------------------------
@@ -137,8 +130,8 @@ def test_prototypes_are_the_means_over_all_ranks():
     rule, draws = RULES[1], draws_of()
     scenes = [scene(seed=0, labels=(0, 1, 3)), scene(seed=1, labels=(1, 2))]
     results = on_ranks(2, lambda w: positives(candidates(scenes[w.rank], rule, draws), w))
-    sets = [slow_sets(pixels, rule).positive for pixels in scenes]
-    features = [flat(pixels.teacher) for pixels in scenes]
+    sets = [reference.sets(pixels, rule).positive for pixels in scenes]
+    features = [reference.flat(pixels.teacher) for pixels in scenes]
     for found in results:
         for c in range(C):
             members = torch.cat([f[s[c]] for f, s in zip(features, sets, strict=True)])

@@ -1,12 +1,10 @@
 """Pixels for the contrastive loss, and its sets and sums in a form that is slow and quick to check."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.methods.u2pl.contrast import Draws, Pixels, Rule
+from pipeline.methods.u2pl.reference import Draws, Pixels, Reliability
 
 C, D, H, W = 5, 4, 6, 7
 
@@ -28,11 +26,6 @@ def scene(classes: int = C, seed: int = 0, labels: tuple[int, ...] | None = None
         unreliable=known & (side >= 0.6),
         labeled=1,
     )
-
-
-def flat(maps: Tensor) -> Tensor:
-    """[B,K,h,w] -> [n,K], one pixel after the other."""
-    return torch.stack([maps[b, :, y, x] for b, y, x in places(maps)])
 
 
 def places(maps: Tensor) -> list[list[int]]:
@@ -60,35 +53,12 @@ def binary(anchors: Tensor, positive: Tensor, negatives: Tensor, temperature: fl
     return -(own.sigmoid().log() + (1 - others.sigmoid()).log().mean(-1)).mean()
 
 
-class Sets(NamedTuple):
-    """Who is what: bool [C,n] each."""
-
-    anchor: Tensor
-    positive: Tensor
-    negative: Tensor
-
-
-def slow_sets(pixels: Pixels, rule: Rule) -> Sets:
-    """Paper eq. 5, 6 and 9-12, one pixel and class at a time: bool [C,n] each."""
-    classes = pixels.logits.shape[1]
-    found = Sets(*(torch.zeros(classes, pixels.label.numel(), dtype=torch.bool) for _ in range(3)))
-    for n, (b, y, x) in enumerate(places(pixels.label)):
-        p, label = pixels.logits[b, :, y, x].double().softmax(0), int(pixels.label[b, y, x])
-        for c in range(classes):
-            rank = int((p > p[c]).sum())
-            of_class = label == c and bool(pixels.reliable[b, y, x])
-            found.positive[c, n] = of_class
-            found.anchor[c, n] = of_class and bool(p[c] > rule.delta_p)
-            if b < pixels.labeled:
-                found.negative[c, n] = label not in (255, c) and rank < rule.r_l
-            else:
-                found.negative[c, n] = bool(pixels.unreliable[b, y, x]) and rule.r_l <= rank < rule.r_h
-    return found
+def split(values: Tensor, known: Tensor, at: Tensor) -> Reliability:
+    """Pixels of known entropies, parted at quantiles."""
+    zero = torch.zeros(())
+    return Reliability(zero, at, zero, torch.zeros_like(known, dtype=torch.int64), values, known)
 
 
 def draws_of(classes: int = C, anchors: int = 6, keys: int = 8, groups: int | None = None) -> Draws:
     """Random numbers of a step; every anchor has negatives of its own unless there are fewer groups."""
     return Draws(torch.rand(classes, anchors), torch.rand(classes, keys), torch.rand(classes, groups or anchors, 5))
-
-
-# ---- who is what ------------------------------------------------------------------------------------------------

@@ -1,82 +1,52 @@
-"""U2PL's pixel contrastive loss L_c: who is anchor, positive or negative of each class, and the loss itself."""
+"""U2PL's losses, as fast as they get: the same as in `reference.py`, which says what they are.
 
-from typing import Any, NamedTuple
+No logits at full size, one sort for anchors and prototypes, no host synchronisation, loss and gradient in one pass.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.ops.entropy import IGNORE
+from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Reliability, Rule
+from pipeline.ops.entropy import IGNORE, masked_quantile
+from pipeline.ops.grid import make_grid
 from pipeline.ops.kernel import is_active, kernel
+from pipeline.ops.losses import unsupervised_cross_entropy
 from pipeline.ops.selection import Members, Segments, rows, take
 from pipeline.ops.world import World
 
-# ---- anchors, positives, negatives ------------------------------------------------------------------------------
+# ---- L_u: the reliable pixels ---------------------------------------------------------------------------------
 
 
-class Pixels(NamedTuple):
-    """What the loss knows of the n = B*h*w pixels of labeled and unlabeled images (labeled first)."""
-
-    student: Tensor
-    """float [B,D,h,w], features that get the gradient."""
-    teacher: Tensor
-    """float [B,D,h,w], features of prototypes and keys."""
-    logits: Tensor
-    """float [B,C,h,w] of the teacher."""
-    label: Tensor
-    """integer [B,h,w] of any dtype, truth or pseudo-label, 255 unknown."""
-    reliable: Tensor
-    """bool [B,h,w]: may be anchor or positive. On labeled images: label known."""
-    unreliable: Tensor
-    """bool [B,h,w]: may be a negative, on unlabeled images."""
-    labeled: int
-    """How many images are labeled; they come first."""
+def unsupervised(
+    student: Tensor, teacher: Tensor, label: Tensor, shown: Tensor, shares: Tensor, world: World, among: World
+) -> Reliability:
+    """L_u and the partition by gamma_t; arguments as in `reference`."""
+    grid = make_grid((label.shape[1], label.shape[2]), (student.shape[2], student.shape[3]))
+    arranged = grid.arrange(label)
+    values, known = grid.entropy(teacher), arranged != IGNORE
+    at = masked_quantile(values, known, shares, among)
+    kept = reliable_labels(values, arranged, at[0])
+    loss = unsupervised_cross_entropy(student, kept, shown, world, grid)
+    share = (kept != IGNORE).sum() / label.numel()
+    return Reliability(loss, at, share, grid.shrink(kept), grid.shrink(values), grid.shrink(known))
 
 
-class Rule(NamedTuple):
-    """Which pixels of which rank count; O(c) is the rank of class c in the teacher's scores, 0 the likeliest."""
-
-    delta_p: float
-    """Anchors are pixels whose own class has more than this probability."""
-    r_l: int
-    """Classes with O(c) < r_l are likely."""
-    r_h: int
-    """Classes with O(c) >= r_h are so unlikely that the pixel teaches nothing."""
+@kernel()
+def reliable_labels(values: Tensor, label: Tensor, gamma: Tensor) -> Tensor:
+    """Labels of the pixels below gamma_t, 255 elsewhere: of the shape and dtype of `label`."""
+    reliable = (values < gamma).to(label.dtype)
+    return label * reliable + IGNORE * (1 - reliable)
 
 
-class Draws(NamedTuple):
-    """Uniform numbers in [0,1) that decide the sampling; given from outside, so a test can inject its own."""
-
-    anchors: Tensor
-    """float [C,M]."""
-    keys: Tensor
-    """float [C,K]."""
-    negatives: Tensor
-    """float [C,G,N]: N negatives for each of G groups of neighbouring anchors; G = M is the paper's."""
-
-
-class Candidates(NamedTuple):
-    """What this rank's pixels give to each class."""
-
-    anchors: Tensor
-    """int64 [C,M], drawn pixels."""
-    anchor_count: Tensor
-    """int64 [C], pixels they were drawn from."""
-    positive_sum: Tensor
-    """float32 [C,D], summed teacher features of the pixels that make the prototype."""
-    positive_count: Tensor
-    """int64 [C], number of those pixels."""
-    keys: Tensor
-    """int64 [C,K], pixels that enter the bank."""
-    keys_valid: Tensor
-    """bool [C,K], which of them exist."""
-    negative_count: Tensor
-    """int64 [C], pixels that could have entered."""
+# ---- L_c: anchors, positives, negatives ------------------------------------------------------------------------------
 
 
 def candidates(pixels: Pixels, rule: Rule, draws: Draws) -> Candidates:
-    """Chooses anchors, positives and new keys (paper eq. 5, 6, 9-12).
+    """Chooses anchors, positives and new keys (paper eq. 9-16).
 
     Anchors are reliable pixels of the class with p_c > delta_p; the prototype averages all reliable pixels of the
     class; negatives are labeled pixels of another class that the teacher still ranks high, O(c) < r_l, and
@@ -153,17 +123,6 @@ def _largest(values: Tensor, k: int) -> Tensor:
     return best[-1]
 
 
-class Positives(NamedTuple):
-    """The positive of each class."""
-
-    mean: Tensor
-    """float32 [C,D], mean teacher feature; 0 for a class without pixels."""
-    pixels: Tensor
-    """float32 [C], how many pixels it is made of."""
-    weight: Tensor
-    """float32 [C], weight of the class's loss on this rank; 0 without anchors."""
-
-
 def positives(found: Candidates, world: World) -> Positives:
     """Prototypes over all ranks: one sum, whatever the number of classes.
 
@@ -177,12 +136,7 @@ def positives(found: Candidates, world: World) -> Positives:
     return Positives(total[:, :-2] / count.clamp_min(1)[:, None], count, weight)
 
 
-def averaged(previous: Tensor, current: Positives, decay: Tensor) -> Tensor:
-    """Prototypes smoothed over the steps: decay * previous + (1 - decay) * mean where the class is present, [C,D]."""
-    return torch.where(current.pixels[:, None] > 0, torch.lerp(current.mean, previous, decay), previous)
-
-
-def contrastive_loss(
+def contrastive(
     pixels: Pixels,
     found: Candidates,
     positive: Positives,
@@ -222,7 +176,7 @@ def info_nce(
     """Mean loss over the anchors of each class, float32 [C].
 
     With s = cosine / temperature, to the positive and to the N negatives of an anchor:
-    -log(exp(s+) / (exp(s+) + sum exp(s-))), the paper's eq. 3; or, binary, softplus(-s+) + mean softplus(s-), which
+    -log(exp(s+) / (exp(s+) + sum exp(s-))), the paper's eq. 4; or, binary, softplus(-s+) + mean softplus(s-), which
     the paper's L_b is taken to mean (it is called in the release and defined nowhere).
 
     Args:

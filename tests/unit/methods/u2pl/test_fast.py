@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.methods.u2pl import reference
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.methods.u2pl.contrast import Candidates, Draws, Pixels, Rule, candidates, contrastive_loss, positives
+from pipeline.methods.u2pl.fast import candidates, contrastive, positives
+from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Rule
 from pipeline.ops.world import World
 from tests.unit.methods.u2pl.banks import ordered
-from tests.unit.ops.scenes import C, D, H, W, binary, drawn, draws_of, flat, info_nce, scene, slow_sets
+from tests.unit.methods.u2pl.scenes import C, D, H, W, binary, drawn, draws_of, info_nce, scene
 from tests.unit.ops.worlds import on_ranks
 
 # ---- the loss ---------------------------------------------------------------------------------------------------
@@ -32,14 +34,14 @@ def _run(pixels: Pixels, bank: MemoryBank, *, rule: Rule = RULE, draws: Draws | 
     torch.manual_seed(0)
     draws = draws or draws_of(pixels.logits.shape[1])
     found = candidates(pixels, rule, draws)
-    loss = contrastive_loss(pixels, found, positives(found, World()), bank, draws, 0.5, World(), binary=l_b)
+    loss = contrastive(pixels, found, positives(found, World()), bank, draws, 0.5, World(), binary=l_b)
     return _Run(loss, found, draws)
 
 
 def _expected(pixels: Pixels, draws: Draws, bank: MemoryBank, l_b: bool = False) -> Tensor:
     """The loss from the classes that have everything; `bank` is that after the push."""
-    sets = slow_sets(pixels, RULE)
-    student, teacher = flat(pixels.student), flat(pixels.teacher)
+    sets = reference.sets(pixels, RULE)
+    student, teacher = reference.flat(pixels.student), reference.flat(pixels.teacher)
     present = [c for c in range(C) if sets.positive[c].any()]
     total, sharing = pixels.student.sum() * 0, draws.anchors.shape[1] // draws.negatives.shape[1]
     for c in present if len(present) > 1 else ():
@@ -94,9 +96,9 @@ def test_a_class_without_keys_adds_nothing_but_counts():
 def test_new_keys_are_pushed_before_the_draw_and_are_the_teachers():
     pixels, bank = scene(), MemoryBank([300] * C, D)
     _run(pixels, bank)
-    negative = slow_sets(pixels, RULE).negative
+    negative = reference.sets(pixels, RULE).negative
     assert torch.equal(bank.count, negative.sum(1).clamp_max(8))
-    unit = F.normalize(flat(pixels.teacher), dim=-1)
+    unit = F.normalize(reference.flat(pixels.teacher), dim=-1)
     for c in range(C):
         distance = torch.cdist(ordered(bank, c), unit[negative[c]])
         assert (distance.min(1).values < 1e-3).all()
@@ -187,7 +189,7 @@ def test_two_ranks_have_the_keys_and_the_gradient_of_one(seed, l_b):
     classes, rule = 3, Rule(0.3, 1, 2)
     whole = _four_images(classes, seed)
     parts = [_share(whole, rank) for rank in range(2)]
-    everything = [slow_sets(pixels, rule) for pixels in (whole, *parts)]
+    everything = [reference.sets(pixels, rule) for pixels in (whole, *parts)]
     anchors = math.lcm(*(max(1, int(n)) for sets in everything for n in sets.anchor.sum(1)))
     negatives = math.lcm(*(max(1, int(n)) for n in everything[0].negative.sum(1)))
     assert anchors * negatives < 3e6
@@ -203,7 +205,7 @@ def test_two_ranks_have_the_keys_and_the_gradient_of_one(seed, l_b):
         bank, leaf = copy.deepcopy(bank), pixels.student.clone().requires_grad_()
         pixels = pixels._replace(student=leaf)
         found = candidates(pixels, rule, draws)
-        loss = contrastive_loss(pixels, found, positives(found, world), bank, draws, 0.5, world, binary=l_b)
+        loss = contrastive(pixels, found, positives(found, world), bank, draws, 0.5, world, binary=l_b)
         loss.backward()
         assert leaf.grad is not None
         return loss.detach(), leaf.grad, bank

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from pipeline.ops import ema
+from pipeline.methods.teacher import follow
 
 
 def _net(seed: int) -> nn.Sequential:
@@ -14,7 +14,7 @@ def _net(seed: int) -> nn.Sequential:
 def test_parameters_are_averaged_and_buffers_are_not():
     teacher, student = _net(0), _net(1)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    ema.update(teacher, student, 0.9)
+    follow(teacher, student, 0.9)
     for name, mine in teacher.named_parameters():
         torch.testing.assert_close(mine, 0.9 * before[name] + 0.1 * student.get_parameter(name))
     for name, mine in teacher.named_buffers():
@@ -23,7 +23,7 @@ def test_parameters_are_averaged_and_buffers_are_not():
 
 def test_decay_0_copies_everything_but_the_storage():
     teacher, student = _net(0), _net(1)
-    ema.update(teacher, student, 0.0)
+    follow(teacher, student, 0.0)
     for name, mine in teacher.state_dict().items():
         assert torch.equal(mine, student.state_dict()[name])
     student[0].weight.data.add_(1)  # type: ignore[operator]
@@ -35,7 +35,7 @@ def test_buffers_are_averaged_where_asked_for():
     teacher, student = _net(0), _net(1)
     student(torch.randn(2, 3, 4, 4))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    ema.update(teacher, student, 0.9, buffers=True)
+    follow(teacher, student, 0.9, buffers=True)
     for name, mine in teacher.state_dict().items():
         other = student.state_dict()[name]
         expected = 0.9 * before[name] + 0.1 * other if mine.is_floating_point() else other

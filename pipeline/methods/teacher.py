@@ -1,0 +1,78 @@
+"""What methods with an EMA teacher share: a student, its teacher, and how the teacher follows."""
+
+import copy
+
+import torch
+from torch import nn
+
+from pipeline.config.schema import Config
+from pipeline.methods.base import BatchNorm, Method, Step
+from pipeline.models import SegmentationModel
+from pipeline.ops.schedules import ema_decay
+
+
+class TeacherMethod(Method):
+    """A student, and a teacher that is the exponential moving average of its parameters, and the method's result."""
+
+    def __init__(
+        self,
+        config: Config,
+        num_classes: int,
+        batch_norm: BatchNorm,
+        *,
+        decay: float,
+        start: float = 0,
+        features: bool = False,
+        statistics: bool = True,
+    ) -> None:
+        """Builds both networks; they begin as equals and never share storage.
+
+        Args:
+            config: of the run.
+            num_classes: C.
+            batch_norm: which images share batch statistics.
+            decay: the largest decay of the average.
+            start: until when the teacher is the student's copy: steps, or below 1 a share of the run.
+            features: whether the networks have a representation head.
+            statistics: average the statistics of batch norm too, for a teacher that only ever evaluates. Without, they
+                come from the teacher's own passes in training mode.
+        """
+        super().__init__(config, num_classes, batch_norm)
+        self.warmup = self.steps(start)
+        self.student = self.build_network(features=features)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self._decay, self._statistics = decay, statistics
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """The teacher is the result, as in the releases."""
+        return {"teacher": self.teacher, "student": self.student}
+
+    def after_step(self, step: Step) -> None:
+        """theta_T <- d theta_T + (1 - d) theta_S."""
+        follow(self.teacher, self.student, self.decay(step), buffers=self._statistics)
+
+    def decay(self, step: Step) -> float:
+        """D = min(1 - 1/(t+1), decay), t counted from the end of the warm-up; until then 0, which copies."""
+        return ema_decay(step.index, self.warmup, self._decay)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, decay: float, *, buffers: bool = False) -> None:
+    """Sets teacher to decay * teacher + (1 - decay) * student, parameter by parameter.
+
+    A decay of 0 makes an exact copy, buffers included. Storage is never shared.
+
+    Args:
+        teacher: changed in place.
+        student: of the same structure.
+        decay: in 0..1.
+        buffers: average floating-point buffers too, and copy the others (counters).
+    """
+    for mine, other in zip(teacher.parameters(), student.parameters(), strict=True):
+        mine.lerp_(other, 1.0 - decay)
+    if decay == 0.0 or buffers:
+        for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):
+            if decay == 0.0 or not mine.is_floating_point():
+                mine.copy_(other)
+            else:
+                mine.lerp_(other, 1.0 - decay)
