@@ -52,7 +52,7 @@ class CPS(Method):
         return {"first": self.first, "second": self.second}
 
     def trained(self) -> list[SegmentationModel]:
-        """Both."""
+        """Both networks: each is trained by the labels of the other."""
         return [self.first, self.second]
 
     def forward(self, batch: Batch, step: Step) -> Losses:

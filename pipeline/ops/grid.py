@@ -76,7 +76,7 @@ class FullGrid(Grid):
         return FullGrid(size, size)
 
     def arrange(self, label: Tensor) -> Tensor:
-        """As it is."""
+        """Unchanged: the grid's order is that of the image."""
         return label
 
     def shrink(self, values: Tensor) -> Tensor:

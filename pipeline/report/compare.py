@@ -102,7 +102,7 @@ class Comparison:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """All that count."""
+        """The runs of all rows; doubles are left out."""
         return [run for row in self.rows for run in row.runs]
 
     @cached_property

@@ -38,7 +38,7 @@ class TrialRow:
     """Why it failed."""
 
     def cells(self) -> tuple[str, ...]:
-        """As text."""
+        """Name, state, steps, mIoU and time left, as text."""
         miou = "-" if self.miou is None else f"{100 * self.miou:.2f}"
         eta = duration(self.eta) if self.eta is not None and self.state == "running" else "-"
         return self.trial.name, self.state, f"{self.step}/{self.trial.config.optim.steps}", miou, eta

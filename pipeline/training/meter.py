@@ -59,7 +59,7 @@ class Meter:
         self._paused += time.perf_counter() - began
 
     def check(self) -> None:
-        """Whether all losses of the interval were finite; every rank calls it.
+        """Stops the run if a loss of the interval was not finite; every rank calls it.
 
         Raises:
             Diverged: one was not, on any rank; on every rank alike.

@@ -36,7 +36,7 @@ class Checked(NamedTuple):
 
 
 def resolve(config: Config, *, fresh: bool = False) -> Checked:
-    """Whether a resolve_paths config can be run, as far as can be seen without a cluster; changes nothing.
+    """Opens what a config with absolute places names and refuses one that cannot be run; changes nothing.
 
     Raises:
         UserError: it cannot.
@@ -104,7 +104,7 @@ def _with_pools(config: Config, dataset: Dataset, split: Split, fresh: bool) -> 
 
 
 def check_batch(config: Config, split: Split, sources: Sequence[Source]) -> None:
-    """Whether the split and the pools can fill the batches.
+    """Refuses a split or pools that cannot fill the batches.
 
     Raises:
         UserError: fewer images than a batch takes.
@@ -120,17 +120,17 @@ def check_batch(config: Config, split: Split, sources: Sequence[Source]) -> None
 
 
 def check_val(dataset: Dataset) -> None:
-    """Whether there is something to score on.
+    """Refuses a dataset without validation images.
 
     Raises:
-        UserError: there is not.
+        UserError: it has none.
     """
     if not dataset.info.counts.get("val"):
         raise UserError(f"{dataset.root}: no validation images; prepare the dataset with a val list")
 
 
 def check_weights(config: Config) -> None:
-    """Whether a file of weights is there.
+    """Refuses a file of weights that is not there.
 
     Raises:
         UserError: it is not.
@@ -141,7 +141,7 @@ def check_weights(config: Config) -> None:
 
 
 def check_labels(config: Config, dataset: Dataset) -> None:
-    """Whether pseudo-labels are there exactly if the method needs them.
+    """Refuses pseudo-labels that are missing, or that the method does not look at.
 
     Raises:
         UserError: they are missing, of other images, or nobody would look at them.
@@ -158,7 +158,7 @@ def check_labels(config: Config, dataset: Dataset) -> None:
 
 
 def check_identity(config: Config) -> None:
-    """Whether a run that is there already is this one.
+    """Refuses a run directory that holds another run.
 
     Raises:
         UserError: it is another one.

@@ -62,7 +62,7 @@ def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] 
 
 
 def check_recipe(config: Config) -> None:
-    """Whether the recipe can be run, as far as can be seen before its first stage; changes nothing.
+    """Refuses a recipe that cannot be run, as far as can be seen before its first stage; changes nothing.
 
     Raises:
         UserError: it cannot.

@@ -193,7 +193,7 @@ def _begin(plan: PoolPlan) -> None:
 
 
 def _list(plan: PoolPlan) -> Listing:
-    """Step 1."""
+    """Step 1: streams the file names below the root into batches."""
     done = plan.work("listed.json")
     if storage.exists(done):
         return Listing(**json.loads(storage.read_bytes(done)))
@@ -255,7 +255,7 @@ def _earlier(before: Pool | None) -> list[int]:
 
 
 def _settle(item: tuple[PoolPlan, Listing, int, list[int]]) -> KeyRun:
-    """Step 3, one run."""
+    """Step 3 for one run: merges what all batches have of it, without what earlier generations hold."""
     plan, listing, number, earlier = item
     uri = plan.keys(number)
     if not storage.exists(uri):
