@@ -127,7 +127,7 @@ def sweep(argv: list[str]) -> None:
 
     values, args = cli.parse_values(argv, inspect.getdoc(sweep) or "", OPTIONS, flags, lambda args: names(args.methods))
     from pipeline.report import results
-    from pipeline.report.html import text_table
+    from pipeline.report.render import text_table
     from pipeline.report.writer import write_report
     from pipeline.sweep.run import sweep as run_trials
     from pipeline.sweep.trials import TRIALS, make_trials, parse_grid
@@ -205,12 +205,13 @@ def report(argv: list[str]) -> None:
     parser.add_argument("--out", default="report.html", help="page to write (default: report.html)")
     help_text = f"validation images to show; 0: none (default: {REPORT_IMAGES})"
     parser.add_argument("--images", type=int, default=REPORT_IMAGES, help=help_text)
+    parser.add_argument("--figures", metavar="DIR", help="write the charts there, too, each as PDF, SVG and PNG")
     args = parser.parse(argv)
     from pipeline.report import results
-    from pipeline.report.html import text_table
+    from pipeline.report.render import text_table
     from pipeline.report.writer import write_report
 
-    for each in write_report(args.runs, args.out, args.images):
+    for each in write_report(args.runs, args.out, args.images, figures=args.figures):
         print(results.headline(each), *each.notes(), *map(text_table, results.tables(each)), sep="\n\n", end="\n\n")
     print(f"report {args.out}")
 

@@ -1,13 +1,13 @@
 """What a look through a dataset found, as text and as a page."""
 
-from html import escape
+from typing import Any
 
 import numpy as np
 
 from pipeline.datasets.check import Picture, Report
 from pipeline.datasets.prepared.format import DatasetInfo
 from pipeline.inference.pictures import IGNORED, colour_mask
-from pipeline.report.html import Table, html_figure, html_list, html_name, html_page, html_table, text_table
+from pipeline.report.render import Table, render, text_table
 
 MIX = 0.5
 """Share of the class colour in an overlay."""
@@ -25,13 +25,13 @@ def as_text(report: Report) -> str:
 
 def as_page(report: Report) -> str:
     """One HTML file with everything in it, pictures too."""
-    info = report.dataset.info
-    figures = "".join(_figure(picture, info) for picture in report.pictures)
-    shown = f'<h2>Samples</h2>\n<div class="grid">\n{figures}</div>\n' if figures else ""
-    findings = html_list("Problems", report.problems) + html_list("Oddities", report.oddities)
-    return html_page(
-        _title(report),
-        (findings or "<p>No problems, nothing odd.</p>\n") + "".join(map(html_table, _tables(report))) + shown,
+    return render(
+        "dataset.html",
+        title=_title(report),
+        problems=report.problems,
+        oddities=report.oddities,
+        tables=_tables(report),
+        samples=[_sample(picture, report.dataset.info) for picture in report.pictures],
     )
 
 
@@ -98,12 +98,14 @@ def _splits(report: Report) -> Table:
     return Table("Splits", columns, rows)
 
 
-def _figure(picture: Picture, info: DatasetInfo) -> str:
+def _sample(picture: Picture, info: DatasetInfo) -> dict[str, Any]:
+    """An image under its mask, and which classes it shows."""
     colours = colour_mask(picture.mask, info.palette)
-    mixed = ((1 - MIX) * picture.image + MIX * colours).round().astype(np.uint8)
     present = [at for at in np.unique(picture.mask) if at < len(info.classes)]
-    names = [info.classes[at] for at in present]
-    note = f" ({picture.note})" if picture.note else ""
-    legend = " ".join(html_name(info.classes[at], info.palette[at]) for at in present)
-    alt = f"{picture.id} under its mask: {', '.join(names) or 'nothing but ignored pixels'}"
-    return html_figure(mixed, alt, f"{escape(picture.id + note)}<br>{legend}")
+    names = ", ".join(info.classes[at] for at in present)
+    return {
+        "pixels": ((1 - MIX) * picture.image + MIX * colours).round().astype(np.uint8),
+        "alt": f"{picture.id} under its mask: {names or 'nothing but ignored pixels'}",
+        "caption": f"{picture.id} ({picture.note})" if picture.note else picture.id,
+        "legend": [(info.classes[at], info.palette[at]) for at in present],
+    }

@@ -1,8 +1,7 @@
 """The report on runs, as one HTML page and as Markdown."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -10,8 +9,8 @@ import yaml
 from pipeline.config.schema import as_dict
 from pipeline.report import plots, results
 from pipeline.report.compare import Comparison, MethodRow
-from pipeline.report.html import Table, html_details, html_figure, html_list, html_page, html_table
 from pipeline.report.published import published
+from pipeline.report.render import Table, render
 
 LEGEND = (
     "Last and best evaluation of finished runs, mean over seeds with the sample's standard deviation. In brackets the "
@@ -47,9 +46,14 @@ def as_page(
         pictures: what networks see, by place of the comparison; those that nobody asked for are missing.
         failed: of a sweep, why each failed trial did, by name.
     """
-    parts = [_section(each, f"c{at}", pictures.get(at)) for at, each in enumerate(comparisons)]
-    table = html_table(_failed(failed), 2) if failed else ""
-    return html_page(_title(comparisons), f"<p>{escape(LEGEND)}</p>\n{table}" + "".join(parts))
+    return render(
+        "report.html",
+        title=_title(comparisons),
+        legend=LEGEND,
+        picture_legend=PICTURE,
+        failed=_failed(failed or {}),
+        sections=[_section(each, pictures.get(at)) for at, each in enumerate(comparisons)],
+    )
 
 
 def as_markdown(comparisons: Sequence[Comparison], failed: Mapping[str, str] | None = None) -> str:
@@ -75,49 +79,29 @@ def _title(comparisons: Sequence[Comparison]) -> str:
     return f"{sum(len(each.runs) for each in comparisons)} runs on {names}"
 
 
-def _section(comparison: Comparison, name: str, picture: Picture | None) -> str:
-    known, tables = published(comparison), [html_table(table, 3) for table in results.tables(comparison)]
-    chart = plots.overview(comparison, name)
-    if chart:  # where there is room, beside the first table
-        tables[0] = f'<div class="side"><div>{tables[0]}</div>{chart}</div>\n'
-    parts = [f"<h2>{escape(results.headline(comparison))}</h2>\n", html_list("Notes", comparison.notes(), 3), *tables]
-    parts += [f"<p>{escape(results.recipes(comparison, known))}</p>\n" if known else ""]
-    for at, split in enumerate(comparison.splits):
-        parts.append(_split(comparison, split, f"{name}-{at}", opened=at == 0))
-    return "".join([*parts, _picture(picture), _production(comparison)])
-
-
-def _split(comparison: Comparison, split: str, name: str, *, opened: bool) -> str:
-    """Curves and classes of one split; the first is open."""
-    charts = plots.curves(comparison, split, f"{name}-miou") + "".join(plots.internals(comparison, split, name))
-    table = results.classes(comparison, split)
-    body = f'<div class="charts">{charts}</div>\n' + (html_table(table, 3) if table.rows else "")
-    return html_details(f"Split {split}: curves and classes", body, opened=opened)
-
-
-def _picture(picture: Picture | None) -> str:
-    if picture is None:
-        return ""
-    if isinstance(picture, str):
-        return f"<h3>What the networks see</h3>\n<p>No pictures: {escape(picture)}</p>\n"
-    alt = f"A grid with one validation image a row. {picture.networks} {PICTURE}"
-    figure = html_figure(picture.pixels, alt, escape(f"{picture.networks} {PICTURE}"))
-    box = '<div class="scroll wide" tabindex="0" role="region" aria-label="What the networks see">'
-    return f"<h3>What the networks see</h3>\n{box}{figure}</div>\n"
-
-
-def _production(comparison: Comparison) -> str:
-    table = html_table(results.production(comparison), 3)
-    configs = "".join(html_details(f"Config of {row.label}", _config(row)) for row in comparison.rows)
-    return f"<h3>What produced it</h3>\n<p>{escape(results.cost(comparison))}</p>\n" + html_details(
-        "Runs and configs", table + configs
-    )
+def _section(comparison: Comparison, picture: Picture | None) -> dict[str, Any]:
+    """What the page says of one comparison."""
+    known = published(comparison)
+    return {
+        "headline": results.headline(comparison),
+        "notes": comparison.notes(),
+        "tables": results.tables(comparison),
+        "overview": plots.overview(comparison),
+        "recipes": results.recipes(comparison, known) if known else "",
+        "splits": [
+            {"name": split, "charts": plots.of_split(comparison, split), "classes": results.classes(comparison, split)}
+            for split in comparison.splits
+        ],
+        "picture": picture,
+        "cost": results.cost(comparison),
+        "production": results.production(comparison),
+        "configs": [(row.label, _config(row)) for row in comparison.rows],
+    }
 
 
 def _config(row: MethodRow) -> str:
     """The config of the first of its runs; the others differ in split, seed and place."""
-    values = as_dict(row.runs[0].config)
-    return f'<pre tabindex="0">{escape(yaml.safe_dump(values, sort_keys=False))}</pre>\n'
+    return yaml.safe_dump(as_dict(row.runs[0].config), sort_keys=False)
 
 
 def _markdown(table: Table) -> str:

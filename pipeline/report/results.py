@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.report.compare import Comparison, MethodRow, Spread
-from pipeline.report.html import Table
 from pipeline.report.published import Protocol, published
+from pipeline.report.render import Table
 from pipeline.report.runs import UNKNOWN, Run
 
 NONE = "-"

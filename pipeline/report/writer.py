@@ -6,14 +6,18 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.inference.pictures import compare_networks
 from pipeline.methods import OPTIONS
-from pipeline.report import results
+from pipeline.report import plots, results
 from pipeline.report.compare import Comparison, compare
 from pipeline.report.page import ImagePanel, Picture, as_markdown, as_page
 from pipeline.report.runs import find_runs, read_run
 
 
 def write_report(
-    places: Sequence[str], out: str, images: int, failed: Mapping[str, str] | None = None
+    places: Sequence[str],
+    out: str,
+    images: int,
+    failed: Mapping[str, str] | None = None,
+    figures: str | None = None,
 ) -> list[Comparison]:
     """Compares runs and writes a page, and the same tables as Markdown and CSV beside it.
 
@@ -22,6 +26,7 @@ def write_report(
         out: page to write.
         images: validation images to show; 0: none.
         failed: of a sweep, why each failed trial did, by name.
+        figures: folder for the charts, each as PDF, SVG and PNG; None: none.
 
     Raises:
         UserError: `out` or `images` cannot be, no run is found, or one is damaged.
@@ -39,6 +44,12 @@ def write_report(
         ("csv", results.as_csv(comparisons)),
     ):
         storage.write_bytes(f"{stem}.{ending}", text.encode())
+    if figures:
+        for at, each in enumerate(comparisons):
+            place = storage.join(figures, str(at)) if len(comparisons) > 1 else figures
+            for chart in plots.charts(each):
+                for kind in plots.FORMATS:
+                    storage.write_bytes(storage.join(place, f"{chart.name}.{kind}"), chart.drawn(kind))
     return comparisons
 
 

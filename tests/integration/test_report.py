@@ -8,7 +8,7 @@ from PIL import Image
 
 from pipeline import commands, storage
 from pipeline.errors import UserError
-from pipeline.report.html import html_page
+from pipeline.report.render import render
 from tests.browser import PROGRAM, Browser
 from tests.s3 import S3Server
 from tests.unit.report.made import write_run
@@ -52,6 +52,13 @@ def test_the_job_writes_page_markdown_and_csv(runs, tmp_path, capsys):
     assert "Last: mIoU in %" in said
     assert said.endswith(f"report {out}\n")
     assert "What the networks see" not in out.read_text()
+
+
+def test_the_charts_as_files_for_a_paper(runs, tmp_path):
+    commands.report([runs, "--out", str(tmp_path / "it.html"), "--images", "0", "--figures", str(tmp_path / "figures")])
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"overview.pdf", "overview.svg", "overview.png", "miou-1_16.pdf", "bank_fill-full.png"} <= names
+    assert len(names) == 3 * (1 + 3 * 5)
 
 
 def test_networks_that_cannot_be_opened_cost_only_the_pictures(runs, tmp_path):
@@ -98,19 +105,21 @@ class TestInABrowser:
         assert browser.complaints() == []
         assert browser.requests() == []
         assert browser.evaluate("document.documentElement.scrollWidth") <= width  # wide tables scroll in their boxes
-        assert browser.evaluate("document.querySelectorAll('svg').length") == 1 + 3 * 5
+        assert browser.evaluate("document.querySelectorAll('img.chart').length") == 1 + 3 * 5
+        loaded = "[...document.querySelectorAll('img')].every(each => each.complete && each.naturalWidth > 0)"
+        assert browser.evaluate(loaded), "a chart is no picture"
         with Image.open(io.BytesIO(browser.screenshot())) as picture:
             assert picture.width == width
             assert picture.height > 2000
             assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 50
-        outside = "[...document.querySelectorAll('svg text')].filter(each => each.getBoundingClientRect().left < 0)"
-        assert browser.evaluate(f"{outside}.length") == 0
-        smallest = "Math.min(...[...document.querySelectorAll('svg')].map(each => each.getBoundingClientRect().width))"
+        smallest = (
+            "Math.min(...[...document.querySelectorAll('img.chart')].map(each => each.getBoundingClientRect().width))"
+        )
         assert browser.evaluate(smallest) > 330, "narrower, and a chart's text is too small to read"
 
     def test_its_policy_keeps_what_slips_in_from_fetching(self, browser, tmp_path):
         """The control: without the policy the browser asks, so an empty list above means something."""
-        page = html_page("t", f'<img src="{TRACKER}" alt="">')
+        page = render("page.html", title="t").replace("<h1>", f'<img src="{TRACKER}" alt=""><h1>')
         free, kept = tmp_path / "free.html", tmp_path / "kept.html"
         free.write_text(page.replace("Content-Security-Policy", "X-Nothing"))
         kept.write_text(page)

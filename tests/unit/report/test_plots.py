@@ -1,0 +1,103 @@
+"""Charts: what they show, that they can be told apart, and that their files are whole and the same each time."""
+
+import io
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from pipeline.report.compare import Comparison
+from pipeline.report.plots import COLOURS, FORMATS, charts, of_split, overview
+from tests.unit.report.made import only, write_run
+
+LOGS = {"kept": 0.8, "bank_fill": [0.5, 1.0]}
+SPLITS = ("1_16", "1_4", "full")
+
+
+@pytest.fixture
+def comparison(tmp_path) -> Comparison:
+    for at, split in enumerate(SPLITS):
+        for seed in (0, 1):
+            score = 0.5 + 0.1 * at + 0.02 * seed
+            write_run(tmp_path / f"s{split}{seed}", "suponly", split, seed, (0.3, score))
+            write_run(tmp_path / f"u{split}{seed}", "u2pl", split, seed, (0.4, score + 0.05), logs=LOGS)
+    return only(tmp_path)
+
+
+def words(svg: bytes) -> list[str]:
+    return [text for each in ElementTree.fromstring(svg).iter() if (text := (each.text or "").strip())]
+
+
+def test_the_overview_has_a_line_for_each_method_over_the_labeled_share(comparison):
+    chart = overview(comparison)
+    assert chart is not None
+    (axes,) = chart.figure.axes
+    lines = {container.get_label(): container[0] for container in axes.containers}
+    assert lines["u2pl"].get_xdata() == pytest.approx([1 / 16, 1 / 4, 1])
+    assert lines["u2pl"].get_ydata() == pytest.approx([56, 66, 76])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1/16", "1/4", "full"]
+    assert axes.get_xscale() == "log"
+    assert chart.text == "At the right end: suponly 71; u2pl 76."
+    assert {"val mIoU, %", "labeled share of the images", "1/16", "suponly", "u2pl"} <= {*words(chart.svg())}
+
+
+def test_one_split_has_a_dot_and_a_ring_for_each_row(tmp_path):
+    write_run(tmp_path / "a", "suponly", "1_8", scores=(0.7, 0.6))
+    chart = overview(only(tmp_path))
+    assert chart is not None
+    assert (chart.title, chart.text) == ("mIoU on split 1_8", "suponly 60.00")
+    (axes,) = chart.figure.axes
+    assert sorted(float(line.get_xdata()[0]) for line in axes.lines) == pytest.approx([60, 70])
+
+
+def test_curves_are_means_over_seeds_with_each_seeds_end(comparison):
+    curves, *logged = of_split(comparison, "1_4")
+    assert [chart.name for chart in logged] == ["kept-1_4", "bank_fill-1_4"]
+    mean, ends = curves.figure.axes[0].lines[:2]
+    assert mean.get_ydata()[-1] == pytest.approx(61)
+    assert [*ends.get_ydata()] == pytest.approx([60, 62])
+    assert logged[0].figure.axes[0].get_ylim()[0] == 0
+
+
+def test_no_finished_run_has_no_overview(tmp_path):
+    write_run(tmp_path / "a", scores=(), finished=False, data={})
+    assert [*charts(only(tmp_path))] == []
+
+
+def test_many_series_differ_by_more_than_colour(tmp_path):
+    for at in range(12):
+        write_run(tmp_path / f"{at}", "u2pl", "1_4", scores=(0.5,), config={"u2pl": {"alpha_0": 0.01 * at}})
+    curves, *_ = of_split(only(tmp_path), "1_4")
+    lines = curves.figure.axes[0].lines[::2]
+    assert len({(line.get_color(), str(line.get_linestyle()), line.get_marker()) for line in lines}) == 12
+    assert len({line.get_marker() for line in lines}) > 3
+    assert "…" in " ".join(words(curves.svg())) or max(map(len, words(curves.svg()))) < 60
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_colours_stand_out_from_white(colour):
+    """3:1, as WCAG asks of graphics."""
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    assert 1.05 / (luminance + 0.05) >= 3
+
+
+def test_files_are_whole_and_the_same_each_time(comparison):
+    for chart in charts(comparison):
+        drawn = {kind: chart.drawn(kind) for kind in FORMATS}
+        assert drawn == {kind: chart.drawn(kind) for kind in FORMATS}
+        assert drawn["pdf"].startswith(b"%PDF")
+        assert ElementTree.fromstring(drawn["svg"]).tag.endswith("svg")
+        with Image.open(io.BytesIO(drawn["png"])) as picture:
+            assert picture.width > 600
+
+
+def test_names_are_text_and_the_long_ones_are_cut(tmp_path):
+    evil = "<script>$x$" + 80 * "x"
+    write_run(tmp_path / "a", "u2pl", "1_4", scores=(0.5,))
+    write_run(tmp_path / "b", "u2pl", "1_4", scores=(0.5,), config={"model": {"weights": evil}})
+    curves, *_ = of_split(only(tmp_path), "1_4")
+    assert b"<script" not in curves.svg()
+    (label,) = [text for text in words(curves.svg()) if "<script>" in text]
+    assert label.endswith("…")
