@@ -44,7 +44,7 @@ def connect(*, state_api: bool = False) -> None:
 
 
 def quiet_data() -> None:
-    """Ray Data without its own log and progress: the jobs say themselves how far they are."""
+    """Switches off Ray Data's own log and progress bars: each job shows its own progress."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -56,18 +56,18 @@ def quiet_data() -> None:
 
 
 def default_root() -> Path:
-    """Where runs and demo data go if nobody says so: here, or in the home directory for a submitted job.
+    """The default folder of runs and demo data: the current one, or for a submitted job one in the home directory.
 
-    A submitted job runs in an unpacked copy of the working directory that Ray deletes.
+    A submitted job runs in an unpacked copy of the working directory, which Ray deletes.
     """
     here = Path.cwd()
     return Path.home() / "u2pl-ray" if "working_dir_files" in here.parts else here
 
 
 def _announced_port() -> int:
-    """A port for a private cluster's dashboard, which all its processes are told.
+    """Picks a free port for a private cluster's dashboard and announces it to all its processes.
 
-    Else Ray's own processes look for a cluster on this machine, and fail where there is another one beside this one.
+    Without it Ray's own processes search this machine for a cluster, and fail if they find a second one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""One quiet console for a run on many machines: what the workers say reaches the driver, Ray's own chatter does not."""
+"""One console for a run on many machines: the driver prints the workers' log lines and none of Ray's own."""
 
 import logging
 import threading
@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 
 @contextmanager
 def relayed() -> Iterator[Queue]:
-    """Prints what is put into the queue until the block ends."""
+    """A queue whose messages the driver prints until the block ends."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # elsewhere it would die with its node
     ended = threading.Event()
@@ -59,7 +59,7 @@ class _QueueHandler(logging.Handler):
 
 
 class LostWorkers(UserCallback):
-    """Says which workers were lost, in the words of the last line of each error, and when it is no use to go on."""
+    """Logs each lost worker with the last line of its error, and ends a run that new workers cannot save."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue

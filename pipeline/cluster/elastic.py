@@ -20,12 +20,12 @@ from pipeline.cluster.internals import (
 from pipeline.cluster.nodes import Machine, Workers, places
 
 RESIZE_SECONDS = 30.0
-"""Least time between two looks at whether more workers would fit: each change starts all of them anew."""
+"""Least time between two checks whether more workers fit: each change restarts all of them."""
 ANSWER_SECONDS = 5.0
 
 
 def scaling_config(workers: Workers) -> ScalingConfig:
-    """What Ray Train is asked for."""
+    """Ray Train's own form of `Workers`."""
     return ScalingConfig(
         num_workers=workers.most if len(workers.counts) == 1 else (workers.counts[0], workers.most),
         use_gpu=workers.gpus > 0,
@@ -51,9 +51,11 @@ class ElasticTrainer(TorchTrainer):
 class SharesPolicy(ElasticScalingPolicy):
     """Ray Train's elastic policy with four differences.
 
-    It counts only numbers of workers that share the batch; leaves the CPUs that reading needs; looks at the nodes as
-    they are now, without those that are about to be taken away, where Ray's own look is up to 20 s old and costs a
-    start in vain; and resizes a running group only right after a checkpoint, so that no step is done twice for it.
+    - It allows only numbers of workers that divide the batch.
+    - It leaves CPUs for reading.
+    - It counts the nodes as they are now, without those that are about to be taken away. Ray's own count is up to 20 s
+      old, which costs a start in vain.
+    - It resizes a running group only right after a checkpoint, so that no step is repeated.
     """
 
     def __init__(self, scaling_config: ScalingConfig, workers: Workers) -> None:

@@ -7,22 +7,22 @@ from typing import NamedTuple
 NODE_GROUP = "ray.io/node-group"
 """Label of a node that was started as one of a group."""
 ASK_SECONDS = 5.0
-"""Between two questions to an autoscaler."""
+"""Seconds between two requests to an autoscaler."""
 FIRST_WORD_SECONDS = 60.0
-"""After which an autoscaler that has said nothing is none."""
+"""Seconds to wait for an autoscaler's first report. Without one by then, there is no autoscaler."""
 EPSILON = 1e-6
-"""For whole parts of quotients: 1 / 0.1 workers are ten."""
+"""Added before a quotient is rounded down, so that 1 CPU holds ten workers of 0.1."""
 
 
 class Machine(NamedTuple):
-    """What a node has for tasks and workers."""
+    """The resources of one node."""
 
     cpus: float
     gpus: float
 
 
 def machines() -> list[Machine]:
-    """The nodes that are up and stay."""
+    """The nodes that are up, without those that are about to be taken away."""
     import ray
 
     from pipeline.cluster import internals
@@ -33,9 +33,9 @@ def machines() -> list[Machine]:
 
 
 def grows() -> bool:
-    """Whether nodes are of named groups (`ray up`, KubeRay) and an autoscaler starts more of them when asked for.
+    """Whether an autoscaler starts more nodes on request: those of `ray up` and KubeRay belong to named node groups.
 
-    A cluster of groups that has nothing to work with may be just starting: its autoscaler is given time to speak.
+    If such a cluster has no CPUs yet, it may be just starting, and its autoscaler gets time to report.
     """
     import ray
 
@@ -56,10 +56,10 @@ def _autoscaler_speaks() -> bool:
 
 
 def start_nodes(bundles: Sequence[Mapping[str, float]]) -> None:
-    """Waits until a cluster that grows holds resources all at one time; they are free again afterwards.
+    """Makes the autoscaler start nodes until the cluster holds all `bundles` at once, and releases them again.
 
-    What waits for resources is what makes an autoscaler start nodes. Gives up if they cannot be had though nobody else
-    has or wants any.
+    An autoscaler starts nodes for requests that wait. This one gives up if the bundles cannot be had although nobody
+    else holds or requests resources.
 
     Args:
         bundles: resources by Ray's names, each on one node.
@@ -75,7 +75,7 @@ def start_nodes(bundles: Sequence[Mapping[str, float]]) -> None:
 
 
 def _hopeless(group: str) -> bool:
-    """Whether a placement group can never be had; what others have now is not there either, but comes back."""
+    """Whether a placement group can never be placed: not even when all others have released what they hold."""
     from pipeline.cluster.internals import cluster_status
 
     status = cluster_status()
@@ -98,25 +98,25 @@ class Workers(NamedTuple):
     counts: tuple[int, ...]
     """Numbers of workers that may run, ascending; a single one never changes."""
     cpus: float
-    """Of each."""
+    """CPUs of each worker."""
     gpus: float
-    """Of each; 0: none."""
+    """GPUs of each worker, or a share of one; 0: none."""
     spare_cpus: float
-    """That one node must keep beside them."""
+    """CPUs that one node must keep free beside its workers."""
 
     @property
     def most(self) -> int:
-        """How many run when nothing is missing."""
+        """The largest of the numbers."""
         return self.counts[-1]
 
     @property
     def resources(self) -> dict[str, float]:
-        """Of each, by Ray's names."""
+        """Resources of each worker, by Ray's names."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
 def places(machines: Sequence[Machine], workers: Workers) -> int:
-    """How many workers the nodes hold while one of them keeps the spare CPUs."""
+    """How many workers fit the nodes if one node keeps the spare CPUs free."""
 
     def held(machine: Machine, spare: float = 0.0) -> int:
         by_cpus = (machine.cpus - spare) / workers.cpus
@@ -128,5 +128,5 @@ def places(machines: Sequence[Machine], workers: Workers) -> int:
 
 
 def gpu_slots(machines: Sequence[Machine], share: float) -> int:
-    """How many workers with a share of a GPU each the nodes hold."""
+    """How many workers fit the GPUs of the nodes, each with that share of one."""
     return sum(int(machine.gpus / share + EPSILON) for machine in machines)

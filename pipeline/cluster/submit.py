@@ -20,11 +20,11 @@ CHECKOUT = _ROOT if (_ROOT / "jobs" / "_run.py").is_file() else None
 LOCAL = "http://127.0.0.1:8265"
 """Where the job server is, on the head node or at the near end of a tunnel to it."""
 PULSE_S = 10.0
-"""Seconds between two questions whether the job is still there."""
+"""Seconds between two requests for the job's status."""
 NOT_FOUND = 127
 """Exit code of a shell that does not find the program."""
 MISSES = 3
-"""Questions without an answer, one after the other, after which the cluster counts as gone."""
+"""Unanswered requests in a row after which the cluster counts as gone."""
 _SETTINGS = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to any address that it is given
 
 
@@ -108,14 +108,14 @@ def _entrypoint(command: list[str]) -> list[str]:
 
 
 def _environment() -> dict[str, Any]:
-    """What is sent: the checkout without what its .rayignore names, or the installed package."""
+    """The runtime environment: the checkout without what its .rayignore names, or the installed package."""
     if CHECKOUT:
         return {"working_dir": str(CHECKOUT)}
     return {"py_modules": [str(Path(pipeline.__file__).parent)]}
 
 
 def _check_config(words: list[str]) -> None:
-    """A command's config must be where the head finds it."""
+    """Refuses a config file that the head cannot read."""
     ours = words[:3] == ["python", "-m", "pipeline"] or any(word.startswith("jobs/") for word in words[:2])
     flat = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     for flag, value in pairwise(flat if ours else []):
@@ -138,7 +138,7 @@ def _connect(address: str | None) -> Any:
 
 
 def _call(method: Any, *args: Any, **options: Any) -> Any:
-    """Calls the job server; its troubles become one line."""
+    """Calls the job server and turns its errors into one line."""
     from ray.exceptions import AuthenticationError
 
     try:

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 WAVE = 1000
-"""Tasks per Ray Data execution: its start takes time and memory for each of them."""
+"""Tasks per Ray Data execution, whose start-up time and memory grow with their number."""
 
 
 def run(
@@ -52,7 +52,7 @@ def _results(task: Callable[[T], R], items: Iterator[T], workers: int | None, gp
 
 
 def _call(row: dict[str, Any]) -> dict[str, Any]:
-    """In a Ray worker. A user's mistake comes back as text: Ray would wrap it in a traceback."""
+    """Runs in a Ray worker. A `UserError` is returned as text, because Ray would wrap it in a traceback."""
     task, item = pickle.loads(row["call"])
     try:
         return {"result": pickle.dumps(task(item)), "error": ""}

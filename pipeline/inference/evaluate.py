@@ -23,7 +23,7 @@ from pipeline.inference.predict import sliding, whole
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix says, all in 0..1."""
+    """Scores out of a confusion matrix, each 0..1."""
 
     miou: float
     """Mean of the IoU of the classes; 0 if nothing was scored."""
@@ -122,7 +122,7 @@ class ValSample(NamedTuple):
 
 
 class ValGroup(NamedTuple):
-    """Where a row group is."""
+    """A row group, and which of its rows belong to the validation set."""
 
     shard: str
     row_group: int
@@ -237,7 +237,7 @@ def ahead(load: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Res
 
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each submodule is in the mode it had, be they different ones."""
+    """Puts a module into eval mode for the block, and each of its submodules back into its own mode afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -32,7 +32,7 @@ SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 @dataclass(frozen=True)
 class Labeling:
-    """What makes the labels."""
+    """The network and the options that pseudo-labels are made with."""
 
     root: str
     """The dataset."""
@@ -95,14 +95,14 @@ def label_pool(recipe: Labeling, split: Split, out: str) -> LabelsInfo:
 
 
 def _label(task: tuple[Labeling, ShardJob]) -> None:
-    """In a Ray worker."""
+    """Runs in a Ray worker."""
     recipe, job = task
     _labeler(recipe).label(job)
 
 
 @lru_cache(maxsize=1)
 def _labeler(recipe: Labeling) -> "Labeler":
-    """The network, loaded once in a worker that is used again."""
+    """The network, loaded once per worker process."""
     torch.set_num_threads(1)
     return Labeler(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -135,7 +135,7 @@ class Labeler:
 
     @torch.no_grad()
     def classes(self, encoded: bytes | memoryview) -> np.ndarray:
-        """What the network sees in an image.
+        """The network's labels of an image.
 
         Args:
             encoded: a JPEG or PNG file.

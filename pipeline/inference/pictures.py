@@ -117,7 +117,7 @@ def panel(
 
 
 def _fitted(picture: np.ndarray) -> Image.Image:
-    """A picture of a size to look at; enlarged pixels stay squares, as the network got them."""
+    """A picture in a readable size. Enlarged pixels stay squares."""
     image = Image.fromarray(picture)
     longest = max(image.size)
     if longest > MAX_SIDE:

@@ -58,7 +58,7 @@ def _axis(size: int, crop: int, place: float, scale: float) -> tuple[int, int, i
 
 
 def reduction(window: Window) -> int:
-    """How many times smaller (1, 2, 4 or 8) the source may be decoded and still have the view's resolution."""
+    """The factor (1, 2, 4 or 8) by which decoding may shrink the source without loss of resolution in the view."""
     (_, _, height, width), (_, _, t_height, t_width) = window.source, window.target
     return next((n for n in (8, 4, 2) if height >= n * t_height and width >= n * t_width), 1)
 
@@ -168,7 +168,7 @@ def _jittered(picture: Image.Image, config: DataConfig, rng: np.random.Generator
 
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Gives memory for a tensor of a shape and type; its content is arbitrary."""
+"""Allocates a tensor of a shape and dtype, with arbitrary content."""
 
 
 # ---- one sample -------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """What views depend on besides their sample."""
+    """The settings that all views of a run share."""
 
     data: DataConfig
     """Crop, scale, flip, hue."""
@@ -186,16 +186,16 @@ class ViewRecipe:
 
 
 class Outcome(NamedTuple):
-    """What became of a sample."""
+    """Whether a sample could be decoded, and what it cost."""
 
     seconds: float
     """CPU time of the thread that decoded it."""
     problem: str
-    """Why it could not be used; empty if it could."""
+    """Why it could not be decoded; empty if it could."""
 
 
 def empty_views(samples: Sequence[Sample], recipe: ViewRecipe, allocate: Allocate) -> Views:
-    """Room for the views of `samples`, of which all have a mask, all have a label, or all have neither."""
+    """Memory for the views of `samples`. All of them have a mask, all have a label, or all have neither."""
     count, (height, width) = len(samples), recipe.data.crop
     labeled = samples[0].mask is not None
 
@@ -222,7 +222,7 @@ def view_bytes(recipe: ViewRecipe, *, classes: bool, strong: int = 0) -> int:
 
 
 def fill(sample: Sample, recipe: ViewRecipe, views: Views, place: int) -> Outcome:
-    """Decodes one sample into row `place` of the views; a damaged one leaves views of which no pixel counts."""
+    """Decodes one sample into row `place` of the views. No pixel of a damaged sample is valid."""
     began = time.thread_time()
     image, valid = views.image[place].numpy(), views.valid[place].numpy()
     masks = [each[place].numpy() for each in (views.mask, views.pseudo) if each is not None]
@@ -246,7 +246,7 @@ def fill(sample: Sample, recipe: ViewRecipe, views: Views, place: int) -> Outcom
 
 
 def _fill_weak(sample: Sample, recipe: ViewRecipe, image: np.ndarray, masks: Sequence[np.ndarray]) -> Window:
-    """The window is drawn for the stored size; then no more pixels are decoded than it needs."""
+    """Draws the window for the stored size, then decodes no more pixels than it needs."""
     picture = read_header(sample.image)
     width, height = picture.size
     rng = generator(recipe.seed, sample.epoch, sample.id, "unlabeled" if sample.mask is None else "labeled")

@@ -22,7 +22,7 @@ from pipeline.ingest.read import Sample
 
 
 class Buffers:
-    """Tensors in memory of earlier ones that nobody refers to any more; who keeps a batch keeps its memory."""
+    """Reuses the memory of tensors that nobody refers to any more."""
 
     def __init__(self, *, pinned: bool) -> None:
         """Args: pinned: page-locked memory, from which a GPU copies by itself; torch keeps and reuses it."""
@@ -47,19 +47,19 @@ class Buffers:
 DECODE_CPUS = 1.0
 """CPUs that a decoding task reserves."""
 TASKS = 16
-"""Decoding tasks of one worker that are under way at a time; one makes the views of one side of a step."""
+"""Decoding tasks of one worker at a time. A task makes the views of one side of a step."""
 Decoded = tuple[Views, list[Outcome]]
 
 
 class Decoder(Protocol):
-    """Makes views of samples, several lots at a time."""
+    """Makes the views of several groups of samples at a time."""
 
     def submit(self, samples: Sequence[Sample]) -> Callable[[], Decoded]:
-        """Begins; the result waits for the views and what became of each sample, in the order of `samples`."""
+        """Starts decoding. The result, when called, waits for the views and each sample's outcome, in order."""
         ...
 
     def close(self) -> None:
-        """Drops what has not begun."""
+        """Cancels what has not begun."""
         ...
 
 
@@ -82,7 +82,7 @@ class ThreadDecoder:
 
 
 class ClusterDecoder:
-    """Decodes in Ray tasks, on any node; a task that is lost with its node runs again elsewhere."""
+    """Decodes in Ray tasks on any node. Ray repeats a task whose node is lost."""
 
     def __init__(self, recipe: ViewRecipe, buffers: Buffers) -> None:
         import ray
@@ -118,7 +118,7 @@ def _decode(samples: Sequence[Sample], recipe: ViewRecipe) -> tuple[list[np.ndar
 
 
 def _copied(sample: Sample) -> Sample:
-    """The sample with its bytes: views of memory do not travel."""
+    """The sample with copies of its bytes, as a memoryview cannot be pickled."""
     parts = {name: getattr(sample, name) for name in ("image", "mask", "label")}
     return replace(sample, **{name: None if part is None else bytes(part) for name, part in parts.items()})
 

@@ -26,22 +26,22 @@ _TOLERATED = 10
 
 @dataclass
 class IngestStats:
-    """Sums since the start of this attempt; written by the training loop's thread alone."""
+    """Sums since the start of this attempt. Only the trainer's thread writes them."""
 
     samples: int = 0
     skipped: int = 0
-    """Samples of which no pixel counts, as their bytes are no image that can be used."""
+    """Samples that could not be decoded."""
     encoded: int = 0
     """Bytes of the samples, as stored."""
     decoding: float = 0.0
-    """CPU seconds spent on decoding and views, wherever that was."""
+    """CPU seconds of decoding and making views, here or on other nodes."""
     retries: int = 0
-    """How often the storage had to be asked again (beside what its client does by itself)."""
+    """Requests to the storage that were repeated, without those that its client repeats itself."""
     stalled: float = 0.0
     """Seconds that the training loop waited for batches."""
 
     def count(self, sample: Sample, outcome: Outcome) -> None:
-        """Counts a sample; one that was skipped is named.
+        """Counts a sample, and logs the name of one that was skipped.
 
         Raises:
             UserError: too many are skipped.
@@ -60,17 +60,17 @@ class IngestStats:
 
 
 PREFETCH_BYTES = 256 << 20
-"""Memory of the views that are made ahead; at least one step is."""
+"""Memory for views made ahead of need. At least one step is made ahead."""
 PREFETCH_STEPS = 8
 """Steps that are made ahead at most."""
 CLOSE_SECONDS = 10.0
 """How long `close` waits for reading that is under way."""
 Side = tuple[Sequence[Sample], Callable[[], Decoded]]
-"""Samples, and what waits for their views."""
+"""Samples, and the call that waits for their views."""
 
 
 class Loader:
-    """This rank's batches from step `start` on; iterating never ends, `close` does."""
+    """This rank's batches from step `start` on, endlessly; `close` stops it."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Loader:
             yield Batch(views[0], views[1] if self._unlabeled else None)
 
     def close(self) -> None:
-        """Stops the threads and waits for them: one that still runs while the interpreter ends aborts the process."""
+        """Stops the threads and waits for them. A thread that outlives the interpreter would abort the process."""
         self._closed.set()
         self._decoder.close()
         if self._thread.is_alive():

@@ -63,11 +63,11 @@ class Permutation:
         return self._cycled(index, self._walk)
 
     def inverse(self, index: np.ndarray) -> np.ndarray:
-        """Where the images of `index` come from: undoes a call; takes, gives and raises the same."""
+        """The inverse of a call; same arguments, result and errors."""
         return self._cycled(index, self._walk_back)
 
     def _cycled(self, index: np.ndarray, walk: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Walks on from each index until the network, which permutes a power of 4, is back in range(n)."""
+        """Applies the network, a permutation of a power of 4, until every value lies in range(n) (cycle walking)."""
         values = np.asarray(index).astype(np.uint64)
         if values.size and int(values.max()) >= self.n:
             raise ValueError(f"index {int(values.max())} in a permutation of {self.n}")
@@ -112,9 +112,9 @@ class Group:
     rows: Sequence[int]
     """Positions inside the row group, ascending."""
     ids: tuple[str, ...]
-    """Sample ids of these rows; empty: they are known when the rows are read."""
+    """Sample ids of these rows. Empty for a pool, whose ids are known only when rows are read."""
     size: int
-    """Encoded bytes of these rows, at least about."""
+    """Encoded bytes of these rows, approximately."""
     links: str | None = None
     """Where the images lie, if the row group holds links to them."""
 
@@ -141,7 +141,7 @@ class Plan(Protocol):
 
 
 class GroupTable(Protocol):
-    """The row groups that a plan orders, by number; each is made when it is asked for."""
+    """The row groups that a plan orders, by number. Each is made on demand."""
 
     rows: int
     """Rows of every group that is not in `short`."""
@@ -156,7 +156,7 @@ class GroupTable(Protocol):
 
 
 class GroupList(list[Group]):
-    """A table of groups that are all at hand."""
+    """A table of groups that are all in memory."""
 
     def __init__(self, groups: Iterable[Group]) -> None:
         super().__init__(groups)
@@ -296,7 +296,7 @@ class Source:
     """One origin of unlabeled images."""
 
     name: str
-    """The URI of a pool, or what the dataset's own images are called."""
+    """The URI of a pool, or `own images`."""
     groups: GroupTable
     images: int
     """How many there are."""
@@ -305,7 +305,7 @@ class Source:
     generations: int
     """How many generations of the pool count; 0 for the dataset's own images."""
     digest: str
-    """Tells these images from others."""
+    """Hash of what the source holds."""
 
 
 def open_sources(config: Config, dataset: Dataset, split: Split) -> list[Source]:

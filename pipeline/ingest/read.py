@@ -37,15 +37,15 @@ class Reader(Protocol):
 
 
 ITEM_BYTES = 24 << 20
-"""Encoded bytes that one Ray task reads: an item costs about 60 ms of CPU whatever its size."""
+"""Encoded bytes that one Ray task reads. A task costs about 60 ms of CPU whatever it reads."""
 ITEM_ROWS = 512
 READ_CPUS = 0.25
 """CPUs that a read task reserves: it mostly waits."""
 SEGMENT_ITEMS = 4
-"""Items per Ray Data execution; two segments are held in the object store at a time. The first ones are smaller: the
-first batch waits for one item, and a short run reads less ahead."""
+"""Items per Ray Data execution. The object store holds two segments at a time. The first segments are smaller, so that
+the first batch waits for one item and a short run reads less ahead."""
 _PROBLEM = "problem"
-"""The one column of a block whose rows could not be read."""
+"""Name of the only column of a block that reports an error instead of rows."""
 
 
 def read_inline(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
@@ -97,7 +97,7 @@ def _read(group: Group) -> pa.Table:
 
 
 def _items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
-    """Units in runs that are worth a task."""
+    """Groups units into items that are large enough for a task."""
     item: list[Unit] = []
     size = rows = 0
     for unit in units:
@@ -133,14 +133,14 @@ def _execute(segment: list[list[Unit]], labels: str | None) -> tuple[list[list[U
 
 
 def _packed(groups: Sequence[Group], labels: str | None) -> bytes:
-    """What a task is told."""
+    """The pickled arguments of a task."""
     return pickle.dumps((groups, labels, storage.patience()))
 
 
 def _read_item(batch: Any) -> pa.Table:
-    """Runs in a Ray task: the groups of one item, back to back, or why they cannot be read.
+    """Runs in a Ray task: the groups of one item, one after the other, or the reason why they cannot be read.
 
-    That comes back as a row, too: out of an exception, Ray Data would make one of another type.
+    The reason is returned as a row, because Ray Data would turn an exception into one of another type.
     """
     tables = []
     try:
@@ -180,20 +180,20 @@ class Sample:
     mask: memoryview | bytes | None
     """The truth, on the labeled side alone."""
     label: memoryview | bytes | None = None
-    """What an earlier network saw, where pseudo-labels are used."""
+    """The pseudo-label mask, if the method uses one."""
 
 
 class LabeledSet:
     """The labeled samples: encoded bytes in memory, drawn by an endless seeded permutation.
 
-    Every worker holds the whole set: any worker may need any sample, so that the sequence of global batches does not
-    depend on how many workers there are.
+    Every worker holds the whole set, because any worker may need any sample. So the sequence of global batches does not
+    depend on the number of workers.
     """
 
     def __init__(self, dataset: Dataset, ids: Sequence[str], seed: int) -> None:
-        """Reads the row groups that hold `ids`; keeps these rows alone."""
+        """Reads the row groups that hold `ids` and keeps only these rows."""
         self.retries = 0
-        """How often the storage had to be asked again."""
+        """Requests to the storage that were repeated."""
         self._seed = seed
         self._ids = sorted(ids)
         self._bytes: dict[str, tuple[bytes, bytes]] = {}
@@ -230,7 +230,7 @@ class UnlabeledStream:
 
     def __init__(self, plan: Plan, lanes: Sequence[int], start: int, reader: Reader, labels: str | None = None) -> None:
         self.retries = 0
-        """How often the storage had to be asked again."""
+        """Requests to the storage that were repeated."""
         self._lanes = lanes
         self._units = reader(plan.units(lanes, start), labels)
         self._queues: dict[int, deque[Sample]] = {lane: deque() for lane in lanes}

@@ -15,14 +15,14 @@ from pipeline.training.scaling import allowed_counts
 
 @dataclass(frozen=True)
 class Node:
-    """A kind of machine."""
+    """A node type and its price."""
 
     workers: int
-    """Train workers that it holds."""
+    """Train workers per node."""
     price: float
     """Money per hour; 0: not asked for."""
     count: int
-    """How many there are."""
+    """Number of nodes."""
 
 
 def parse_node(texts: Sequence[str]) -> Node:
@@ -111,7 +111,7 @@ def workers_asked(config: Config, node: Node) -> int:
 
 
 def _steps_left(trial: Trial) -> int:
-    """Of a recipe's teacher as well, at the price of the student's."""
+    """Steps that a trial still has to do. A recipe's teacher is counted like its student."""
     whole = trial.config.optim.steps
     if trial.finished():
         return 0
@@ -126,7 +126,7 @@ def images_per_step(config: Config) -> int:
 
 
 def _measured(trials: Sequence[Trial]) -> dict[tuple[Any, ...], TrialRow]:
-    """By kind of work, what a trial that has begun tells of its steps and evaluations."""
+    """The measured time of steps and evaluations, by kind of work, from trials that have begun."""
     found = {}
     for trial in trials:
         row = TrialRow(trial)

@@ -18,9 +18,9 @@ from pipeline.training.preflight import resolve_paths, warn_of_local_places
 
 DEFAULT_OUT = "runs/search"
 DIGITS = 4
-"""Of a drawn number: enough to tell samples apart, and few enough to read."""
+"""Significant digits of a drawn number."""
 PLACES = ("data.root", "model.weights")
-"""Options that name a place."""
+"""Options that hold a path."""
 REDUCTION = 3
 """ASHA goes on with the best third of what has come to each of its rungs."""
 
@@ -43,7 +43,7 @@ class Range:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def text(self, value: float) -> str:
-        """A drawn number as it is used, short, and never rounded past an end."""
+        """A drawn number as text, rounded to `DIGITS` and never past an end of the range."""
         return str(value) if self.whole else f"{min(max(float(f'{value:.{DIGITS}g}'), self.low), self.high):g}"
 
 
@@ -87,7 +87,7 @@ def sample(base: Config, space: Space, drawn: Mapping[str, Any], place: int) -> 
     The same search draws the same values in the same order (Optuna: if one sample runs at a time) and so goes on.
 
     Args:
-        base: placed; its `out` is the search's directory.
+        base: with absolute paths; its `out` is the search's directory.
         space: that the values were drawn from.
         drawn: values by dotted key.
         place: in the order of the samples.
@@ -139,7 +139,7 @@ def _absolute(config: Config, key: str, choices: tuple[str, ...]) -> tuple[str, 
 
 
 def _typed(ends: Range, value: Any) -> Range:
-    """0..1 of an option that holds fractions is no choice of two."""
+    """A range of the option's type: 0..1 of a fraction is no choice between 0 and 1."""
     return Range(float(ends.low), float(ends.high)) if isinstance(value, float) else ends
 
 

@@ -1,4 +1,4 @@
-"""How far trials are, as their own records tell."""
+"""How far trials are, read from their own records."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from pipeline.sweep.trials import Trial
 from pipeline.training.trackers import duration
 
 FIRST = ("running", "failed", "stopped", "waiting", "done")
-"""States by what a reader wants to see where there is no room for all."""
+"""States in the order in which rows are shown when there is no room for all."""
 NUMBERS = 46
-"""Columns of a terminal that everything but a trial's name takes."""
+"""Columns of the terminal that the cells beside a trial's name need."""
 
 
 @dataclass
 class TrialRow:
-    """How far a trial is."""
+    """One trial's state and scores."""
 
     trial: Trial
     state: str = "waiting"
@@ -45,7 +45,7 @@ class TrialRow:
 
 
 def look(row: TrialRow) -> None:
-    """Reads how far a trial is; what cannot be read now is read the next time."""
+    """Updates a row from the trial's records. A record that cannot be read now is read the next time."""
     for record in _records(row.trial.out):
         row.step = record["step"]
         if record["kind"] == "eval":
@@ -78,7 +78,7 @@ def summary(rows: Sequence[TrialRow], total: int) -> str:
 
 
 def screen(rows: Sequence[TrialRow], total: int, columns: int, lines: int) -> list[str]:
-    """The table of a terminal, no wider and no longer than that: else what was drawn before could not be overwritten.
+    """The table cut to the terminal's size, so that the next one can overwrite it.
 
     Args:
         rows: of the trials that are known.
@@ -102,6 +102,6 @@ def _shortened(name: str, width: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns."""
+    """Rows of cells as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -34,9 +34,9 @@ class Trial:
     name: str
     """METHOD-SPLIT-sSEED, and what the grid sets; the name of its directory."""
     config: Config
-    """Placed and checked; `out` is its run directory."""
+    """Checked, with absolute paths; `out` is the run directory."""
     problem: str = ""
-    """Why it cannot be run: values that a search has drawn need not go together."""
+    """Why it cannot be run, if a search has drawn values that do not fit together."""
 
     @property
     def staged(self) -> bool:

@@ -31,7 +31,7 @@ from pipeline.training.launch import launch
 from pipeline.training.recipe import self_train
 
 Find = Callable[[Mapping[str, Any], int], Trial]
-"""The trial of what Tune chose, and of its place in the order in which Tune did."""
+"""Makes the trial of the values that Tune chose; the number counts Tune's trials."""
 LOOK_SECONDS = 5.0
 """How often the records of running trials are read."""
 QUIET_SECONDS = 60.0
@@ -64,18 +64,18 @@ class LiveTable(tune.Callback):
         self._thread = threading.Thread(target=self._follow, name="live", daemon=True)
 
     def __enter__(self) -> "LiveTable":
-        """Begins to show."""
+        """Starts the thread that shows the table."""
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Shows the end."""
+        """Stops it and shows the final table."""
         self._ended.set()
         self._thread.join()
         self._show()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune saves its callbacks for a restore that is not used here."""
+        """Empty: Tune pickles its callbacks for a restore that is not used here."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -31,7 +31,7 @@ RUN_FILES = {
     "checkpoint_manager_snapshot.json",
     ".validate_storage_marker",
 }
-"""What a run leaves beside its checkpoints."""
+"""Names that a run writes beside its checkpoints."""
 
 
 def launch(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()) -> Progress:
@@ -65,7 +65,7 @@ def launch(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()
 
 
 def begin_run(config: Config, fresh: bool) -> None:
-    """Makes the run directory this run's and writes its config."""
+    """Checks that the run directory is free or this run's own, and writes the config."""
     assert config.out is not None
     uri = storage.join(config.out, CONFIG_FILE)
     if fresh:
@@ -149,9 +149,9 @@ def _fit(config: Config, workers: Workers, callbacks: Sequence[Any]) -> dict[str
 
 
 def _user_error(error: BaseException, out: str) -> str:
-    """What a user can do something about, if that is why the run failed.
+    """The message of the `UserError` that ended a run, or an empty string.
 
-    The controller itself touches nothing but the run directory: its storage errors are about that.
+    The controller itself touches only the run directory, so its storage errors are about that.
     """
     try:
         with storage.translated(out):

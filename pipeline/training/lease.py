@@ -1,4 +1,7 @@
-"""Which attempt of a run may write: a machine that was cut off and comes back must not undo what others did."""
+"""Which attempt of a run may write: a machine that was cut off and comes back must not overwrite a later attempt.
+
+The attempt's name in a file is a fencing token: it is compared before each write.
+"""
 
 import secrets
 
@@ -10,9 +13,9 @@ LEASE_FILE = "attempt"
 
 
 class Superseded(UserError):
-    """A later attempt of the run has begun; what this one still has to say is of no use.
+    """A later attempt of the run has begun, so this one must not write any more.
 
-    The user hears of it only if two jobs train one run: the later one goes on.
+    A user sees it only if two jobs train one run: the later one goes on.
     """
 
 
@@ -28,9 +31,9 @@ class Lease:
         storage.retried(lambda: storage.write_bytes(self._uri, self._name))
 
     def write(self, uri: str, data: bytes) -> None:
-        """Writes while this is the newest attempt; brief trouble of the storage is waited for.
+        """Writes if this is the newest attempt, and retries while the storage is briefly in trouble.
 
-        Looked at right before each try, so that only what is on its way in this moment can still come late.
+        The token is compared right before each try. Only a write that is already under way can still come late.
 
         Raises:
             Superseded: it is not.

@@ -18,11 +18,11 @@ from pipeline.ops.world import World
 from pipeline.training.trackers import duration
 
 _NEVER = 1 << 62
-"""Step of the first bad loss while there is none."""
+"""Stands for the step of the first non-finite loss while all are finite."""
 
 
 class Diverged(RunError):
-    """A loss is no longer finite."""
+    """A loss was not finite."""
 
 
 class Meter:
@@ -53,7 +53,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is no training time."""
+        """Time inside the block does not count as training."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
@@ -107,7 +107,7 @@ class Meter:
         }
 
     def line(self, step: int, record: dict[str, Any]) -> str:
-        """One interval for people."""
+        """The interval as one line of the console."""
         steps = self._config.optim.steps
         losses = "  ".join(f"{name} {value:.4f}" for name, value in record["loss"].items())
         kept = f"  kept {record['kept']:.0%}" if "kept" in record else ""

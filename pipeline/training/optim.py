@@ -17,16 +17,16 @@ class Chain:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all of them."""
+        """The parameter groups of all optimisers."""
         return [group for part in self.parts for group in part.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients."""
+        """As `torch.optim.Optimizer.zero_grad`, for all."""
         for part in self.parts:
             part.zero_grad(set_to_none)
 
     def step(self) -> None:
-        """Moves all parameters."""
+        """One step of every optimiser."""
         for part in self.parts:
             part.step()
 
@@ -35,7 +35,7 @@ class Chain:
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         for part, values in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(values)
 

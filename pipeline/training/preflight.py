@@ -20,9 +20,9 @@ from pipeline.ingest.order import Source, open_sources, share_lanes
 from pipeline.methods import METHODS, OPTIONS, check_durations
 
 GENERATED = "generated"
-"""Value of `data.root` that stands for the demo set."""
+"""The `data.root` that means the demo set, made on first use."""
 BUILT_IN_WEIGHTS = ("none", "torchvision")
-"""Values of `model.weights` that are no place."""
+"""The `model.weights` that are no file."""
 
 
 class Checked(NamedTuple):
@@ -187,7 +187,7 @@ def _difference(before: dict[str, Any], after: dict[str, Any], path: str = "") -
 
 
 def warn_of_local_places(config: Config) -> None:
-    """Says which places other nodes of the connected cluster may not see."""
+    """Warns of local paths if the connected cluster has other nodes, which may not see them."""
     places = [config.data.root, config.out, config.model.weights, *config.data.unlabeled_pools]
     local = [place for place in places if place and place not in BUILT_IN_WEIGHTS and storage.is_local(place)]
     if local and (nodes.grows() or len(nodes.machines()) > 1):

@@ -1,4 +1,7 @@
-"""What the loop needs of the place it runs in: its device, the checkpoint to go on from, and where to hand new ones."""
+"""The trainer's surroundings: its device, the checkpoint to resume from, and where new ones go.
+
+A run has one of two: a plain process, or a worker of Ray Train.
+"""
 
 import logging
 import shutil
@@ -24,9 +27,9 @@ from importlib.metadata import version
 
 log = logging.getLogger(__name__)
 NOTICE_STEPS = 10
-"""Steps between two questions whether a node is about to go: each costs some milliseconds, and all ranks wait."""
+"""Steps between two checks whether a node is about to be taken away. A check costs milliseconds on all ranks."""
 NOTICE_SECONDS = 10.0
-"""Between checkpoints once a node is about to go: what is trained after the last of them is done again."""
+"""Seconds between checkpoints once a node is about to be taken away. Steps after the last one are repeated."""
 
 
 class Runtime(ABC):
@@ -35,9 +38,9 @@ class Runtime(ABC):
     reader: Reader
     """How the unlabeled stream is read here."""
     cpus: float = 1.0
-    """That this rank computes with."""
+    """CPUs of this rank."""
     gpus: float = 0.0
-    """Of this rank, or its share of one."""
+    """GPUs of this rank: 1, a share of one, or 0."""
     threads: int = 1
     """CPU threads for decoding."""
     lease: Lease
@@ -213,7 +216,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """Its model where Linux names it, else the architecture."""
+    """The processor's model where Linux names it, else its architecture."""
     lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()

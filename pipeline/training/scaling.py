@@ -11,7 +11,7 @@ from pipeline.ingest.read import READ_CPUS
 from pipeline.methods import METHODS
 
 CPUS_PER_WORKER = 0.5
-"""Of a worker without a GPU, so that Ray Data keeps some."""
+"""CPUs of a worker without a GPU: half of one, so that Ray Data has the rest."""
 
 
 def workers_of(config: Config) -> Workers:
@@ -59,9 +59,9 @@ def _nodes(config: Config, fewest: int) -> list[Machine]:
 
 
 def allowed_counts(config: Config) -> list[int]:
-    """Numbers of workers among which the batch divides; more than one need whole pairs of unlabeled images.
+    """Numbers of workers that divide the batch. With more than one, each needs whole pairs of unlabeled images.
 
-    Mixing swaps boxes within pairs: cutting one would change what is trained.
+    Mixing swaps boxes within pairs, so a pair must not be split over workers.
     """
     optim = config.optim
     pairs = optim.batch_unlabeled / 2 if METHODS[config.method].views.unlabeled else optim.batch_labeled
@@ -70,7 +70,7 @@ def allowed_counts(config: Config) -> list[int]:
 
 
 def worker_gpus(config: Config, up: Sequence[Machine]) -> float:
-    """GPUs of each worker: none on a cluster that has none, unless it may start nodes with some."""
+    """GPUs of each worker: 0 on a cluster that has none and starts no nodes."""
     return config.scaling.gpus_per_worker if nodes.grows() or any(machine.gpus for machine in up) else 0.0
 
 
@@ -78,7 +78,7 @@ def worker_counts(config: Config) -> tuple[int, ...]:
     """Numbers of workers that share the global batch equally, ascending.
 
     Raises:
-        UserError: the asked numbers do not divide the batch, or none are asked for and none go without saying.
+        UserError: the asked numbers do not divide the batch, or `auto` on a cluster without GPUs that may start nodes.
     """
     allowed = allowed_counts(config)
     if config.scaling.workers == "auto":
@@ -95,10 +95,10 @@ def worker_counts(config: Config) -> tuple[int, ...]:
 
 
 def _natural_limit(config: Config) -> int:
-    """Most workers that nobody asked for: one per GPU that is up, else two.
+    """The number of workers of `auto`: one per GPU that is up, else two.
 
     Raises:
-        UserError: nodes will come when they are asked for, but how many is a matter of money.
+        UserError: the cluster starts nodes on request, and how many must be said, as they cost money.
     """
     up = nodes.machines()
     share = worker_gpus(config, up)

@@ -99,7 +99,7 @@ class _Events:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: it becomes null, inside lists and dicts too."""
+    """The value with null for NaN and infinity, which JSON lacks; inside lists and dicts too."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

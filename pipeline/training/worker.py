@@ -50,7 +50,7 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first(problem: str) -> str:
-    """The first problem of any rank, or an empty string; a rank that stopped alone would leave the others waiting."""
+    """The first problem of any rank, or an empty string. All ranks stop together: the others would wait for ever."""
     if not dist.is_initialized():
         return problem
     problems: list[str] = [""] * dist.get_world_size()
