@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 OLDEST = (3, 10)
-"""The oldest Python that will do."""
+"""The oldest supported Python."""
 
 
 def main() -> NoReturn:

@@ -20,7 +20,7 @@ class Views:
     strong: tuple[Tensor, ...] = ()
     """Strong views, each uint8 [B,3,H,W]: `image` in other colours, with the same geometry."""
     pseudo: Tensor | None = None
-    """int64 [B,H,W], what an earlier network saw in unlabeled images (255: no label); None unless asked for."""
+    """int64 [B,H,W], pseudo-labels made beforehand (255: no label); None unless the method asks for them."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,7 +65,7 @@ class ViewSpec:
     """Which views a method needs."""
 
     unlabeled: bool
-    """Whether it looks at unlabeled images at all."""
+    """Whether it uses unlabeled images."""
     strong: int = 0
     """How many strong views of each unlabeled image it needs."""
     pseudo: bool = False

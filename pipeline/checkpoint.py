@@ -34,7 +34,7 @@ class Score:
     """One evaluation."""
 
     step: int
-    """Steps that had been trained."""
+    """Training steps done before it."""
     miou: dict[str, float]
     """0..1 by network; the first one is the method's result."""
     iou: list[float | None]
@@ -48,15 +48,15 @@ class Score:
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """Steps done and scores of a run."""
 
     step: int = 0
-    """Steps done; the next batch is this one's."""
+    """Steps done, which is also the index of the next one."""
     last: Score | None = None
     best: Score | None = None
 
     def scored(self, score: Score) -> None:
-        """Takes a new evaluation."""
+        """Records a new evaluation as the last one, and as the best one if it is."""
         self.last = score
         if self.best is None or score.value > self.best.value:
             self.best = score

@@ -9,4 +9,7 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on although nobody made a mistake, such as one that diverged: exit code 1."""
+    """A failure that is no mistake of the user, such as a run that diverged.
+
+    The message is one line, and jobs exit with code 1.
+    """

@@ -27,14 +27,14 @@ REQUEST_TIMEOUT = 10.0
 REQUEST_ATTEMPTS = 3
 """How often pyarrow itself makes a request, with pauses of seconds at most; what takes longer is up to `retried`."""
 PATIENCE = 60.0
-"""Seconds for which `retried` asks again unless `set_patience` says otherwise."""
+"""Seconds for which `retried` repeats a call, unless `set_patience` changes them."""
 
 T = TypeVar("T")
 
 _UNREACHED = ("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "Couldn't resolve")
 _FAILING = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "HTTP status 500", "HTTP status 503")
 _BRIEF = (*_UNREACHED, *_FAILING)
-"""In the text of S3 errors that may pass by themselves."""
+"""Parts of the text of S3 errors that may be temporary."""
 
 _HINTS = (
     (("is a directory", "Is a directory"), "is a folder, where a file is expected"),
@@ -146,23 +146,23 @@ _patience = PATIENCE
 
 
 def set_patience(seconds: float) -> None:
-    """How long `retried` asks again in this process."""
+    """Sets for how many seconds `retried` repeats a call in this process."""
     global _patience
     _patience = seconds
 
 
 def patience() -> float:
-    """What `set_patience` has set; for processes that work on behalf of this one."""
+    """The seconds that `set_patience` has set, to be passed on to tasks of this process."""
     return _patience
 
 
 def retries() -> int:
-    """How often `retried` has called again in this thread; the difference tells what a read took."""
+    """How often `retried` has repeated calls in this thread. The difference of two values counts those in between."""
     return getattr(_this_thread, "retries", 0)
 
 
 def add_retries(count: int) -> None:
-    """Counts those of another thread that worked for this one."""
+    """Adds the repeated calls of another thread that worked for this one."""
     _this_thread.retries = retries() + count
 
 
@@ -196,7 +196,7 @@ def retried(call: Callable[[], T]) -> T:
 
 
 def _brief(error: Exception) -> bool:
-    """Whether it may pass by itself; `translated` keeps the storage's own error as the cause."""
+    """Whether an error may be temporary. `translated` keeps the storage's own error as its cause."""
     cause = error.__cause__ or error
     return isinstance(cause, ConnectionError | TimeoutError) or any(mark in str(cause) for mark in _BRIEF)
 

@@ -32,7 +32,7 @@ COMMON = (
     *("model.backbone", "model.weights", "optim.lr", "optim.steps", "optim.batch_labeled", "optim.batch_unlabeled"),
     *("eval.every", "scaling.workers", "run.precision", "run.checkpoint_every"),
 )
-"""Keys that `--help` shows of the sections; `--help all` shows every key."""
+"""The keys that `--help` shows; `--help all` shows every key."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def own_flags(self) -> list[tuple[str, str]]:
-        """The flags that are no place in the config, each with its help."""
+        """The flags that are no key of the config, each with its help."""
         return [
             (" ".join([each.option_strings[-1], str(each.metavar or "")]).strip(), str(each.help))
             for each in self._actions
@@ -136,20 +136,20 @@ def parse_values(
 
 
 def _flags_of(args: argparse.Namespace, options: Options) -> dict[str, Any]:
-    """The flags that are places in the config; the others are the command's own."""
+    """The flags that are keys of the config; the others are the command's own."""
     places = {*_FIELDS, *_sections(options)}
     return {key: value for key, value in vars(args).items() if value is not None and key.partition(".")[0] in places}
 
 
 def _values_of(args: argparse.Namespace, options: Options) -> dict[str, Any]:
-    """What the flags stand for, with the layers below them."""
+    """The values of the flags, with those of the file and preset below them."""
     flags = _flags_of(args, options)
     preset = args.preset or (None if args.config or "data.root" in flags else "demo")
     return layered(flags, preset=preset, file=args.config)
 
 
 def _refuse_foreign(args: argparse.Namespace, methods: Sequence[str], options: Options) -> None:
-    """A preset or file may hold sections of many methods; a flag of a method that is not run is a mistake."""
+    """Refuses flags of methods that are not run. A preset or file may hold sections of many methods."""
     read = {section for method in methods for section in options.get(method, {})}
     for key in _flags_of(args, options):
         section = key.partition(".")[0]
@@ -278,7 +278,7 @@ def _key_row(path: str, config: Config, wide: int) -> str:
 
 
 def _row(name: str, text: str, value: str, wide: int) -> str:
-    """A line: the name, what it is, and its value; the text gives way."""
+    """One line of help: name, text and value. The text is shortened to fit."""
     value = f" [{value}]" if value else ""
     head = f"  {name:<25} "
     return head + textwrap.shorten(text, max(20, wide - len(head) - len(value)), placeholder=" ...") + value

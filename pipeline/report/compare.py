@@ -15,11 +15,11 @@ from pipeline.report.runs import Run
 BASELINE = "suponly"
 """The method that gains are over."""
 SUBJECT = "u2pl"
-"""The method that is looked at where it is there."""
+"""The method that pictures show, if there are runs of it."""
 BUDGET = ("optim.steps", "optim.batch_labeled", "model.backbone", "model.weights")
 """What a gain needs to have in common with its baseline, beside dataset, protocol and split."""
 NAMED = 4
-"""So many runs or rows are named in a note, the others counted."""
+"""Runs or rows that a note names; further ones are counted."""
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11)
 """0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom; more seeds take the last."""
 
@@ -259,13 +259,13 @@ def _rows(runs: Sequence[Run], options: Options) -> list[MethodRow]:
 SHOWN_VALUE = 40
 """Characters of a value in a row's name."""
 _PLACES = ("method", "split", "seed", "data.root", "data.protocol", "data.pseudo_labels", "data.pool_generations")
-"""Keys that tell no variants apart: what the table is over, and where things lie."""
+"""Keys that do not make a variant: the table's own axes, and paths."""
 Key = tuple[str, ...]
 """Equal for the runs of one variant."""
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """What makes the result what it is, by dotted key."""
+    """The settings that a result depends on, by dotted key."""
     return {key: value for key, value in _flat(identity(run.config)) if key not in _PLACES}
 
 
@@ -275,7 +275,7 @@ def key(run: Run) -> Key:
 
 
 def usual(runs: Sequence[Run], options: Options) -> dict[str, Any]:
-    """The value of each setting that goes without saying: a method's default if a run has it, else the commonest."""
+    """The usual value of each setting: a method's default if some run has it, else the commonest."""
     found: dict[str, Counter[str]] = {}
     values: dict[str, Any] = {}
     for run in runs:

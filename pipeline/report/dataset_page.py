@@ -12,11 +12,11 @@ from pipeline.report.render import Table, render, text_table
 MIX = 0.5
 """Share of the class colour in an overlay."""
 NAMED = 12
-"""So many classes are named in a row, the others counted."""
+"""Classes that a row names; further ones are counted."""
 
 
 def as_text(report: Report) -> str:
-    """For a terminal: no line of it is needed to understand another. Without a last newline."""
+    """The findings as text for a terminal, without a last newline."""
     blocks = [text_table(table) for table in _tables(report)]
     for title, lines in (("Problems", report.problems), ("Oddities", report.oddities)):
         blocks.append("\n".join([title, *(f"- {line}" for line in lines)]) if lines else f"{title}: none")

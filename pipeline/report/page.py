@@ -24,7 +24,7 @@ PICTURE = (
 
 
 class ImagePanel(NamedTuple):
-    """What networks see."""
+    """A picture of what networks see."""
 
     pixels: np.ndarray
     """uint8 [h,w,3]"""
@@ -33,7 +33,7 @@ class ImagePanel(NamedTuple):
 
 
 Picture = ImagePanel | str
-"""Or why there is none."""
+"""A picture, or the reason why there is none."""
 
 
 def as_page(

@@ -35,7 +35,7 @@ STYLE = {
     "lines.linewidth": 1.3, "lines.markersize": 4, "text.color": "#1f2328", "text.parse_math": False,
 }  # fmt: skip
 FORMATS = ("pdf", "svg", "png")
-"""What `Chart.save` writes."""
+"""Formats that `Chart.drawn` makes."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pipeline.report.runs import UNKNOWN, Run
 NONE = "-"
 LAST_BEST = ("last", "best")
 TOGETHER = 2
-"""Up to so many splits, last and best share a table."""
+"""Splits up to which last and best scores share a table."""
 HASH = 12
 """Shown digits of a hash."""
 COLUMNS: tuple[str, ...] = (

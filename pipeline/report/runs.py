@@ -20,7 +20,7 @@ UNKNOWN = "not recorded"
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a run is made of and with; None or empty where it left no word of it."""
+    """What a run was made of and with; None or empty if it did not record it."""
 
     dataset: str
     """For people."""
