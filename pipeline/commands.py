@@ -100,10 +100,14 @@ def self_training(argv: list[str]) -> None:
     def flags(parser: cli.Parser) -> None:
         parser.add_argument("--fresh", action="store_true", help="delete what earlier stages left and start anew")
 
-    config, args = _config(argv, self_training, flags)
+    from pipeline.methods import OPTIONS
+
+    values, args = cli.parse_values(
+        argv, inspect.getdoc(self_training) or "", OPTIONS, flags, lambda _: ["self_training"]
+    )
     from pipeline.training.recipe import self_train
 
-    self_train(config, fresh=args.fresh)
+    self_train(cli.resolve(values, OPTIONS), fresh=args.fresh)
 
 
 def sweep(argv: list[str]) -> None:

@@ -127,8 +127,11 @@ def parse_values(
         sys.exit(0)
     args = parser.parse(argv)
     values = _values_of(args, options)
+    named = methods(args) if methods else []
+    if len(named) == 1:
+        values["method"] = named[0]
     result = resolve(values, options)
-    _refuse_foreign(args, methods(args) if methods else [result.method], options)
+    _refuse_foreign(args, named or [result.method], options)
     if args.print_config:
         print(configs.to_yaml(result), end="")
         sys.exit(0)

@@ -29,19 +29,19 @@ STUDENT = "student"
 
 
 def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()) -> Progress:
-    """Runs the recipe; `config.method` does not matter.
+    """Runs the recipe.
 
     The teacher is its *last* checkpoint: the best one would already be chosen on the validation set.
 
     Args:
-        config: of teacher and student alike.
+        config: of teacher and student alike; its method is `self_training`.
         fresh: delete what the stages left and start anew.
         callbacks: `ray.train.UserCallback`s that are told of the student's checkpoints.
 
     Raises:
         UserError: as `launch`, or other pseudo-labels are in the way.
     """
-    config = resolve_paths(replace(config, method="self_training"))
+    config = resolve_paths(config)
     labels, student = (storage.join(str(config.out), part) for part in ("pseudo_labels", STUDENT))
     print("stage 1 of 3: the teacher")
     teacher = _teacher(config)

@@ -24,7 +24,7 @@ from tests.s3 import S3Server
 from tests.unit.datasets.conftest import Trees
 
 SHORT = "--preset demo --data.crop 64 64 --optim.steps 2 --eval.every 2 --run.tensorboard false"
-SHORT += " --optim.batch_labeled 2 --optim.batch_unlabeled 4 --u2pl.warmup 1 --scaling.workers 1"
+SHORT += " --optim.batch_labeled 2 --optim.batch_unlabeled 4 --scaling.workers 1"
 SHORTER = {
     "u2pl train": SHORT,
     "u2pl sweep": f"{SHORT} --seeds 1 --splits 1_8 --methods u2pl",

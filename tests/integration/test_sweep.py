@@ -13,7 +13,7 @@ from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server
 
 SWEEP = ["jobs/sweep.py", "--preset", "demo", "--splits", "1_8", "--optim.steps", "30", "--run.checkpoint_every", "10"]
-SWEEP += ["--u2pl.warmup", "5", "--run.log_every", "5", "--run.tensorboard", "false"]
+SWEEP += ["--run.log_every", "5", "--run.tensorboard", "false"]
 
 
 def _command(shapes: str, out: str, *flags: str) -> list[str]:

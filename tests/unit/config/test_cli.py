@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import re
 import sys
@@ -49,6 +50,28 @@ def test_demo_is_the_default_unless_something_is_named(tmp_path):
     assert _parse().model.backbone == "tiny"
     assert _parse("--data", "/somewhere").model.backbone == Config().model.backbone
     assert _parse("--config", _file(tmp_path, "seed: 3")).model.backbone == Config().model.backbone
+
+
+def test_a_flag_of_another_method_is_refused_and_a_section_of_a_file_is_not(tmp_path):
+    with pytest.raises(UserError, match=r"--u2pl\.lambda_c: method cps has no such option"):
+        _parse("--method", "cps", "--u2pl.lambda_c", "3")
+    config = _parse("--method", "cps", "--config", _file(tmp_path, "u2pl:\n  lambda_c: 3\n"))
+    assert [*config.options] == ["cps"]
+    assert _parse("--method", "u2pl_ael", "--u2pl.lambda_c", "3", "--ael.depth", "2").options["u2pl"].lambda_c == 3
+
+
+def test_flags_of_a_sweep_are_those_of_any_of_its_methods():
+    def names(args: argparse.Namespace) -> list[str]:
+        return ["suponly", "cps"]
+
+    values, _ = cli.parse_values(["--cps.cutmix", "false"], "A job.", OPTIONS, methods=names)
+    assert values["cps"]["cutmix"] == "false"
+    with pytest.raises(UserError, match=r"--u2pl\.lambda_c: method suponly, cps has no such option"):
+        cli.parse_values(["--u2pl.lambda_c", "3"], "A job.", OPTIONS, methods=names)
+    values, _ = cli.parse_values(
+        ["--self_training.keep", "0.5"], "A job.", OPTIONS, methods=lambda _: ["self_training"]
+    )
+    assert cli.resolve(values, OPTIONS).method == "self_training"
 
 
 def test_flags_of_methods_and_switches():
