@@ -1,1 +1,1 @@
-"""The loop, its state, its trackers, and the launcher on Ray Train."""
+"""The trainer, its state and trackers, the checks before it, and the launcher on Ray Train."""

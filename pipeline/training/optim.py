@@ -10,7 +10,7 @@ from pipeline.ops.schedules import poly, steps_of
 
 
 class Chain:
-    """Several optimisers that step together; to the loop and the checkpoint they are one."""
+    """Several optimisers that step together and look like one to trainer and checkpoint."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts = parts

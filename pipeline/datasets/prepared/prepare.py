@@ -64,7 +64,7 @@ def carry_out(plan: ShardPlan) -> Part:
 
 
 def read_row(sample: RawSample, lookup: NDArray[np.int16], colors: Mapping[int, int] | None = None) -> Row:
-    """Reads and checks one sample; `lookup` and `colors` are those of `images.canonical_mask`.
+    """Reads and checks one sample; `lookup` and `colors` are those of `raw.masks.canonical_mask`.
 
     Raises:
         BadSampleError: the message begins with the URI of the bad file.

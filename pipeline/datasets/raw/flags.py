@@ -73,7 +73,7 @@ def read_raw(args: argparse.Namespace) -> tuple[list[RawSample], DatasetSpec]:
     """The samples and classes of the raw tree that the flags name, downloaded before if they say so.
 
     Raises:
-        UserError: what `read_tree`, `find_facts`, `with_values` and the downloads raise.
+        UserError: what `read_tree`, `find_spec`, `with_values` and the downloads raise.
     """
     spec = find_spec(args.classes or args.source)
     if args.values:

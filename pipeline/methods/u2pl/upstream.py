@@ -45,7 +45,7 @@ def masks(pixels: Pixels, own: Tensor, rule: Rule) -> Sets:
 
 
 def candidates(pixels: Pixels, own: Tensor, rule: Rule, draws: Draws) -> Candidates:
-    """As `ops.contrast.candidates`, by the release's rules: a negative of class c must also carry label c (D2).
+    """As `reference.candidates`, by the release's rules: a negative of class c must also carry label c (D2).
 
     So labeled pixels are never negatives. `own`, bool [B,C,h,w], says which labels each pixel carries; see `one_hot`.
     """
