@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pipeline.batch import Views, ViewSpec
 from pipeline.config import cli
-from pipeline.config.parse import build
 from pipeline.config.schema import Config, as_dict
 from pipeline.datasets.images import encode_png
 from pipeline.datasets.pools.writer import make_pool
@@ -117,7 +116,7 @@ def recorded(folder: Path) -> Sequence:
 def record(values: dict[str, Any]) -> None:
     """Runs in each train worker: writes down its batches."""
     torch.set_num_threads(1)
-    config = build(Config, values["config"])
+    config = cli.resolve(values["config"], OPTIONS)
     dataset = open_dataset(str(config.data.root))
     context = ray.train.get_context()
     loader = Loader(

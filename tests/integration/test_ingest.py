@@ -16,7 +16,6 @@ import torch
 
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config import cli
-from pipeline.config.parse import build
 from pipeline.config.schema import Config, as_dict
 from pipeline.datasets.prepared.format import open_dataset, read_group
 from pipeline.datasets.prepared.splits import load_split
@@ -138,7 +137,7 @@ def pairs(table: pa.Table) -> list[tuple[str, bytes]]:
 def slow_consumer(values: dict[str, Any]) -> dict[str, float]:
     """Runs in the train worker; its own share of a core over twelve steps, less what the views themselves cost."""
     torch.set_num_threads(1)
-    loader = opened(build(Config, values["config"]), reader=read_ray)
+    loader = opened(cli.resolve(values["config"], OPTIONS), reader=read_ray)
     batches = iter(loader)
     for _ in range(12):
         next(batches)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.config.cli import resolve
-from pipeline.config.parse import build
 from pipeline.config.schema import Config, as_dict
 from pipeline.ingest.loader import Loader
 from pipeline.methods import METHODS, OPTIONS, Method, build_method
@@ -104,7 +103,7 @@ class _Watch:
 def _worker(rank: int, store: str, configs: dict[str, dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    runs = {name: _Watch(build(Config, values)) for name, values in configs.items()}
+    runs = {name: _Watch(resolve(values, OPTIONS)) for name, values in configs.items()}
     torch.save({name: {"ids": run.ids, "state": run.state} for name, run in runs.items()}, f"{store}.{rank}")
     for run in runs.values():
         _check_storage(run.methods[0])

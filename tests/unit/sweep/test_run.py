@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.cluster import nodes
 from pipeline.cluster.nodes import Machine
 from pipeline.config import cli
 from pipeline.config.schema import as_dict
@@ -16,7 +17,7 @@ def _base(shapes: str, out: object, *flags: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "workers", "expected"),
+    ("described", "workers", "expected"),
     [
         ("2:0", "auto", ("1", 2)),
         ("8:0", "2", ("2", 6)),
@@ -30,8 +31,8 @@ def _base(shapes: str, out: object, *flags: str) -> dict[str, Any]:
         ("96:8", "auto --scaling.gpus_per_worker 0", ("1", 128)),
     ],
 )
-def test_how_many_fit(shapes, tmp_path, monkeypatch, nodes, workers, expected):
-    _pretend(monkeypatch, nodes)
+def test_how_many_fit(shapes, tmp_path, monkeypatch, described, workers, expected):
+    _pretend(monkeypatch, described)
     base = _base(shapes, tmp_path, "--scaling.workers", *workers.split())
     trials = make_trials(base, ["suponly", "u2pl"], ["1_8"], 1, {})
     done, at_once = sized(trials)
@@ -56,8 +57,8 @@ def test_a_trial_that_fits_nowhere(shapes, tmp_path, monkeypatch):
         sized(trials)
 
 
-def _pretend(monkeypatch, nodes, *, grows=False):
+def _pretend(monkeypatch, described, *, grows=False):
     """A cluster of nodes `CPUS:GPUS`."""
-    found = [Machine(*map(float, node.split(":"))) for node in nodes.split()]
+    found = [Machine(*map(float, node.split(":"))) for node in described.split()]
     monkeypatch.setattr(nodes, "machines", lambda: found)
     monkeypatch.setattr(nodes, "grows", lambda: grows)
