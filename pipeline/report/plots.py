@@ -8,7 +8,7 @@ import io
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 3.9, 2.35
 """Of a chart without its legend, in inches: 375 pixels, the width of a phone."""
 LABEL = 44
 """Characters of a label; the rest is cut."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "report",
     "axes.edgecolor": "#8b949e", "axes.linewidth": 0.8, "axes.grid": True, "grid.color": "#d0d4d9",
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -217,7 +217,7 @@ def _axes(x: str, y: str, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _look(index: int) -> dict[str, object]:
+def _look(index: int) -> dict[str, Any]:
     """Colour, dash and marker of a series; sixty differ."""
     return {
         "color": COLOURS[index % len(COLOURS)],

@@ -93,6 +93,7 @@ def test_fast_and_plain_agree(known, ranks):
         logits = student[own].clone().requires_grad_()
         found = parts.unsupervised(logits, teacher[own], label[own], shown[own], shares, world, world)
         found.loss.backward()
+        assert logits.grad is not None
         return found._replace(loss=found.loss.detach()), logits.grad
 
     pairs = [on_ranks(ranks, lambda world, parts=parts: run(parts, world)) for parts in (fast, reference)]
