@@ -209,13 +209,14 @@ def report(argv: list[str]) -> None:
     parser.add_argument("--out", default="report.html", help="page to write (default: report.html)")
     help_text = f"validation images to show; 0: none (default: {REPORT_IMAGES})"
     parser.add_argument("--images", type=int, default=REPORT_IMAGES, help=help_text)
+    parser.add_argument("--over", default="suponly", help="method, or row, that gains are over (default: suponly)")
     parser.add_argument("--figures", metavar="DIR", help="write the charts there, too, each as PDF, SVG and PNG")
     args = parser.parse(argv)
     from pipeline.report import results
     from pipeline.report.render import text_table
     from pipeline.report.writer import write_report
 
-    for each in write_report(args.runs, args.out, args.images, figures=args.figures):
+    for each in write_report(args.runs, args.out, args.images, figures=args.figures, over=args.over):
         print(results.headline(each), *each.notes(), *map(text_table, results.tables(each)), sep="\n\n", end="\n\n")
     print(f"report {args.out}")
 

@@ -13,7 +13,7 @@ from pipeline.datasets.prepared.splits import FRACTIONS
 from pipeline.report.runs import Run
 
 BASELINE = "suponly"
-"""The method that gains are over."""
+"""The method that gains are over unless a report is told another one."""
 SUBJECT = "u2pl"
 """The method that pictures show, if there are runs of it."""
 BUDGET = ("optim.steps", "optim.batch_labeled", "model.backbone", "model.weights")
@@ -99,6 +99,8 @@ class Comparison:
     rows: Sequence[MethodRow]
     doubles: Sequence[str]
     """Runs that are left out, as another one has the same row, split and seed; by URI."""
+    baseline: str = BASELINE
+    """The method, or the label of a row, that gains are over."""
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -125,9 +127,10 @@ class Comparison:
         Seed by seed, over the seeds that both have finished, as another seed is more than a small change; None without
         any.
         """
-        bases = [each for each in self.rows if each.method == BASELINE and each.budget == row.budget]
-        over = min((each for each in bases if each.finished(split)), key=row.distance, default=None)
-        if over is None or row.method == BASELINE:
+        named = [each for each in self.rows if self.baseline in (each.method, each.label)]
+        bases = [each for each in named if each.budget == row.budget and each.finished(split)]
+        over = min(bases, key=row.distance, default=None)
+        if over is None or row in named:
             return None
         base, own = _by_seed(over, split), _by_seed(row, split)
         both = base.keys() & own.keys()
@@ -210,24 +213,25 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def compare(runs: Sequence[Run], options: Options) -> list[Comparison]:
+def compare(runs: Sequence[Run], options: Options, baseline: str = BASELINE) -> list[Comparison]:
     """Sorts runs into comparisons: what ran on different datasets or protocols never shares a table.
 
     Args:
         runs: in any order.
         options: sections by method name, in the order in which tables show methods.
+        baseline: see `Comparison`.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.about.index or str(run.config.data.root), run.about.protocol), []).append(run)
-    return [_comparison(group, options) for group in groups.values()]
+    return [_comparison(group, options, baseline) for group in groups.values()]
 
 
-def _comparison(runs: Sequence[Run], options: Options) -> Comparison:
+def _comparison(runs: Sequence[Run], options: Options, baseline: str) -> Comparison:
     kept, doubles = _distinct(runs)
     about = kept[0].about
     classes = next((run.about.classes for run in kept if run.about.classes), ())
-    return Comparison(about.dataset, about.protocol, about.index, classes, _rows(kept, options), doubles)
+    return Comparison(about.dataset, about.protocol, about.index, classes, _rows(kept, options), doubles, baseline)
 
 
 def _distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:

@@ -14,8 +14,8 @@ from pipeline.report.render import Table, render
 
 LEGEND = (
     "Last and best evaluation of finished runs, mean over seeds with the sample's standard deviation. In brackets the "
-    "gain: points of mIoU over SupOnly on the same split with the same steps, labeled batch and backbone (of several "
-    "such rows the one with the fewest other differences), mean over the seeds that both have."
+    "gain: points of mIoU over the baseline on the same split with the same steps, labeled batch and backbone (of "
+    "several such rows the one with the fewest other differences), mean over the seeds that both have."
 )
 PICTURE = (
     "Validation images. Entropy: bright where the right-most method is unsure. Reliable: the four fifths of the shown "

@@ -50,7 +50,7 @@ def _scores(comparison: Comparison, kinds: Sequence[str]) -> Table:
     title = f"{' and '.join(kinds).capitalize()}: mIoU in %"
     title += f" ± deviation of {usual} seeds" if usual > 1 else ", one seed"
     title += "" if len(set(counts)) == 1 else " unless n says other"
-    title += "; in brackets the gain over SupOnly, ± its 95 % interval" if margins else ""
+    title += f"; in brackets the gain over {comparison.baseline}, ± its 95 % interval" if margins else ""
     names = [split if len(kinds) == 1 else f"{split} {kind}" for split, kind in columns]
     return Table(title, ("method", *names), rows if counts else [])
 

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from pipeline import storage
+from pipeline.config.parse import suggest
 from pipeline.errors import UserError
 from pipeline.inference.pictures import compare_networks
 from pipeline.methods import OPTIONS
 from pipeline.report import plots, results
-from pipeline.report.compare import Comparison, compare
+from pipeline.report.compare import BASELINE, Comparison, compare
 from pipeline.report.page import ImagePanel, Picture, as_markdown, as_page
 from pipeline.report.runs import find_runs, read_run
 
@@ -18,6 +19,7 @@ def write_report(
     images: int,
     failed: Mapping[str, str] | None = None,
     figures: str | None = None,
+    over: str = BASELINE,
 ) -> list[Comparison]:
     """Compares runs and writes a page, and the same tables as Markdown and CSV beside it.
 
@@ -26,6 +28,7 @@ def write_report(
         out: page to write.
         images: validation images to show; 0: none.
         failed: of a sweep, why each failed trial did, by name.
+        over: method, or label of a row, that gains are over.
         figures: folder for the charts, each as PDF, SVG and PNG; None: none.
 
     Raises:
@@ -35,7 +38,10 @@ def write_report(
         raise UserError(f"--out {out}: must end in .html; .md and .csv are written beside it")
     if images < 0:
         raise UserError("--images: must be 0 or more")
-    comparisons = compare([read_run(uri, OPTIONS) for uri in find_runs(places)], OPTIONS)
+    comparisons = compare([read_run(uri, OPTIONS) for uri in find_runs(places)], OPTIONS, over)
+    known = {name for each in comparisons for row in each.rows for name in (row.method, row.label)}
+    if over not in {BASELINE, *known}:
+        raise UserError(f"--over {over}: no such method or row{suggest(over, sorted(known))}")
     pictures = {at: _picture(each, images) for at, each in enumerate(comparisons) if images}
     stem = out.removesuffix(".html")
     for ending, text in (

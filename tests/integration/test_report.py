@@ -84,6 +84,7 @@ def test_runs_on_s3(runs, s3: S3Server, tmp_path):
     [
         (["--out", "x.pdf"], r"--out x\.pdf: must end in \.html"),
         (["--images", "-1"], "--images: must be 0 or more"),
+        (["--over", "u2p", "--images", "0"], r"--over u2p: no such method or row; did you mean u2pl\?"),
         (["/nowhere/at/all"], r"/nowhere/at/all: no run there"),
     ],
 )

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
-from pipeline.report.compare import STUDENT, spread
+from pipeline.methods import OPTIONS
+from pipeline.report.compare import STUDENT, compare, spread
+from pipeline.report.runs import find_runs, read_run
 from tests.unit.report.made import compared, only, write_run
 
 
@@ -111,6 +113,21 @@ def test_a_gain_is_over_the_seeds_that_both_have(tmp_path):
     assert {row.label: found.gain(row, "1_4") for row in found.rows} == {
         "suponly": None, "cps": None, "u2pl": (pytest.approx(5.0), None, 1),
     }  # fmt: skip
+
+
+def test_gains_over_another_method_or_over_one_row_of_it(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"c{seed}", "cps", seed=seed, scores=(0.5,))
+        write_run(tmp_path / f"u{seed}", "u2pl", seed=seed, scores=(0.6,))
+        write_run(tmp_path / f"b{seed}", "u2pl", seed=seed, scores=(0.58,), config={"u2pl": {"loss": "binary"}})
+    runs = [read_run(uri, OPTIONS) for uri in find_runs([str(tmp_path)])]
+
+    def gains(over: str) -> dict[str, float | None]:
+        (found,) = compare(runs, OPTIONS, over)
+        return {row.label: gain and round(gain.mean, 9) for row in found.rows for gain in [found.gain(row, "1_4")]}
+
+    assert gains("cps") == {"cps": None, "u2pl": 10, "u2pl (loss=binary)": 8}
+    assert gains("u2pl (loss=binary)") == {"cps": -8, "u2pl": 2, "u2pl (loss=binary)": None}
 
 
 class TestVariants:

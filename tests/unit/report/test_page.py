@@ -36,7 +36,7 @@ def test_up_to_two_splits_share_a_table(comparison):
     (table,) = tables(comparison)
     assert (
         table.title
-        == "Last and best: mIoU in % ± deviation of 2 seeds; in brackets the gain over SupOnly, ± its 95 % interval"
+        == "Last and best: mIoU in % ± deviation of 2 seeds; in brackets the gain over suponly, ± its 95 % interval"
     )
     assert table.columns == ("method", "1_8 last", "1_8 best", "1_4 last", "1_4 best")
     assert table.rows == [
