@@ -41,7 +41,7 @@ from pipeline.batch import ViewSpec
 from pipeline.config.schema import Config, DataConfig, OptimConfig
 from pipeline.datasets.images import encode_png
 from pipeline.datasets.prepared import shards
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.datasets.specs import KNOWN
 from pipeline.ingest.augment import ViewRecipe, empty_views, fill

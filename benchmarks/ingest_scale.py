@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation
 
 from pipeline.batch import ViewSpec
 from pipeline.config.schema import Config, DataConfig, OptimConfig
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.datasets.shapes import prepare_shapes
 from pipeline.ingest.loader import Loader

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation
 from pipeline.config import cli
 from pipeline.config.schema import Config
 from pipeline.methods import OPTIONS
-from pipeline.methods.u2pl.method import U2PLOptions
+from pipeline.methods.u2pl.u2pl import U2PLOptions
 from pipeline.models.network import build_model
 
 CLASSES = 21

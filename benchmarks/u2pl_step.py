@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation
 from pipeline.config.schema import ModelConfig
 from pipeline.methods.u2pl.bank import MemoryBank
 from pipeline.methods.u2pl.fast import candidates, contrastive, positives, unsupervised
-from pipeline.methods.u2pl.method import U2PLOptions
 from pipeline.methods.u2pl.reference import Draws, Pixels, Rule
+from pipeline.methods.u2pl.u2pl import U2PLOptions
 from pipeline.models import build_model
 from pipeline.ops import kernel
 from pipeline.ops.entropy import IGNORE
@@ -128,7 +128,7 @@ def make_case(shape: Shape, *, channels_last: bool, queue: int, background: int)
 
 
 def ours(case: Case, groups: int) -> Step:
-    """The project's own functions, put together as `pipeline.methods.u2pl.method` does."""
+    """The project's own functions, put together as `pipeline.methods.u2pl.u2pl` does."""
     options, world, shape = U2PLOptions(negative_groups=groups), World(), case.shape
     bank = MemoryBank(case.queues, DIM)
     for label, (start, size) in enumerate(zip(bank.offset.tolist(), case.queues, strict=True)):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
-    from pipeline.datasets.prepared.format import open_dataset
+    from pipeline.datasets.prepared.dataset import open_dataset
     from pipeline.errors import UserError
     from pipeline.inference.load import load_model
     from pipeline.methods import METHODS, make_config
@@ -28,7 +28,7 @@ _HOMES = {
     "UserError": ("pipeline.errors", "UserError"),
     "load_model": ("pipeline.inference.load", "load_model"),
     "make_config": ("pipeline.methods", "make_config"),
-    "open_dataset": ("pipeline.datasets.prepared.format", "open_dataset"),
+    "open_dataset": ("pipeline.datasets.prepared.dataset", "open_dataset"),
     "train": ("pipeline.training.launch", "launch"),
 }
 """Module and name there, by public name."""

@@ -26,8 +26,8 @@ def prepare(argv: list[str]) -> None:
     With --check s3://bucket/voc it looks through a finished dataset instead, and reports what it finds.
     """
     from pipeline import storage
+    from pipeline.datasets.pools.make import make_pool
     from pipeline.datasets.pools.sources import POOL_SOURCES
-    from pipeline.datasets.pools.writer import make_pool
     from pipeline.datasets.prepared import shards
     from pipeline.datasets.prepared.prepare import prepare as prepare_samples
     from pipeline.datasets.raw.flags import POOL_FLAGS, parse, read_raw
@@ -63,7 +63,7 @@ def _check(uri: str, page: str) -> None:
     """Prints what is in a dataset, writes it as a page with pictures, and fails if something is broken."""
     from pipeline import storage
     from pipeline.datasets.check import check
-    from pipeline.datasets.prepared.format import open_dataset
+    from pipeline.datasets.prepared.dataset import open_dataset
     from pipeline.report.dataset_page import as_page, as_text
 
     found = check(open_dataset(uri))

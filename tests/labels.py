@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from pipeline.datasets.prepared import pseudo
-from pipeline.datasets.prepared.format import open_dataset, read_group
+from pipeline.datasets.prepared.dataset import open_dataset, read_group
 from pipeline.datasets.prepared.pseudo import LABEL_SCHEMA, LabelsInfo
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest.order import select_groups

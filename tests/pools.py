@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.datasets.pools.format import BYTES_SCHEMA, POOL_FILE, Generation, PoolInfo
-from pipeline.datasets.prepared.format import WRITE_OPTIONS
+from pipeline.datasets.pools.pool import BYTES_SCHEMA, POOL_FILE, Generation, PoolInfo
+from pipeline.datasets.prepared.dataset import WRITE_OPTIONS
 from pipeline.ingest.order import Group
 
 GROUP_ROWS, GROUPS_PER_SHARD = 64, 8

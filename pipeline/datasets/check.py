@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.datasets.images import DecodeError, decode_image, decode_mask
-from pipeline.datasets.prepared.format import SUBSETS, Dataset, read_group
+from pipeline.datasets.prepared.dataset import SUBSETS, Dataset, read_group
 from pipeline.datasets.prepared.splits import Split, list_splits, read_split, sample_roles
 from pipeline.errors import UserError
 

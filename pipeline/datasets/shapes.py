@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.datasets.images import encode_png
 from pipeline.datasets.prepared import shards
-from pipeline.datasets.prepared.format import INFO_FILE, DatasetInfo, open_dataset
+from pipeline.datasets.prepared.dataset import INFO_FILE, DatasetInfo, open_dataset
 from pipeline.datasets.specs import KNOWN
 
 SIZE = 64

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline import storage
 from pipeline.config.parse import suggest
-from pipeline.datasets.prepared.format import IGNORE_INDEX
+from pipeline.datasets.prepared.dataset import IGNORE_INDEX
 from pipeline.errors import UserError
 
 MAX_CLASSES = 255

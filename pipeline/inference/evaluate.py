@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import EvalConfig
 from pipeline.datasets.images import DecodeError, decode_image, decode_mask
-from pipeline.datasets.prepared.format import Dataset, read_group
+from pipeline.datasets.prepared.dataset import Dataset, read_group
 from pipeline.errors import UserError
 from pipeline.inference.predict import sliding, whole
 

@@ -15,7 +15,7 @@ from pipeline.cluster import nodes, tasks
 from pipeline.cluster.connect import connect
 from pipeline.datasets.images import DecodeError, decode_image, encode_png
 from pipeline.datasets.prepared import pseudo
-from pipeline.datasets.prepared.format import IGNORE_INDEX, SCHEMA_VERSION, Dataset, open_dataset
+from pipeline.datasets.prepared.dataset import IGNORE_INDEX, SCHEMA_VERSION, Dataset, open_dataset
 from pipeline.datasets.prepared.pseudo import LABEL_SCHEMA, LabelsInfo
 from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError

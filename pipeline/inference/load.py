@@ -14,7 +14,7 @@ from pipeline import checkpoint, storage
 from pipeline.config import cli
 from pipeline.config.schema import Config, RunConfig
 from pipeline.datasets.images import DecodeError, decode_image
-from pipeline.datasets.prepared.format import Dataset, open_dataset
+from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import Scores, evaluate
 from pipeline.inference.predict import sliding, whole

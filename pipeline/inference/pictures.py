@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from pipeline.config.schema import EvalConfig
-from pipeline.datasets.prepared.format import Dataset, open_dataset
+from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import ValSample, read_samples, val_groups
 from pipeline.inference.load import restore

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.batch import Views
 from pipeline.config.schema import DataConfig
 from pipeline.datasets.images import DecodeError, decode_mask, decode_reduced, decode_rgb, read_header, reduce
-from pipeline.datasets.prepared.format import IGNORE_INDEX as IGNORE
+from pipeline.datasets.prepared.dataset import IGNORE_INDEX as IGNORE
 from pipeline.ingest.order import generator
 from pipeline.ingest.read import Sample
 

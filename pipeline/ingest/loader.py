@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config.schema import Config
-from pipeline.datasets.prepared.format import Dataset
+from pipeline.datasets.prepared.dataset import Dataset
 from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError
 from pipeline.ingest.augment import Outcome, ViewRecipe, view_bytes

@@ -22,8 +22,8 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.config.schema import Config
-from pipeline.datasets.pools.format import Pool, open_pool, part_name
-from pipeline.datasets.prepared.format import INFO_FILE, Dataset, open_dataset
+from pipeline.datasets.pools.pool import Pool, open_pool, part_name
+from pipeline.datasets.prepared.dataset import INFO_FILE, Dataset, open_dataset
 from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError
 

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.datasets.pools.format import LINKS_SCHEMA, fetch
-from pipeline.datasets.prepared.format import Dataset, read_group
+from pipeline.datasets.pools.pool import LINKS_SCHEMA, fetch
+from pipeline.datasets.prepared.dataset import Dataset, read_group
 from pipeline.datasets.prepared.pseudo import read_labels
 from pipeline.errors import UserError
 from pipeline.ingest.order import Group, Permutation, Plan, Unit, select_groups

@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.config import cli
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.methods.ael.method import AEL
+from pipeline.methods.ael.ael import AEL
 from pipeline.methods.base import Losses, Method, Predictor, Step
 from pipeline.methods.cct import CCT
 from pipeline.methods.cps import CPS
@@ -18,7 +18,7 @@ from pipeline.methods.pc2seg import PC2Seg
 from pipeline.methods.pseudoseg import PseudoSeg
 from pipeline.methods.self_training import SelfTraining
 from pipeline.methods.suponly import SupOnly
-from pipeline.methods.u2pl.method import U2PL
+from pipeline.methods.u2pl.u2pl import U2PL
 from pipeline.methods.u2pl.with_ael import U2PLAEL
 from pipeline.methods.unimatch import UniMatch
 from pipeline.ops.schedules import steps_of

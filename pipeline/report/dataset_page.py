@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.datasets.check import Picture, Report
-from pipeline.datasets.prepared.format import DatasetInfo
+from pipeline.datasets.prepared.dataset import DatasetInfo
 from pipeline.inference.pictures import IGNORED, colour_mask
 from pipeline.report.render import Table, render, text_table
 

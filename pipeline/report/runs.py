@@ -11,7 +11,7 @@ from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Progres
 from pipeline.config import cli
 from pipeline.config.cli import Options
 from pipeline.config.schema import Config, read_file
-from pipeline.datasets.prepared.format import Dataset, open_dataset
+from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 

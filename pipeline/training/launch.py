@@ -10,7 +10,7 @@ from pipeline.checkpoint import CONFIG_FILE, LOG_FILE, METRICS_FILE, SUMMARY_FIL
 from pipeline.cluster.connect import connect
 from pipeline.cluster.nodes import Workers
 from pipeline.config.schema import Config, as_dict, to_yaml
-from pipeline.datasets.prepared.format import Dataset
+from pipeline.datasets.prepared.dataset import Dataset
 from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import class_table

@@ -11,7 +11,7 @@ from pipeline.cluster import nodes
 from pipeline.cluster.connect import default_root
 from pipeline.config import cli
 from pipeline.config.schema import Config, identity, read_file
-from pipeline.datasets.prepared.format import Dataset, open_dataset
+from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.datasets.prepared.pseudo import open_labels
 from pipeline.datasets.prepared.splits import Split, load_split
 from pipeline.datasets.shapes import prepare_shapes

@@ -15,7 +15,7 @@ from pipeline import checkpoint, storage
 from pipeline.checkpoint import Progress
 from pipeline.config.schema import Config
 from pipeline.datasets.prepared import pseudo
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.inference.label import Labeling, label_pool

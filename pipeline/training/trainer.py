@@ -15,7 +15,7 @@ from pipeline import checkpoint, storage
 from pipeline.batch import Batch
 from pipeline.checkpoint import Progress, Score
 from pipeline.config.schema import Config
-from pipeline.datasets.prepared.format import Dataset, open_dataset
+from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.datasets.prepared.pseudo import open_labels
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError

@@ -19,8 +19,8 @@ from pipeline.batch import Views, ViewSpec
 from pipeline.config import cli
 from pipeline.config.schema import Config, as_dict
 from pipeline.datasets.images import encode_png
-from pipeline.datasets.pools.writer import make_pool
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.pools.make import make_pool
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest.loader import Loader
 from pipeline.ingest.order import Mixture, open_sources

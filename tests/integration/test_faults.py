@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.datasets.prepared.format import Dataset, open_dataset, read_group
+from pipeline.datasets.prepared.dataset import Dataset, open_dataset, read_group
 from pipeline.errors import UserError
 from pipeline.ingest import read
 from pipeline.ingest.order import LanePlan, select_groups

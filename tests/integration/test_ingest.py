@@ -17,7 +17,7 @@ import torch
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config import cli
 from pipeline.config.schema import Config, as_dict
-from pipeline.datasets.prepared.format import open_dataset, read_group
+from pipeline.datasets.prepared.dataset import open_dataset, read_group
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.ingest.loader import Loader

@@ -19,8 +19,8 @@ from PIL import Image
 from pipeline import checkpoint, storage
 from pipeline.config import cli
 from pipeline.config.schema import Config, read_file
-from pipeline.datasets.pools.format import Pool, open_pool
-from pipeline.datasets.pools.writer import make_pool
+from pipeline.datasets.pools.make import make_pool
+from pipeline.datasets.pools.pool import Pool, open_pool
 from pipeline.errors import UserError
 from pipeline.ingest import read
 from pipeline.ingest.order import LanePlan, PoolTable

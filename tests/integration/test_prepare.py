@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from pipeline import storage
-from pipeline.datasets.prepared.format import open_dataset, read_group
+from pipeline.datasets.prepared.dataset import open_dataset, read_group
 from pipeline.datasets.prepared.prepare import prepare
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.datasets.raw.layouts import RawSample, read_folder, read_voc

@@ -11,7 +11,7 @@ from pipeline import checkpoint, storage
 from pipeline.checkpoint import Progress
 from pipeline.config import cli
 from pipeline.config.schema import Config
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.pseudo import LABELS_FILE, open_labels
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS

@@ -13,8 +13,8 @@ from pipeline.inference.evaluate import ConfusionMatrix
 from pipeline.methods.u2pl import fast, reference, upstream
 from pipeline.methods.u2pl.bank import MemoryBank
 from pipeline.methods.u2pl.fast import reliable_labels
-from pipeline.methods.u2pl.method import Augmentation
 from pipeline.methods.u2pl.reference import Draws, Pixels, Positives, Reliability, Rule, averaged
+from pipeline.methods.u2pl.u2pl import Augmentation
 from pipeline.ops import mixing
 from pipeline.ops.entropy import masked_quantile
 from pipeline.ops.grid import FullGrid, QuarterGrid, shrink

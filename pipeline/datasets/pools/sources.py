@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.datasets.pools.format import BYTES_SCHEMA
-from pipeline.datasets.prepared.format import read_group
+from pipeline.datasets.pools.pool import BYTES_SCHEMA
+from pipeline.datasets.prepared.dataset import read_group
 from pipeline.datasets.raw.layouts import IMAGE_SUFFIXES
 from pipeline.errors import UserError
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.cluster import tasks
 from pipeline.datasets.prepared import shards, splits
-from pipeline.datasets.prepared.format import SCHEMA_VERSION, SUBSETS, DatasetInfo
+from pipeline.datasets.prepared.dataset import SCHEMA_VERSION, SUBSETS, DatasetInfo
 from pipeline.datasets.prepared.shards import Part, Row, Slot
 from pipeline.datasets.raw.layouts import RawSample
 from pipeline.datasets.raw.masks import BadSampleError, canonical_mask, check_image, class_lookup

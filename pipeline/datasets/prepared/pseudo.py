@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.datasets.prepared.format import Dataset, read_group
+from pipeline.datasets.prepared.dataset import Dataset, read_group
 from pipeline.errors import UserError
 
 LABELS_FILE = "labels.json"

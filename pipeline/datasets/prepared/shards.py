@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.datasets.prepared import splits
-from pipeline.datasets.prepared.format import (
+from pipeline.datasets.prepared.dataset import (
     INDEX_FILE,
     INDEX_SCHEMA,
     INFO_FILE,

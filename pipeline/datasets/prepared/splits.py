@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.datasets.prepared.format import Dataset
+from pipeline.datasets.prepared.dataset import Dataset
 from pipeline.errors import UserError
 
 FRACTIONS = {"1_16": 16, "1_8": 8, "1_4": 4, "1_2": 2, "full": 1}

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.datasets.images import DecodeError, decode_image, encode_png, open_image
-from pipeline.datasets.prepared.format import IGNORE_INDEX
+from pipeline.datasets.prepared.dataset import IGNORE_INDEX
 from pipeline.errors import UserError
 
 _INVALID = -1

@@ -14,11 +14,11 @@ from torch import Tensor
 from pipeline.config.parse import require_share
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.methods.ael.method import AEL, Task
+from pipeline.methods.ael.ael import AEL, Task
 from pipeline.methods.base import Losses, Step, untouched
 from pipeline.methods.u2pl.fast import candidates, contrastive, positives
-from pipeline.methods.u2pl.method import make_bank, make_draws, make_pixels, read_options
 from pipeline.methods.u2pl.reference import Rule
+from pipeline.methods.u2pl.u2pl import make_bank, make_draws, make_pixels, read_options
 from pipeline.models import Prediction, upsample
 from pipeline.ops.entropy import IGNORE, entropy, masked_quantile
 from pipeline.ops.grid import shrink

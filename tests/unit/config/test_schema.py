@@ -12,7 +12,7 @@ from pipeline.config.parse import convert, parse_yaml
 from pipeline.config.schema import as_dict, identity, merge, presets, to_yaml
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
-from pipeline.methods.u2pl.method import U2PLOptions
+from pipeline.methods.u2pl.u2pl import U2PLOptions
 
 SECTIONS = [kind for _, kind in inspect.getmembers(configs, inspect.isclass) if dataclasses.is_dataclass(kind)]
 

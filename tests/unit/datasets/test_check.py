@@ -9,7 +9,7 @@ from pipeline.datasets import check as checking
 from pipeline.datasets.check import Report, check
 from pipeline.datasets.images import encode_png
 from pipeline.datasets.prepared import shards
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.shards import Row
 
 TRAIN, VAL = 24, 6

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline.datasets import shapes
-from pipeline.datasets.prepared.format import open_dataset, read_group
+from pipeline.datasets.prepared.dataset import open_dataset, read_group
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 

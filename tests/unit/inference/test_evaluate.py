@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config.schema import EvalConfig
-from pipeline.datasets.prepared.format import INDEX_SCHEMA, SHARD_SCHEMA, Dataset, DatasetInfo
+from pipeline.datasets.prepared.dataset import INDEX_SCHEMA, SHARD_SCHEMA, Dataset, DatasetInfo
 from pipeline.errors import UserError
 from pipeline.inference import evaluate as module
 from pipeline.inference.evaluate import ahead, batches, eval_mode, evaluate, read_samples, val_groups

@@ -12,7 +12,7 @@ from pipeline import checkpoint
 from pipeline.config.cli import resolve
 from pipeline.datasets.images import decode_image, decode_mask
 from pipeline.datasets.prepared import pseudo
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.inference import label as module
 from pipeline.inference.label import Labeler, Labeling, ShardJob

@@ -8,7 +8,7 @@ import torch
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config.cli import resolve
 from pipeline.config.schema import Config
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest.loader import Loader
 from pipeline.ingest.read import read_inline

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipeline.batch import ViewSpec
-from pipeline.datasets.prepared import format as formats
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared import dataset as formats
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest import loader as loaders
 from pipeline.ingest import read

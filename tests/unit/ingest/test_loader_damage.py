@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.datasets.images import encode_png
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.errors import UserError
 from pipeline.ingest import read
 from pipeline.ingest.order import Unit

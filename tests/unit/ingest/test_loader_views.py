@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.datasets.images import decode_mask
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.ingest import read

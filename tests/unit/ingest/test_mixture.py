@@ -10,9 +10,9 @@ import pytest
 from pipeline.batch import ViewSpec
 from pipeline.config.cli import resolve
 from pipeline.config.schema import Config
-from pipeline.datasets.pools import writer
-from pipeline.datasets.pools.format import Generation, Pool, PoolInfo
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.pools import make
+from pipeline.datasets.pools.pool import Generation, Pool, PoolInfo
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.ingest.loader import Loader
@@ -147,8 +147,8 @@ def pool(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, image in itertools.islice(_images(shapes), 90):
         (root / "photos" / f"{name}.png").write_bytes(image)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer.tasks, "run", lambda task, items, *_: map(task, items))
-        writer.make_pool("images", str(root / "photos"), str(root / "pool"))
+        patch.setattr(make.tasks, "run", lambda task, items, *_: map(task, items))
+        make.make_pool("images", str(root / "photos"), str(root / "pool"))
     return str(root / "pool")
 
 

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.ingest.order import Group, GroupList, LanePlan, owned_lanes, select_groups
 
 UNEQUAL = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline import storage
-from pipeline.datasets.prepared import format as formats
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared import dataset as formats
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.errors import UserError
 from pipeline.ingest import read
 from pipeline.ingest.order import LanePlan, Unit, select_groups

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.datasets import check as checking
 from pipeline.datasets.check import Picture, Report, check
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.report.dataset_page import as_page, as_text
 
 EVIL = '<img src="http://x/y.png" onerror=alert(1)>'

@@ -6,8 +6,8 @@ from PIL import Image
 from pipeline import storage
 from pipeline.config import cli
 from pipeline.config.schema import to_yaml
-from pipeline.datasets.pools import writer
-from pipeline.datasets.pools.writer import make_pool
+from pipeline.datasets.pools import make
+from pipeline.datasets.pools.make import make_pool
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.sweep.trials import make_trials, parse_grid
@@ -88,7 +88,7 @@ def test_places_that_a_grid_names_are_absolute(shapes, tmp_path, monkeypatch):
 
 
 def test_all_trials_see_the_same_generations_of_a_pool_that_grows(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer.tasks, "run", lambda task, items, *_: map(task, items))
+    monkeypatch.setattr(make.tasks, "run", lambda task, items, *_: map(task, items))
     pool, photos = str(tmp_path / "pool"), tmp_path / "photos"
     _add(photos, range(20))
     make_pool("images", str(photos), pool)

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import cli
 from pipeline.config.schema import Config
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.ingest import order

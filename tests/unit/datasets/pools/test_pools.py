@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.datasets.pools import writer
-from pipeline.datasets.pools.format import WORK_FOLDER, Pool, PoolInfo, open_pool, part_name
-from pipeline.datasets.pools.writer import make_pool
+from pipeline.datasets.pools import make
+from pipeline.datasets.pools.make import make_pool
+from pipeline.datasets.pools.pool import WORK_FOLDER, Pool, PoolInfo, open_pool, part_name
 from pipeline.errors import UserError
 from pipeline.ingest.order import PoolTable
 from pipeline.ingest.read import read_rows
@@ -28,7 +28,7 @@ def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(task: Callable[[Any], Any], items: Iterable[Any], total: int, *_: Any) -> Iterator[Any]:
         return map(task, items)
 
-    monkeypatch.setattr(writer.tasks, "run", run)
+    monkeypatch.setattr(make.tasks, "run", run)
 
 
 def _photo(trees: Any, number: int) -> bytes:
@@ -93,8 +93,8 @@ def test_opening_reads_one_small_file(photos, tmp_path):
 
 def test_the_order_is_the_same_for_any_number_of_runs(photos, tmp_path, monkeypatch):
     one = make_pool("images", str(photos), str(tmp_path / "one"))
-    monkeypatch.setattr(writer, "KEYS_PER_RUN", 30)
-    monkeypatch.setattr(writer, "KEYS_GROUP", 7)
+    monkeypatch.setattr(make, "KEYS_PER_RUN", 30)
+    monkeypatch.setattr(make, "KEYS_GROUP", 7)
     many = make_pool("images", str(photos), str(tmp_path / "many"))
     assert len(list((tmp_path / "many/gen-00000/keys").iterdir())) == 11
     assert list(_rows(one).items()) == list(_rows(many).items())
@@ -103,7 +103,7 @@ def test_the_order_is_the_same_for_any_number_of_runs(photos, tmp_path, monkeypa
 @pytest.mark.parametrize("runs", [(300, 300), (7, 300), (300, 13)])
 def test_append_adds_what_is_new_and_rewrites_nothing(photos, trees, tmp_path, monkeypatch, runs):
     root = str(tmp_path / "pool")
-    monkeypatch.setattr(writer, "KEYS_PER_RUN", runs[0])
+    monkeypatch.setattr(make, "KEYS_PER_RUN", runs[0])
     first = make_pool("images", str(photos), root)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "pool/gen-00000").rglob("*.parquet")}
     old = _rows(first)
@@ -111,7 +111,7 @@ def test_append_adds_what_is_new_and_rewrites_nothing(photos, trees, tmp_path, m
     assert sorted(file.name for file in (tmp_path / "pool").iterdir()) == ["gen-00000", "pool.json"]
     for number in range(300, 357):
         trees.put(photos / f"new/{number}.jpg", _photo(trees, number))
-    monkeypatch.setattr(writer, "KEYS_PER_RUN", runs[1])
+    monkeypatch.setattr(make, "KEYS_PER_RUN", runs[1])
     second = make_pool("images", str(photos), root, append=True)
     assert [each.rows for each in second.info.generations] == [300, 57]
     assert _rows(second) == _expected(photos)
@@ -280,16 +280,16 @@ def test_the_listing_is_never_held(tmp_path, monkeypatch):
     """Ten times the files, the same memory."""
 
     def peak(files: int) -> int:
-        plan = writer.PoolPlan(str(tmp_path / str(files)), "images", "s3://bucket/photos", "links", 0)
+        plan = make.PoolPlan(str(tmp_path / str(files)), "images", "s3://bucket/photos", "links", 0)
         monkeypatch.setattr(storage, "iter_files", lambda _: ((f"{number:09d}.jpg", 1) for number in range(files)))
         tracemalloc.start()
-        assert writer._list(plan).batches == files // 2000
+        assert make._list(plan).batches == files // 2000
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
 
-    small = dataclasses.replace(writer.POOL_SOURCES["images"], batch=2000)
-    monkeypatch.setitem(writer.POOL_SOURCES, "images", small)
+    small = dataclasses.replace(make.POOL_SOURCES["images"], batch=2000)
+    monkeypatch.setitem(make.POOL_SOURCES, "images", small)
     peak(2000)  # imports what is imported late
     assert peak(40_000) < 1.5 * peak(4000)
 

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.datasets.prepared import pseudo
-from pipeline.datasets.prepared.format import open_dataset
+from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.pseudo import LABEL_SCHEMA, open_labels, read_labels, write_labels
 from pipeline.errors import UserError
 from tests.labels import write_truth

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.datasets.prepared import splits
-from pipeline.datasets.prepared.format import INDEX_SCHEMA, Dataset, DatasetInfo
+from pipeline.datasets.prepared.dataset import INDEX_SCHEMA, Dataset, DatasetInfo
 from pipeline.errors import UserError
 
 RELEASED = Path(__file__).parents[3] / "data/splits"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.methods.ael.method import AEL, Task
+from pipeline.methods.ael.ael import AEL, Task
 from pipeline.methods.u2pl import with_ael
 from pipeline.methods.u2pl.with_ael import U2PLAEL
 from pipeline.models import upsample

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from pipeline.batch import Views
 from pipeline.errors import UserError
-from pipeline.methods.ael.method import AEL, Targets
+from pipeline.methods.ael.ael import AEL, Targets
 from pipeline.methods.ael.sampling import DrawnCrops, zoomed
 from tests.unit.methods.conftest import CLASSES, SIZE, batch, step, train_step
 

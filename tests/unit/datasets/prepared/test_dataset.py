@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.datasets.prepared import shards
-from pipeline.datasets.prepared.format import SHARD_SCHEMA, DatasetInfo, open_dataset, read_group
+from pipeline.datasets.prepared.dataset import SHARD_SCHEMA, DatasetInfo, open_dataset, read_group
 from pipeline.datasets.prepared.prepare import ShardPlan, carry_out, read_row
 from pipeline.datasets.raw.layouts import read_voc
 from pipeline.datasets.raw.masks import BadSampleError, canonical_mask, check_image, class_lookup

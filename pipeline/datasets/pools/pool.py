@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.datasets.prepared.format import SHARD_SCHEMA
+from pipeline.datasets.prepared.dataset import SHARD_SCHEMA
 from pipeline.errors import UserError
 
 SCHEMA_VERSION = 1

@@ -9,8 +9,8 @@ from torch import nn
 
 from pipeline.batch import Batch, Views
 from pipeline.errors import UserError
-from pipeline.methods.u2pl import method as u2pl_module
-from pipeline.methods.u2pl.method import U2PL, U2PLOptions
+from pipeline.methods.u2pl import u2pl as u2pl_module
+from pipeline.methods.u2pl.u2pl import U2PL, U2PLOptions
 from pipeline.models import Prediction, upsample
 from pipeline.ops.grid import shrink
 from pipeline.ops.mixing import cutmix_masks

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cluster import tasks
-from pipeline.datasets.pools.format import (
+from pipeline.datasets.pools.pool import (
     BYTES_SCHEMA,
     LINKS_SCHEMA,
     POOL_FILE,
@@ -39,7 +39,7 @@ from pipeline.datasets.pools.format import (
     part_name,
 )
 from pipeline.datasets.pools.sources import POOL_SOURCES, is_addressable, read_images
-from pipeline.datasets.prepared.format import INFO_FILE, WRITE_OPTIONS
+from pipeline.datasets.prepared.dataset import INFO_FILE, WRITE_OPTIONS
 from pipeline.datasets.prepared.prepare import MAX_BAD
 from pipeline.datasets.prepared.shards import GROUP_BYTES, MIN_SHARDS, SHARD_BYTES, TRAIN_GROUPS
 from pipeline.datasets.raw.masks import BadSampleError, check_image
