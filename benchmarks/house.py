@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 BLOCK = 8
@@ -122,10 +122,10 @@ def cycles(graph: dict[str, set[str]]) -> set[str]:
         reached = grown
 
 
-def duplicates(texts: object) -> int:
+def duplicates(texts: Iterable[str]) -> int:
     """Runs of equal lines that stand in two places, counted once for each run of `BLOCK` lines."""
     counts: Counter[tuple[str, ...]] = Counter()
-    for text in texts:  # type: ignore[attr-defined]
+    for text in texts:
         body = [line.strip() for line in text.splitlines()]
         kept = [line for line in body if len(line) > 3 and not line.startswith(("from ", "import ", "#", '"""'))]
         counts.update(tuple(kept[at : at + BLOCK]) for at in range(len(kept) - BLOCK + 1))

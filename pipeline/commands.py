@@ -40,7 +40,7 @@ def prepare(argv: list[str]) -> None:
     if args.source in POOL_SOURCES:
         flags = {key: vars(args)[key] for key in POOL_FLAGS}
         pool = make_pool(args.source, args.root, args.out, name=args.name or args.source, **flags)
-        print(f"{args.out}: {pool.told}")
+        print(f"{args.out}: {pool.summary}")
         return
     if args.source in LOOKS:
         shards.clear(storage.absolute(args.out), args.overwrite)

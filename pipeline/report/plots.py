@@ -35,7 +35,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.3, "lines.markersize": 4, "text.color": "#1f2328", "text.parse_math": False,
 }  # fmt: skip
 FORMATS = ("pdf", "svg", "png")
-"""Formats that `Chart.drawn` makes."""
+"""Formats that `Chart.drawn` makes; text in an SVG stays text."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,6 @@ class Chart:
         with mpl.rc_context(STYLE):
             self.figure.savefig(buffer, format=kind, dpi=200, metadata=stamp)
         return buffer.getvalue()
-
-    def svg(self) -> bytes:
-        """The drawing for a page; its text stays text."""
-        return self.drawn("svg")
 
 
 class Logged(NamedTuple):

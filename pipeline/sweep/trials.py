@@ -104,14 +104,13 @@ def make_trials(
     for name, values in (("--methods", methods), ("--splits", splits), *((f"--grid {key}", grid[key]) for key in grid)):
         if len(set(values)) < len(values):
             raise UserError(f"{name}: {','.join(values)} names one twice")
-    common = cli.resolve(base, OPTIONS)
+    common, sections = cli.resolve(base, OPTIONS), {key: key.partition(".")[0] for key in grid}
     trials, read = [], set[str]()
     for method, split, seed in itertools.product(methods, splits, range(seeds)):
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
         place = {"method": method, "split": split, "seed": common.seed + seed, "out": common.out or DEFAULT_OUT}
         values = {**base, **place}
-        sections = {key: key.partition(".")[0] for key in grid}
         keys = [key for key, name in sections.items() if name in OPTIONS[method] or name not in OPTIONS]
         read.update(keys)
         for drawn in itertools.product(*(grid[key] for key in keys)):

@@ -118,7 +118,7 @@ class Pool:
     """The content of pool.json."""
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """How large it is, for people."""
         rows = [each.rows for each in self.info.generations]
         return f"{sum(rows)} images in {len(rows)} generations, {rows[-1]} in the last; {self.info.kind}"

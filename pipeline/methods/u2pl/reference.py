@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.methods.u2pl.bank import MemoryBank
 from pipeline.ops.entropy import IGNORE
 from pipeline.ops.grid import shrink, upsample
+from pipeline.ops.selection import rows
 from pipeline.ops.world import World
 
 # ---- what goes in and comes out ---------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def sets(pixels: Pixels, rule: Rule) -> Sets:
     labeled pixels of another class that the teacher still ranks high, O(c) < r_l, and unreliable pixels for which the
     class is neither likely nor the least likely, r_l <= O(c) < r_h.
     """
-    p = flat(pixels.logits.detach().float()).softmax(1)  # [n,C]
+    p = rows(pixels.logits.detach().float()).softmax(1)  # [n,C]
     label, reliable, unreliable = pixels.label.flatten(), pixels.reliable.flatten(), pixels.unreliable.flatten()
     of_labeled = torch.arange(len(label), device=label.device) < pixels.labeled * pixels.label[0].numel()
     found: list[Sets] = []
@@ -205,7 +206,7 @@ def sets(pixels: Pixels, rule: Rule) -> Sets:
 
 def candidates(pixels: Pixels, rule: Rule, draws: Draws) -> Candidates:
     """Draws from these sets: anchors with replacement, keys for the bank without, evenly over the set."""
-    who, teacher = sets(pixels, rule), flat(pixels.teacher.detach()).float()
+    who, teacher = sets(pixels, rule), rows(pixels.teacher.detach()).float()
     anchors, keys = (torch.zeros_like(uniform, dtype=torch.int64) for uniform in (draws.anchors, draws.keys))
     valid = torch.zeros_like(keys, dtype=torch.bool)
     for c in range(len(who.anchor)):
@@ -215,8 +216,7 @@ def candidates(pixels: Pixels, rule: Rule, draws: Draws) -> Candidates:
         chosen = _spread(who.negative[c].nonzero().flatten(), draws.keys[c])
         keys[c, : len(chosen)], valid[c, : len(chosen)] = chosen, True
     sums = torch.stack([teacher[member].sum(0) for member in who.positive])
-    counts = (mask.sum(1) for mask in who)
-    anchor_count, positive_count, negative_count = counts
+    anchor_count, positive_count, negative_count = (mask.sum(1) for mask in who)
     return Candidates(anchors, anchor_count, sums, positive_count, keys, valid, negative_count)
 
 
@@ -254,7 +254,7 @@ def contrastive(
     New keys enter before the negatives are drawn. Classes without anchors or keys add nothing; the sum is divided by
     the classes that have a positive, and with fewer than two of those it is 0. `binary`: L_b, our derivation.
     """
-    student, teacher = flat(pixels.student).float(), flat(pixels.teacher.detach())
+    student, teacher = rows(pixels.student).float(), rows(pixels.teacher.detach())
     bank.push(teacher[found.keys], found.keys_valid, world)
     present, total = positive.pixels > 0, pixels.student.sum() * 0.0
     drawn = bank.draw(draws.negatives)
@@ -271,8 +271,3 @@ def contrastive(
                 losses = torch.cat([own[:, None], others], 1).logsumexp(1) - own
             total = total + positive.weight[c] * losses.mean()
     return total / present.sum().clamp_min(1) * (present.sum() > 1)
-
-
-def flat(maps: Tensor) -> Tensor:
-    """[B,K,h,w] -> [n,K], one pixel after the other: image, row, column."""
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)

@@ -13,6 +13,7 @@ from pipeline.methods.u2pl import reference
 from pipeline.methods.u2pl.bank import MemoryBank
 from pipeline.methods.u2pl.fast import candidates, contrastive, positives
 from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Rule
+from pipeline.ops.selection import rows
 from pipeline.ops.world import World
 from tests.unit.methods.u2pl.banks import ordered
 from tests.unit.methods.u2pl.scenes import C, D, H, W, binary, drawn, draws_of, info_nce, scene
@@ -41,7 +42,7 @@ def _run(pixels: Pixels, bank: MemoryBank, *, rule: Rule = RULE, draws: Draws | 
 def _expected(pixels: Pixels, draws: Draws, bank: MemoryBank, l_b: bool = False) -> Tensor:
     """The loss from the classes that have everything; `bank` is that after the push."""
     sets = reference.sets(pixels, RULE)
-    student, teacher = reference.flat(pixels.student), reference.flat(pixels.teacher)
+    student, teacher = rows(pixels.student), rows(pixels.teacher)
     present = [c for c in range(C) if sets.positive[c].any()]
     total, sharing = pixels.student.sum() * 0, draws.anchors.shape[1] // draws.negatives.shape[1]
     for c in present if len(present) > 1 else ():
@@ -98,7 +99,7 @@ def test_new_keys_are_pushed_before_the_draw_and_are_the_teachers():
     _run(pixels, bank)
     negative = reference.sets(pixels, RULE).negative
     assert torch.equal(bank.count, negative.sum(1).clamp_max(8))
-    unit = F.normalize(reference.flat(pixels.teacher), dim=-1)
+    unit = F.normalize(rows(pixels.teacher), dim=-1)
     for c in range(C):
         distance = torch.cdist(ordered(bank, c), unit[negative[c]])
         assert (distance.min(1).values < 1e-3).all()

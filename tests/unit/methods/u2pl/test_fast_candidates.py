@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeline.methods.u2pl import reference
 from pipeline.methods.u2pl.fast import candidates, kth_largest, negative_mask, positives
 from pipeline.methods.u2pl.reference import Candidates, Positives, Rule, averaged
-from pipeline.ops.selection import Members
+from pipeline.ops.selection import Members, rows
 from pipeline.ops.world import World
 from tests.unit.methods.u2pl.scenes import C, D, H, W, drawn, draws_of, scene
 from tests.unit.ops.worlds import on_ranks
@@ -21,7 +21,7 @@ def test_candidates_are_those_of_the_equations(rule, labels):
     pixels = scene(labels=labels)
     sets, draws = reference.sets(pixels, rule), draws_of()
     found = candidates(pixels, rule, draws)
-    teacher = reference.flat(pixels.teacher).double()
+    teacher = rows(pixels.teacher).double()
     assert torch.equal(found.anchor_count, sets.anchor.sum(1))
     assert torch.equal(found.positive_count, sets.positive.sum(1))
     assert torch.equal(found.negative_count, sets.negative.sum(1))
@@ -131,7 +131,7 @@ def test_prototypes_are_the_means_over_all_ranks():
     scenes = [scene(seed=0, labels=(0, 1, 3)), scene(seed=1, labels=(1, 2))]
     results = on_ranks(2, lambda w: positives(candidates(scenes[w.rank], rule, draws), w))
     sets = [reference.sets(pixels, rule).positive for pixels in scenes]
-    features = [reference.flat(pixels.teacher) for pixels in scenes]
+    features = [rows(pixels.teacher) for pixels in scenes]
     for found in results:
         for c in range(C):
             members = torch.cat([f[s[c]] for f, s in zip(features, sets, strict=True)])

@@ -9,7 +9,7 @@ from pipeline.methods.u2pl.bank import MemoryBank
 from pipeline.methods.u2pl.fast import contrastive
 from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Rule
 from pipeline.ops.entropy import masked_quantile
-from pipeline.ops.selection import Members
+from pipeline.ops.selection import Members, rows
 from pipeline.ops.world import World
 from tests.unit.methods.u2pl.banks import ordered
 from tests.unit.methods.u2pl.scenes import C, D, H, W, drawn, info_nce, places, scene, split
@@ -112,7 +112,7 @@ def test_candidates_are_drawn_from_the_masks(labels):
     assert torch.equal(found.keys_valid, valid)
     assert torch.equal(found.keys[valid], keys[valid])
     for c in range(C):
-        expected = reference.flat(pixels.teacher).double()[sets.positive[c]].sum(0)
+        expected = rows(pixels.teacher).double()[sets.positive[c]].sum(0)
         torch.testing.assert_close(found.positive_sum[c].double(), expected, rtol=1e-5, atol=1e-5)
         if sets.anchor[c].any():
             assert found.anchors[c].tolist() == drawn(sets.anchor[c], draws.anchors[c])
@@ -125,9 +125,7 @@ def test_prototypes_are_means_of_one_rank():
     found = upstream.candidates(pixels, own, RULE, Draws(torch.rand(C, 6), torch.rand(C, 8), torch.rand(C, 6, 5)))
     positive = upstream.positives(found)
     sets = _slow_sets(pixels, own, RULE)
-    torch.testing.assert_close(
-        positive.mean[1], reference.flat(pixels.teacher)[sets.positive[1]].mean(0), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(positive.mean[1], rows(pixels.teacher)[sets.positive[1]].mean(0), rtol=1e-5, atol=1e-6)
     assert positive.weight.tolist() == [0, 1, 0, 0, 0]
     assert positive.pixels.tolist() == sets.positive.sum(1).tolist()
     assert not positive.mean[[0, 2, 4]].any()
@@ -170,7 +168,7 @@ def test_the_bank_of_the_ith_class_present_meets_the_anchors_of_class_i(present,
 
 def _slow_loss(pixels: Pixels, sets: reference.Sets, draws: Draws, bank: MemoryBank) -> Tensor:
     """As the release words it: a loop over the list of classes present, whose position serves as a class id."""
-    student, teacher = reference.flat(pixels.student), reference.flat(pixels.teacher)
+    student, teacher = rows(pixels.student), rows(pixels.teacher)
     valid = [c for c in range(C) if sets.positive[c].any()]
     total = pixels.student.sum() * 0
     if len(valid) <= 1:
