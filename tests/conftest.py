@@ -27,6 +27,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.heads import Head  # noqa: E402
 from tests.s3 import S3Server  # noqa: E402
 
 torch.set_num_threads(1)
@@ -82,6 +83,22 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def head(s3_server: S3Server) -> Iterator[Head]:
+    """A Ray of its own with a job server, which jobs join that need no other: a start costs more than a short run."""
+    with (
+        tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        Head(folder, cpus=2, **s3_server.environment()) as it,
+    ):
+        yield it
+
+
+@pytest.fixture
+def joined(head: Head, s3: S3Server) -> dict[str, str]:
+    """The environment of a job that joins it."""
+    return {**head.environment, **s3.environment(), "RAY_ADDRESS": head.gcs}
 
 
 @pytest.fixture

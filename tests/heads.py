@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.processes import descendants, kill, wait_for
+from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import free_ports
 
 _PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
@@ -60,6 +60,11 @@ class Head:
         self._start("head", head_command(int(port), cpus=self._cpus, dashboard=int(dashboard)))
         wait_for("the job server", self._answers, 300)
         return self
+
+    @property
+    def workers(self) -> list[int]:
+        """The processes that train on it now."""
+        return [pid for process in self._processes for pid in named(process.pid, "RayTrainWorker")]
 
     def add_node(self, name: str) -> str:
         """Starts a further node; returns its temporary directory."""

@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,6 @@ import pytest
 
 from pipeline import storage
 from tests.docs import PAGES, ROOT, blocks
-from tests.heads import Head
 from tests.s3 import S3Server
 from tests.unit.datasets.conftest import Trees
 
@@ -35,16 +32,6 @@ SHORTER = {
 DEMO = "--optim.steps 2 --eval.every 2 --scaling.workers 1"
 VENV = ROOT / ".venv"
 RUN = [page for page in PAGES if any(block.kind == "sh" for block in blocks(page))]
-
-
-@pytest.fixture(scope="module")
-def head(s3_server: S3Server) -> Iterator[Head]:
-    """A Ray that all commands join."""
-    with (
-        tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        Head(folder, cpus=2, **s3_server.environment()) as it,
-    ):
-        yield it
 
 
 @pytest.fixture
@@ -103,31 +90,34 @@ def shortened(command: str) -> str:
     return f"{command} {added}".strip()
 
 
-def environment(head: Head, s3: S3Server) -> dict[str, str]:
-    return {**head.environment, **s3.environment(), "RAY_ADDRESS": head.gcs, "DEMO_FLAGS": DEMO}
+@pytest.fixture
+def environment(joined: dict[str, str]) -> dict[str, str]:
+    return {**joined, "DEMO_FLAGS": DEMO}
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_commands_of_a_page(page: Path, head: Head, s3: S3Server, checkout: Path, tmp_path: Path) -> None:
+def test_the_commands_of_a_page(
+    page: Path, environment: dict[str, str], s3: S3Server, checkout: Path, tmp_path: Path
+) -> None:
     root = f"{s3.bucket_uri}/{tmp_path.name}"
     lines = [shortened(line) for block in blocks(page) if block.kind == "sh" for line in block.commands]
     script = "\n".join(["set -euo pipefail", *lines]).replace("s3://bucket", root)
     if root in script:
         fill_bucket(root, tmp_path)
     done = subprocess.run(
-        ["bash", "-c", script], cwd=checkout, env=environment(head, s3), capture_output=True, text=True, timeout=600
+        ["bash", "-c", script], cwd=checkout, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_the_lines_of_python(head: Head, s3: S3Server, checkout: Path) -> None:
+def test_the_lines_of_python(environment: dict[str, str], checkout: Path) -> None:
     (block,) = [each for each in blocks(ROOT / "docs/README.md") if each.kind == "python"]
     assert len([line for line in block.text.splitlines() if line]) == 5
     shorter = block.text.replace('"out": "runs/first"', '"out": "runs/first", "optim.steps": 2, "eval.every": 2')
     assert shorter != block.text
     done = subprocess.run(
-        [sys.executable, "-c", shorter], cwd=checkout, env=environment(head, s3), capture_output=True, text=True,
+        [sys.executable, "-c", shorter], cwd=checkout, env=environment, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

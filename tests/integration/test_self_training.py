@@ -16,26 +16,25 @@ from pipeline.datasets.prepared.pseudo import LABELS_FILE, open_labels
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch
-from tests.jobs import Job, environment
+from tests.jobs import Job
 from tests.processes import descendants, kill, wait_for
-from tests.s3 import S3Server
 
 FLAGS = ["--preset", "demo", "--split", "1_2", "--optim.steps", "6", "--run.tensorboard", "false"]
 
 
 def test_a_killed_recipe_goes_on_where_it_was_and_keeps_its_options(
-    shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
+    shapes: str, joined: dict[str, str], tmp_path: Path
 ) -> None:
     """Other options do not pass for the same run, and an old student not for the result of a new teacher."""
-    run, env = "s3://runs/self-training", environment(ray_folder, s3)
+    run = "s3://runs/self-training"
     command = [sys.executable, "jobs/self_training.py", *FLAGS, "--data", shapes, "--out", run]
     labels = f"{run}/pseudo_labels"
-    with Job(command, env, tmp_path / "first.log") as job:
+    with Job(command, joined, tmp_path / "first.log") as job:
         assert job.wait() == 0, job.said
     _check(run, shapes, {})
     before = _written(labels)
     other = [*command, "--self_training.keep", "0.5"]
-    with Job(other, env, tmp_path / "other.log") as job:
+    with Job(other, joined, tmp_path / "other.log") as job:
         assert job.wait() == 2, job.said
     assert re.search(r"pseudo_labels holds labels .* --fresh", job.said.splitlines()[-1])
     _check(run, shapes, before)
@@ -45,14 +44,14 @@ def test_a_killed_recipe_goes_on_where_it_was_and_keeps_its_options(
         return bool(now) and not now.items() & before.items()
 
     other += ["--self_training.strong", "false"]
-    with Job([*other, "--fresh"], env, tmp_path / "fresh.log") as job:
+    with Job([*other, "--fresh"], joined, tmp_path / "fresh.log") as job:
         wait_for("new labels of a shard", lambda: relabeled() or job.ended, 300)
         kill(job.pid, *descendants(job.pid))
         assert "is finished" not in job.said
         assert not storage.exists(f"{labels}/{LABELS_FILE}"), job.said
         assert not storage.list_files(f"{run}/student")
     first = _written(labels)
-    with Job(other, env, tmp_path / "last.log") as job:
+    with Job(other, joined, tmp_path / "last.log") as job:
         assert job.wait() == 0, job.said
         assert f"{run}/teacher is finished" in job.said
         assert f"{run}/student is finished" not in job.said

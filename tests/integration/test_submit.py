@@ -5,8 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +16,6 @@ from tests.processes import wait_for
 from tests.s3 import S3Server, free_ports
 
 LISTING = "import os; print(sorted(p for p, _, _ in os.walk('.')), sorted(os.listdir('.')))"
-
-
-@pytest.fixture(scope="module")
-def head(s3_server: S3Server) -> Iterator[Head]:
-    with (
-        tempfile.TemporaryDirectory(prefix="u2pl-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        Head(folder, cpus=2, **s3_server.environment()) as it,
-    ):
-        yield it
 
 
 def submitted(head: Head, *command: str, url: str | None = None, **environment: str) -> subprocess.CompletedProcess:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pipeline import storage
 from tests.browser import PROGRAM, Browser
-from tests.jobs import Job, environment, has_checkpoint
-from tests.processes import descendants, kill, named, wait_for
-from tests.s3 import S3Server
+from tests.heads import Head
+from tests.jobs import Job, has_checkpoint
+from tests.processes import descendants, kill, wait_for
 
 SWEEP = ["jobs/sweep.py", "--preset", "demo", "--splits", "1_8", "--optim.steps", "30", "--run.checkpoint_every", "10"]
 SWEEP += ["--run.log_every", "5", "--run.tensorboard", "false"]
@@ -38,24 +38,24 @@ def _written(out: str, files: list[str]) -> list[int]:
 
 
 def test_a_killed_sweep_goes_on_and_gives_the_table_of_one_that_was_not(
-    shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
+    shapes: str, head: Head, joined: dict[str, str], tmp_path: Path
 ) -> None:
     """Two trials side by side: SupOnly is the first to end."""
-    env, flags = environment(ray_folder, s3), ["--methods", "suponly,u2pl"]
+    flags = ["--methods", "suponly,u2pl"]
     calm, hurt = "s3://runs/calm", "s3://runs/hurt"
-    with Job(_command(shapes, hurt, *flags), env, tmp_path / "first.log") as job:
+    with Job(_command(shapes, hurt, *flags), joined, tmp_path / "first.log") as job:
         wait_for("a finished trial, and one that has begun", lambda: _summaries(hurt) and _begun(hurt), 240)
-        kill(job.pid, *descendants(job.pid))
+        kill(job.pid, *head.workers, *descendants(job.pid))  # also what the head would end a moment later
     first, begun = _summaries(hurt), _begun(hurt)
     assert len(first) == len(begun) == 1, job.said
     stamps = _written(hurt, [*first])
-    with Job(_command(shapes, hurt, *flags), env, tmp_path / "second.log") as job:
+    with Job(_command(shapes, hurt, *flags), joined, tmp_path / "second.log") as job:
         assert job.wait(480) == 0, job.said
         assert "Traceback" not in job.said
     assert _written(hurt, [*first]) == stamps  # nothing that was finished was made again
     (trial,) = begun
     assert f"resuming from {trial}/step_" in storage.read_bytes(f"{trial}/log.txt").decode()
-    with Job(_command(shapes, calm, *flags), env, tmp_path / "calm.log") as job:
+    with Job(_command(shapes, calm, *flags), joined, tmp_path / "calm.log") as job:
         assert job.wait(480) == 0, job.said
     results = [{file: json.loads(text) for file, text in _summaries(out).items()} for out in (calm, hurt)]
     assert len(results[0]) == 2
@@ -82,13 +82,11 @@ def _look_at(page: Path) -> None:
         assert browser.evaluate("document.documentElement.scrollWidth") <= 400
 
 
-def test_a_trial_that_fails_stops_no_other_and_is_told(
-    shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path
-) -> None:
-    env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
+def test_a_trial_that_fails_stops_no_other_and_is_told(shapes: str, joined: dict[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "sweep")
     flags = ["--methods", "suponly", "--scaling.workers", "2"]
     flags += ["--grid", "optim.lr=0.003,1e30"]  # a loss that is not finite at once
-    with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
+    with Job(_command(shapes, out, *flags), joined, tmp_path / "log") as job:
         assert job.wait(480) == 1, job.said
     assert list(_summaries(out)) == ["trials/suponly-1_8-s0-optim.lr-0.003/summary.json"]
     assert "suponly-1_8-s0-optim.lr-1e30 failed: a loss is not finite" in job.said
@@ -97,12 +95,14 @@ def test_a_trial_that_fails_stops_no_other_and_is_told(
     assert "Failed trials" in (tmp_path / "sweep/report.md").read_text()
 
 
-def test_why_a_trial_failed_is_told_whatever_it_was(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
-    env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
+def test_why_a_trial_failed_is_told_whatever_it_was(
+    shapes: str, head: Head, joined: dict[str, str], tmp_path: Path
+) -> None:
+    out = str(tmp_path / "sweep")
     flags = ["--methods", "suponly", "--scaling.workers", "1", "--optim.steps", "100000", "--run.max_failures", "0"]
-    with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
+    with Job(_command(shapes, out, *flags), joined, tmp_path / "log") as job:
         wait_for("its first steps", lambda: storage.exists(f"{out}/trials/suponly-1_8-s0/metrics.jsonl") or job.ended)
-        kill(*named(job.pid, "RayTrainWorker"))
+        kill(*head.workers)
         assert job.wait(240) == 1, job.said
     (line,) = [line for line in job.said.splitlines() if line.startswith("suponly-1_8-s0 failed: ")]
     assert not line.endswith("None")
@@ -110,9 +110,9 @@ def test_why_a_trial_failed_is_told_whatever_it_was(shapes: str, s3: S3Server, r
     assert "Traceback" in (tmp_path / "sweep/trials/suponly-1_8-s0/log.txt").read_text()
 
 
-def test_an_interrupted_sweep_does_not_seem_done(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
-    env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
-    with Job(_command(shapes, out, "--methods", "suponly", "--optim.steps", "100000"), env, tmp_path / "log") as job:
+def test_an_interrupted_sweep_does_not_seem_done(shapes: str, joined: dict[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "sweep")
+    with Job(_command(shapes, out, "--methods", "suponly", "--optim.steps", "100000"), joined, tmp_path / "log") as job:
         wait_for("a trial", lambda: "running" in job.said or job.ended)
         os.kill(job.pid, signal.SIGINT)
         assert job.wait(120) == 130, job.said
@@ -120,10 +120,10 @@ def test_an_interrupted_sweep_does_not_seem_done(shapes: str, s3: S3Server, ray_
     assert not (tmp_path / "sweep/report.html").exists()
 
 
-def test_mistakes_end_it_before_any_trial_starts(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
-    env, out = environment(ray_folder, s3), str(tmp_path / "sweep")
+def test_mistakes_end_it_before_any_trial_starts(shapes: str, joined: dict[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "sweep")
     for flags, words in ((["--methods", "suponly,u2pk"], "'u2pk'"), (["--splits", "1_8,1_7"], "'1_7'")):
-        with Job(_command(shapes, out, *flags), env, tmp_path / "log") as job:
+        with Job(_command(shapes, out, *flags), joined, tmp_path / "log") as job:
             assert job.wait() == 2, job.said
         assert words in job.said.splitlines()[-1]
     assert not storage.list_files(out)

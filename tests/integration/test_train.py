@@ -21,7 +21,7 @@ from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch
 from pipeline.training.runtime import PlainRuntime
 from pipeline.training.trainer import train
-from tests.jobs import SHORT, Job, environment, has_checkpoint, records, train_command
+from tests.jobs import SHORT, Job, has_checkpoint, records, train_command
 from tests.processes import descendants, kill, named, wait_for
 from tests.s3 import S3Server
 
@@ -135,14 +135,13 @@ class TestWorkers:
             launch(configured(*flags, "--data", str(damaged), "--out", str(tmp_path / "b")))
 
 
-def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
+def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, joined: dict[str, str], tmp_path: Path) -> None:
     run = "s3://runs/killed"
     command = train_command(*LONG, "--scaling.workers", "1", "--data", shapes, "--out", run)
-    env = environment(ray_folder, s3)
-    with Job(command, env, tmp_path / "first.log") as job:
+    with Job(command, joined, tmp_path / "first.log") as job:
         wait_for("a registered checkpoint", lambda: has_checkpoint(run))
         kill(job.pid, *descendants(job.pid))
-    with Job(command, env, tmp_path / "second.log") as job:
+    with Job(command, joined, tmp_path / "second.log") as job:
         assert job.wait() == 0, job.said
         assert "resuming from s3://runs/killed/step_" in job.said
         assert "Traceback" not in job.said
@@ -155,6 +154,6 @@ def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, ray_folder: 
         for file in storage.list_files(run)
         if file.endswith((".json", ".yaml", ".jsonl"))
     )
-    with Job([sys.executable, "jobs/evaluate.py", run, "--data", shapes], env, tmp_path / "evaluate.log") as job:
+    with Job([sys.executable, "jobs/evaluate.py", run, "--data", shapes], joined, tmp_path / "evaluate.log") as job:
         assert job.wait() == 0, job.said
         assert f"val mIoU teacher {100 * progress.last.value:.2f}" in job.said
