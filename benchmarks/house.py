@@ -133,12 +133,16 @@ def duplicates(texts: Iterable[str]) -> int:
 
 
 def private(root: Path) -> int:
-    """Lines of tests that reach for a name that begins with an underscore, of a module or an object of the package."""
+    """Lines of tests that reach for a name that begins with an underscore, of a module or an object of the package.
+
+    What others call so does not count: named tuples' `_replace`, and libraries whose own tests have no other way.
+    """
     found = 0
     for file in (root / "tests").rglob("*.py"):
         for line in file.read_text().splitlines():
             imported = re.match(r"\s*from pipeline\S* import .*\b_[a-z]", line)
-            found += bool(imported or re.search(r"(?<!self)(?<!cls)\.(_[a-z]\w*)", line))
+            named = re.search(r"(?<!self)(?<!cls)(?<!torch)(?<!ray)(?<!autoscaler)\.(?!_replace|_fields)_[a-z]", line)
+            found += bool(imported or named)
     return found
 
 

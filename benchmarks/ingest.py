@@ -48,6 +48,7 @@ from pipeline.ingest.augment import ViewRecipe, empty_views, fill
 from pipeline.ingest.loader import Loader
 from pipeline.ingest.order import LanePlan, generator, select_groups
 from pipeline.ingest.read import LabeledSet, Sample, UnlabeledStream, read_inline, read_ray
+from pipeline.storage import Patience
 from tests.processes import descendants
 from tests.s3 import S3Server
 
@@ -150,9 +151,9 @@ def in_memory(root: str) -> list[list[Sample]]:
     """The first steps' samples, held as bytes: enough of them that caches do not matter."""
     dataset = open_dataset(root)
     split = load_split(dataset, "full")
-    labeled = LabeledSet(dataset, split.labeled, CONFIG.seed)
+    labeled = LabeledSet(dataset, split.labeled, CONFIG.seed, Patience())
     plan = LanePlan(select_groups(dataset, split.unlabeled), CONFIG.optim.batch_unlabeled, CONFIG.seed)
-    stream = UnlabeledStream(plan, range(CONFIG.optim.batch_unlabeled), 0, read_inline)
+    stream = UnlabeledStream(plan, range(CONFIG.optim.batch_unlabeled), 0, read_inline, None, Patience())
     lots: list[list[Sample]] = []
     for step, unlabeled in enumerate(itertools.islice(stream, 64)):
         lots += [labeled.samples([0], step, 1), unlabeled]

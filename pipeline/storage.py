@@ -27,7 +27,7 @@ REQUEST_TIMEOUT = 10.0
 REQUEST_ATTEMPTS = 3
 """How often pyarrow itself makes a request, with pauses of seconds at most; what takes longer is up to `retried`."""
 PATIENCE = 60.0
-"""Seconds for which `retried` repeats a call, unless `set_patience` changes them."""
+"""Seconds for which a call is repeated where nothing else is said."""
 
 T = TypeVar("T")
 
@@ -109,6 +109,12 @@ def _s3(bucket: str, endpoint: str) -> pafs.FileSystem:
     return pafs.S3FileSystem(region=region, **options)
 
 
+def reconnect() -> None:
+    """Forgets all clients: what changed in the environment (keys, endpoint, time-outs) holds from the next call on."""
+    _s3.cache_clear()
+    _other.cache_clear()
+
+
 @lru_cache(maxsize=8)
 def _other(scheme: str) -> pafs.FileSystem:
     if scheme in ("gs", "gcs"):
@@ -127,7 +133,8 @@ def translated(uri: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{uri}: not found; check the path and, for S3, AWS_ENDPOINT_URL") from error
+        check = "the path" if is_local(uri) else "the path and, for S3, AWS_ENDPOINT_URL"
+        raise UserError(f"{uri}: not found; check {check}") from error
     except PermissionError as error:
         raise UserError(f"{uri}: permission denied") from error
     except (FileExistsError, NotADirectoryError) as error:
@@ -141,58 +148,58 @@ def translated(uri: str) -> Iterator[None]:
         raise
 
 
-_this_thread = threading.local()
-_patience = PATIENCE
+class Patience:
+    """How long a brief trouble of the storage is waited out, and how often something had to be asked again for it.
 
+    One object serves a worker, or a task: it is handed to all that reads and writes for it. Threads may share it; a
+    copy in another process begins to count anew.
+    """
 
-def set_patience(seconds: float) -> None:
-    """Sets for how many seconds `retried` repeats a call in this process."""
-    global _patience
-    _patience = seconds
+    def __init__(self, seconds: float = PATIENCE) -> None:
+        """Args: seconds: for how long a call is repeated."""
+        self.seconds, self.retries = seconds, 0
+        self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type["Patience"], tuple[float]]:
+        return Patience, (self.seconds,)
 
-def patience() -> float:
-    """The seconds that `set_patience` has set, to be passed on to tasks of this process."""
-    return _patience
+    def add(self, retries: int) -> None:
+        """Counts what was asked again by others that worked for this one."""
+        with self._lock:
+            self.retries += retries
 
+    def retried(self, call: Callable[[], T]) -> T:
+        """The result of `call`, called again with growing pauses while the storage is only briefly in trouble.
 
-def retries() -> int:
-    """How often `retried` has repeated calls in this thread. The difference of two values counts those in between."""
-    return getattr(_this_thread, "retries", 0)
+        After `seconds` the last error is raised; a request that is under way then may still take as long as its
+        time-outs allow, half a minute if nobody answers.
 
+        Args:
+            call: reads or writes; may be called several times.
 
-def add_retries(count: int) -> None:
-    """Adds the repeated calls of another thread that worked for this one."""
-    _this_thread.retries = retries() + count
+        Raises:
+            UserError: the storage stays away (if `call` translates its errors), or refuses.
+        """
+        began, pause = time.monotonic(), 0.25
+        while True:
+            try:
+                return call()
+            except (OSError, UserError) as error:
+                if not _brief(error):
+                    raise
+                waited = time.monotonic() - began
+                if waited >= self.seconds:
+                    if isinstance(error, UserError):
+                        raise UserError(f"{error} (waited {waited:.0f} s)") from error.__cause__
+                    raise
+                self.add(1)
+                time.sleep(min(pause, self.seconds - waited))
+                pause = min(2 * pause, 8.0)
 
 
 def retried(call: Callable[[], T]) -> T:
-    """The result of `call`, called again with growing pauses while the storage is only briefly in trouble.
-
-    After `patience()` seconds the last error is raised; a request that is under way then may still take as long as its
-    time-outs allow, half a minute if nobody answers.
-
-    Args:
-        call: reads or writes; may be called several times.
-
-    Raises:
-        UserError: the storage stays away (if `call` translates its errors), or refuses.
-    """
-    began, pause = time.monotonic(), 0.25
-    while True:
-        try:
-            return call()
-        except (OSError, UserError) as error:
-            if not _brief(error):
-                raise
-            waited = time.monotonic() - began
-            if waited >= _patience:
-                if isinstance(error, UserError):
-                    raise UserError(f"{error} (waited {waited:.0f} s)") from error.__cause__
-                raise
-            add_retries(1)
-            time.sleep(min(pause, _patience - waited))
-            pause = min(2 * pause, 8.0)
+    """`Patience.retried` for what no run's patience holds for, such as preparing data."""
+    return Patience().retried(call)
 
 
 def _brief(error: Exception) -> bool:
@@ -295,6 +302,8 @@ def list_files(uri: str) -> list[str]:
 def file_sizes(uri: str) -> dict[str, int]:
     """Bytes of all files below `uri`, by their paths relative to it; empty if nothing is there."""
     filesystem, path = resolve(uri)
+    if is_local(uri):
+        return dict(_walk(path)) if Path(path).is_dir() else {}
     with translated(uri):
         infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     return {posixpath.relpath(info.path, path): info.size for info in infos if info.type == pafs.FileType.File}
@@ -309,7 +318,7 @@ def iter_files(uri: str) -> Iterator[tuple[str, int]]:
     path = resolve(uri)[1]
     with translated(uri):
         if is_local(uri):
-            yield from _walk(path, "")
+            yield from _walk(path)
         elif uri.startswith("s3://"):
             exists(uri)  # says what is wrong with a key, a bucket or an endpoint
             yield from _pages(*path.partition("/")[::2])
@@ -317,11 +326,16 @@ def iter_files(uri: str) -> Iterator[tuple[str, int]]:
             yield from _folders(_other(uri.partition("://")[0]).handler.fs, path)
 
 
-def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
-    with os.scandir(posixpath.join(root, below)) as entries:
+def _walk(root: str, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
+    """Links are followed, but not back into a folder on the way to them (`above`, by device and inode)."""
+    folder = posixpath.join(root, below)
+    known = os.stat(folder)
+    if (known.st_dev, known.st_ino) in above:
+        return
+    with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
-                yield from _walk(root, posixpath.join(below, entry.name))
+                yield from _walk(root, posixpath.join(below, entry.name), (*above, (known.st_dev, known.st_ino)))
             elif entry.is_file():
                 yield posixpath.join(below, entry.name), entry.stat().st_size
 

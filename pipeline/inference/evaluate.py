@@ -17,6 +17,7 @@ from pipeline.datasets.images import DecodeError, decode_image, decode_mask
 from pipeline.datasets.prepared.dataset import Dataset, read_group
 from pipeline.errors import UserError
 from pipeline.inference.predict import sliding, whole
+from pipeline.storage import Patience
 
 # ---- scores of a set --------------------------------------------------------------------------------------------
 
@@ -137,6 +138,7 @@ def evaluate(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    patience: Patience | None = None,
 ) -> ConfusionMatrix:
     """Counts this rank's share of the validation set; add up the ranks with `ConfusionMatrix.all_reduce`.
 
@@ -147,6 +149,7 @@ def evaluate(
         device: that of the predictor.
         rank: takes every `world`-th row group from this one on.
         world: number of ranks.
+        patience: with the storage; None: the usual one.
 
     Raises:
         UserError: there are no validation images, or one has no mask or cannot be decoded.
@@ -158,7 +161,7 @@ def evaluate(
     matrix = ConfusionMatrix(len(dataset.info.classes), dataset.info.ignore_index, device)
     # no_grad, not inference_mode: what a network caches meanwhile must stay usable in training
     with eval_mode(predictor), torch.no_grad():
-        for samples in ahead(partial(read_samples, dataset), groups[rank::world]):
+        for samples in ahead(partial(read_samples, dataset, patience=patience), groups[rank::world]):
             for image, mask in batches(samples):
                 matrix.update(logits(image.to(device), scale=config.scale).argmax(1), mask.to(device))
     return matrix
@@ -178,13 +181,13 @@ def val_groups(dataset: Dataset) -> list[ValGroup]:
     return [ValGroup(shard, group, tuple(sorted(members))) for (shard, group), members in rows.items()]
 
 
-def read_samples(dataset: Dataset, group: ValGroup) -> list[ValSample]:
+def read_samples(dataset: Dataset, group: ValGroup, patience: Patience | None = None) -> list[ValSample]:
     """Reads and decodes the validation images of a row group.
 
     Raises:
         UserError: an image has no mask or cannot be decoded. Leaving it out would change the score silently.
     """
-    table = read_group(dataset.root, group.shard, group.row_group, ["id", "image", "mask"])
+    table = read_group(dataset.root, group.shard, group.row_group, ["id", "image", "mask"], patience)
     return [_sample(dataset.root, row) for row in table.take(list(group.rows)).to_pylist()]
 
 

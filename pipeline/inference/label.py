@@ -25,6 +25,7 @@ from pipeline.inference.predict import averaged
 from pipeline.ingest.order import Group, select_groups
 from pipeline.ingest.read import read_rows
 from pipeline.ops.entropy import entropy
+from pipeline.storage import Patience
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 """Of the averaged looks (ST++ release, base.py)."""
@@ -118,6 +119,7 @@ class Labeler:
         """
         self._recipe, self._device = recipe, device
         self._config, method = restore(recipe.checkpoint, device)
+        self._patience = Patience(self._config.run.storage_patience)
         self._logits = scorer(method.predictor().eval(), open_dataset(recipe.root), self._config.eval)
 
     def label(self, job: ShardJob) -> None:
@@ -126,10 +128,10 @@ class Labeler:
         if pseudo.has_labels(job.out, shard, job.digest):
             return
         tables = {group.row_group: self._table(group) for group in job.groups}
-        pseudo.write_labels(job.out, shard, tables, job.digest)
+        pseudo.write_labels(job.out, shard, tables, job.digest, self._patience)
 
     def _table(self, group: Group) -> pa.Table:
-        images = read_rows(group)["image"]
+        images = read_rows(group, None, self._patience)["image"]
         labels = [encode_png(self.classes(memoryview(image.as_buffer()))) for image in images]
         return pa.table([pa.array(group.ids, pa.string()), pa.array(labels, pa.binary())], LABEL_SCHEMA)
 

@@ -17,6 +17,7 @@ from pipeline.ingest.augment import Outcome, ViewRecipe, view_bytes
 from pipeline.ingest.decode import Buffers, ClusterDecoder, Decoded, Decoder, ThreadDecoder
 from pipeline.ingest.order import Mixture, Source, open_sources, owned_lanes
 from pipeline.ingest.read import LabeledSet, Reader, Sample, UnlabeledStream
+from pipeline.storage import Patience
 
 log = logging.getLogger(__name__)
 MAX_SKIPPED_SHARE = 0.01
@@ -84,6 +85,7 @@ class Loader:
         start: int,
         threads: int,
         reader: Reader,
+        patience: Patience | None = None,
         sources: Sequence[Source] | None = None,
         pinned: bool = False,
     ) -> None:
@@ -99,21 +101,24 @@ class Loader:
             start: first step to deliver.
             threads: decoding threads.
             reader: how the unlabeled side is read.
+            patience: with the storage; None: one of its own.
             sources: of the unlabeled images; None: opened as the config says.
             pinned: whether batches lie in page-locked memory, for a GPU.
         """
         self.stats = IngestStats()
+        self._patience = patience or Patience()
         self._config, self._start = config, start
         recipe = ViewRecipe(config.data, config.seed, spec.strong)
         self._decoder = _decoder(config, recipe, threads, Buffers(pinned=pinned))
-        self._labeled = LabeledSet(dataset, split.labeled, config.seed)
+        self._labeled = LabeledSet(dataset, split.labeled, config.seed, self._patience)
         self._labeled_lanes = owned_lanes(config.optim.batch_labeled, rank, world)
         self._unlabeled: UnlabeledStream | None = None
         if spec.unlabeled:
             lanes = config.optim.batch_unlabeled
             plan = Mixture(sources or open_sources(config, dataset, split), lanes, config.seed)
             labels = config.data.pseudo_labels
-            self._unlabeled = UnlabeledStream(plan, owned_lanes(lanes, rank, world), start, reader, labels)
+            owned = owned_lanes(lanes, rank, world)
+            self._unlabeled = UnlabeledStream(plan, owned, start, reader, labels, self._patience)
         self._ready: queue.Queue[list[Side] | BaseException] = queue.Queue(_steps_ahead(config, recipe, spec, world))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
@@ -132,7 +137,7 @@ class Loader:
                 raise item
             views = [self._collect(*side) for side in item]
             self.stats.stalled += time.perf_counter() - began
-            self.stats.retries = self._labeled.retries + (self._unlabeled.retries if self._unlabeled else 0)
+            self.stats.retries = self._patience.retries
             yield Batch(views[0], views[1] if self._unlabeled else None)
 
     def close(self) -> None:

@@ -397,7 +397,7 @@ class Mixture:
             UserError: see `share_lanes`.
         """
         shares = share_lanes(sources, lanes)
-        self._source_of = _spread(shares)
+        self.source_of = _spread(shares)
         self._plans = [
             LanePlan(source.groups, share, key(seed, "pool", number) if number else seed)
             for number, (source, share) in enumerate(zip(sources, shares, strict=True))
@@ -411,7 +411,7 @@ class Mixture:
         )
 
     def _units_of(self, number: int, lanes: Sequence[int], start: int) -> Iterator[Unit]:
-        every = [lane for lane, source in enumerate(self._source_of) if source == number]
+        every = [lane for lane, source in enumerate(self.source_of) if source == number]
         ours = [inner for inner, lane in enumerate(every) if lane in lanes]
         for unit in self._plans[number].units(ours, start):
             yield replace(unit, lane=every[unit.lane])

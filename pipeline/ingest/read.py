@@ -1,10 +1,9 @@
 """Reading the samples of a step: the labeled set into memory, the unlabeled units of a plan as a stream.
 
 Units are read inline, or on the cluster through Ray Data in bounded segments. One interface: `read(units) -> (unit,
-table)` in the order of the units, the table holding `id` and `image` of the unit's group, and `retries`, how often the
-storage had to be asked again for them (int32, on the first row). The unlabeled side asks a dataset for no other column,
-so no method can see an unlabeled mask; what a network saw in the images, its pseudo-labels, comes from files of their
-own.
+table)` in the order of the units, the table holding `id` and `image` of the unit's group. The unlabeled side asks a
+dataset for no other column, so no method can see an unlabeled mask; what a network saw in the images, its
+pseudo-labels, comes from files of their own.
 """
 
 import pickle
@@ -12,18 +11,19 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import storage
 from pipeline.datasets.pools.pool import LINKS_SCHEMA, fetch
 from pipeline.datasets.prepared.dataset import Dataset, read_group
 from pipeline.datasets.prepared.pseudo import read_labels
 from pipeline.errors import UserError
 from pipeline.ingest.order import Group, Permutation, Plan, Unit, select_groups
+from pipeline.storage import Patience
 
 # ---- units of a plan --------------------------------------------------------------------------------------------
 
@@ -31,8 +31,10 @@ from pipeline.ingest.order import Group, Permutation, Plan, Unit, select_groups
 class Reader(Protocol):
     """How the unlabeled stream is read."""
 
-    def __call__(self, units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
-        """Reads `id` and `image`, and `label` if a place of pseudo-labels is named."""
+    def __call__(
+        self, units: Iterable[Unit], labels: str | None, patience: Patience
+    ) -> Iterator[tuple[Unit, pa.Table]]:
+        """Reads `id` and `image`, and `label` if pseudo-labels are named; counts trouble in `patience`."""
         ...
 
 
@@ -46,57 +48,56 @@ SEGMENT_ITEMS = 4
 the first batch waits for one item and a short run reads less ahead."""
 _PROBLEM = "problem"
 """Name of the only column of a block that reports an error instead of rows."""
+_RETRIES = "retries"
+"""Name of the column in which a block carries home how often its task had to ask again; the same on every row."""
 
 
-def read_inline(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
+def read_inline(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
     """Reads in this thread, without Ray: the reference order, for tests and single processes."""
     for unit in units:
-        yield unit, read_rows(unit.group, labels)
+        yield unit, read_rows(unit.group, labels, patience)
 
 
-def read_ray(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
+def read_ray(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
     """Reads through a chain of small Ray Data executions, the next one started when the one before is consumed.
 
     A long execution must not stay open behind a slow consumer: once its budget is full, Ray Data's scheduling thread
     spins. A segment is bounded, so its execution ends by itself and its blocks wait in the object store.
     """
-    segments = _segments(iter(units))
+    segments = cut_segments(iter(units))
     with ThreadPoolExecutor(1, thread_name_prefix="segment") as pool:
-        pending = pool.submit(_execute, next(segments), labels)
+        pending = pool.submit(_execute, next(segments), labels, patience)
         while True:
             segment, blocks = pending.result()
-            pending = pool.submit(_execute, next(segments), labels)
+            pending = pool.submit(_execute, next(segments), labels, patience)
             for items, block in zip(segment, blocks, strict=True):
-                yield from _split(items, block)
+                yield from split_block(items, block, patience)
 
 
-def read_rows(group: Group, labels: str | None = None) -> pa.Table:
-    """`id`, `image` and `retries` of the rows of a group, and `label` if a place of pseudo-labels is named.
+def read_rows(group: Group, labels: str | None, patience: Patience) -> pa.Table:
+    """`id` and `image` of the rows of a group, and `label` if a place of pseudo-labels is named.
 
     Raises:
         UserError: missing or damaged, fewer rows than planned, an image without a label, or the storage refuses.
     """
-    before = storage.retries()
-    table = _read(group)
-    if labels is not None:
-        table = table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids))
-    counts = np.zeros(len(group.rows), np.int32)
-    counts[:1] = storage.retries() - before
-    return table.append_column("retries", pa.array(counts))
+    table = _read(group, patience)
+    if labels is None:
+        return table
+    return table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids, patience))
 
 
-def _read(group: Group) -> pa.Table:
+def _read(group: Group, patience: Patience) -> pa.Table:
     columns = ["id", "image"] if group.links is None else LINKS_SCHEMA.names
-    table = read_group(group.root, group.shard, group.row_group, columns)
+    table = read_group(group.root, group.shard, group.row_group, columns, patience)
     rows = group.rows
     if rows[-1] >= table.num_rows:
         place = f"{group.root}/{group.shard}: row group {group.row_group}"
         raise UserError(f"{place} has {table.num_rows} rows, {rows[-1] + 1} expected")
     table = table if len(rows) == table.num_rows else table.take(list(rows))
-    return table if group.links is None else fetch(table, group.links)
+    return table if group.links is None else fetch(table, group.links, patience)
 
 
-def _items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
+def cut_items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
     """Groups units into items that are large enough for a task."""
     item: list[Unit] = []
     size = rows = 0
@@ -109,14 +110,17 @@ def _items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
             item, size, rows = [], 0, 0
 
 
-def _segments(units: Iterator[Unit]) -> Iterator[list[list[Unit]]]:
-    items, length = _items(units), 1
+def cut_segments(units: Iterator[Unit]) -> Iterator[list[list[Unit]]]:
+    """Groups items into segments of 1, 2 and then `SEGMENT_ITEMS` of them."""
+    items, length = cut_items(units), 1
     while segment := list(islice(items, length)):
         yield segment
         length = min(2 * length, SEGMENT_ITEMS)
 
 
-def _execute(segment: list[list[Unit]], labels: str | None) -> tuple[list[list[Unit]], list[pa.Table]]:
+def _execute(
+    segment: list[list[Unit]], labels: str | None, patience: Patience
+) -> tuple[list[list[Unit]], list[pa.Table]]:
     """One bounded Ray Data execution: a task and a block per item."""
     import ray.data
 
@@ -124,38 +128,39 @@ def _execute(segment: list[list[Unit]], labels: str | None) -> tuple[list[list[U
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
-    items = [{"item": _packed([unit.group for unit in item], labels)} for item in segment]
+    items = [{"item": pack_item([unit.group for unit in item], labels, patience)} for item in segment]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _read_item, batch_size=None, num_cpus=READ_CPUS
+        read_item, batch_size=None, num_cpus=READ_CPUS
     )
     blocks: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     return segment, list(blocks)
 
 
-def _packed(groups: Sequence[Group], labels: str | None) -> bytes:
-    """The pickled arguments of a task."""
-    return pickle.dumps((groups, labels, storage.patience()))
+def pack_item(groups: Sequence[Group], labels: str | None, patience: Patience) -> bytes:
+    """The pickled arguments of `read_item`."""
+    return pickle.dumps((groups, labels, patience))
 
 
-def _read_item(batch: Any) -> pa.Table:
+def read_item(batch: Any) -> pa.Table:
     """Runs in a Ray task: the groups of one item, one after the other, or the reason why they cannot be read.
 
     The reason is returned as a row, because Ray Data would turn an exception into one of another type.
     """
-    tables = []
+    (packed,) = batch["item"]
+    groups, labels, patience = pickle.loads(packed)
     try:
-        for groups, labels, patience in map(pickle.loads, batch["item"]):
-            storage.set_patience(patience)
-            tables += [read_rows(group, labels) for group in groups]
+        table = pa.concat_tables(read_rows(group, labels, patience) for group in groups)
     except UserError as error:
         return pa.table({_PROBLEM: [str(error)]})
-    return pa.concat_tables(tables)
+    return table.append_column(_RETRIES, pa.array(np.full(table.num_rows, patience.retries, np.int32)))
 
 
-def _split(item: list[Unit], block: pa.Table) -> Iterator[tuple[Unit, pa.Table]]:
-    """Cuts a block back into its units and checks that it holds what the plan asked for."""
+def split_block(item: list[Unit], block: pa.Table, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+    """Cuts a block back into its units, checks that it holds what the plan asked for, counts what the task counted."""
     if block.column_names == [_PROBLEM]:
         raise UserError(block[_PROBLEM][0].as_py())
+    patience.add(block[_RETRIES][0].as_py())
+    block = block.drop_columns(_RETRIES)
     start = 0
     for unit in item:
         table = block.slice(start, len(unit.group.rows))
@@ -190,17 +195,14 @@ class LabeledSet:
     depend on the number of workers.
     """
 
-    def __init__(self, dataset: Dataset, ids: Sequence[str], seed: int) -> None:
+    def __init__(self, dataset: Dataset, ids: Sequence[str], seed: int, patience: Patience) -> None:
         """Reads the row groups that hold `ids` and keeps only these rows."""
-        self.retries = 0
-        """Requests to the storage that were repeated."""
         self._seed = seed
         self._ids = sorted(ids)
         self._bytes: dict[str, tuple[bytes, bytes]] = {}
         with ThreadPoolExecutor(4) as pool:
-            for rows, retries in pool.map(_counted, select_groups(dataset, ids)):
+            for rows in pool.map(partial(_labeled_rows, patience=patience), select_groups(dataset, ids)):
                 self._bytes.update(rows)
-                self.retries += retries
 
     def samples(self, positions: Sequence[int], step: int, global_batch: int) -> list[Sample]:
         """The samples at `positions` of the global batch of `step`."""
@@ -214,13 +216,9 @@ class LabeledSet:
         return found
 
 
-def _counted(group: Group) -> tuple[list[tuple[str, tuple[bytes, bytes]]], int]:
-    before = storage.retries()
-    return _labeled_rows(group), storage.retries() - before
-
-
-def _labeled_rows(group: Group) -> list[tuple[str, tuple[bytes, bytes]]]:
-    table = read_group(group.root, group.shard, group.row_group, ["id", "image", "mask"]).take(list(group.rows))
+def _labeled_rows(group: Group, patience: Patience) -> list[tuple[str, tuple[bytes, bytes]]]:
+    table = read_group(group.root, group.shard, group.row_group, ["id", "image", "mask"], patience)
+    table = table.take(list(group.rows))
     columns = (table[name].to_pylist() for name in ("id", "image", "mask"))
     return [(name, (image, mask)) for name, image, mask in zip(*columns, strict=True)]
 
@@ -228,11 +226,12 @@ def _labeled_rows(group: Group) -> list[tuple[str, tuple[bytes, bytes]]]:
 class UnlabeledStream:
     """The samples of this rank's lanes, step by step, read ahead of need in the plan's order."""
 
-    def __init__(self, plan: Plan, lanes: Sequence[int], start: int, reader: Reader, labels: str | None = None) -> None:
-        self.retries = 0
-        """Requests to the storage that were repeated."""
+    def __init__(
+        self, plan: Plan, lanes: Sequence[int], start: int, reader: Reader, labels: str | None, patience: Patience
+    ) -> None:
+        """See `Reader` for the last three."""
         self._lanes = lanes
-        self._units = reader(plan.units(lanes, start), labels)
+        self._units = reader(plan.units(lanes, start), labels, patience)
         self._queues: dict[int, deque[Sample]] = {lane: deque() for lane in lanes}
 
     def __iter__(self) -> Iterator[list[Sample]]:
@@ -244,7 +243,6 @@ class UnlabeledStream:
         queue = self._queues[lane]
         while not queue:  # units come in order of need: at most the other lanes' next ones are queued on the way
             unit, table = next(self._units)
-            self.retries += sum(table["retries"].to_pylist())
             ids, images = unit.group.ids or table["id"].to_pylist(), table["image"].combine_chunks()
             labels = table["label"].combine_chunks() if "label" in table.column_names else None
             self._queues[unit.lane].extend(

@@ -201,7 +201,7 @@ class CCT(Method):
         """What each decoder makes of its perturbed features, at the target's size."""
         small = (features.shape[2], features.shape[3])
         label = shrink(target.argmax(1), small)
-        foreground = self._foreground(len(features), step, features.device)
+        foreground = self.foreground(len(features), step, features.device)
         outputs = []
         for number, (kind, head) in enumerate(zip(self.kinds, self.auxiliary, strict=True)):
 
@@ -209,11 +209,11 @@ class CCT(Method):
                 uniform = step.uniform_shared if shared else step.uniform_per_image
                 return uniform(name, shape, features.device)
 
-            perturbed = self._perturb(kind, features, label, foreground, head, draw)
+            perturbed = self.perturb(kind, features, label, foreground, head, draw)
             outputs.append(upsample(head(perturbed), (target.shape[2], target.shape[3])))
         return outputs
 
-    def _perturb(
+    def perturb(
         self, kind: str, features: Tensor, label: Tensor, foreground: Tensor, head: nn.Module, draw: Draw
     ) -> Tensor:
         """P_k of the features [B,c,h,w] (paper section 3.3)."""
@@ -233,7 +233,7 @@ class CCT(Method):
         objects = foreground.gather(1, label.flatten(1)).view_as(label).unsqueeze(1)
         return features * (objects if kind == "context" else ~objects)
 
-    def _foreground(self, count: int, step: Step, device: torch.device) -> Tensor:
+    def foreground(self, count: int, step: Step, device: torch.device) -> Tensor:
         """Which classes are objects in each image, bool [B,C]: all but the background (the release's rule, for VOC).
 
         In data without a background each class is one with probability 1/2.

@@ -95,8 +95,8 @@ class PseudoSeg(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s + L_att + L_cls on labeled images, L_u on the strong view of unlabeled ones."""
         labeled, unlabeled = self.sides(batch)
-        target = self._pseudo_labels(unlabeled, step.world)
-        strong, valid = self._strong(unlabeled, step)
+        target = self.pseudo_labels(unlabeled, step.world)
+        strong, valid = self.strong(unlabeled, step)
         taps = self.passes(self.student.encode, labeled.image, strong)
         known, prediction = self.passes(self.student.decode, *taps)
         with torch.autocast(strong.device.type, enabled=False):
@@ -112,7 +112,7 @@ class PseudoSeg(Method):
         return Losses(terms, {"confidence": target.amax(1).mean()})
 
     @torch.no_grad()
-    def _pseudo_labels(self, unlabeled: Views, world: World) -> Tensor:
+    def pseudo_labels(self, unlabeled: Views, world: World) -> Tensor:
         """Soft labels of the weak view at the size of the logits: float32 [B,C,h,w] (paper eq. 4)."""
         taps = self.student.encode(unlabeled.image)
         logits = self.student.decode(taps).logits.float()
@@ -123,7 +123,7 @@ class PseudoSeg(Method):
         refined = upsample(refined, (logits.shape[2], logits.shape[3]))
         return calibrated_fusion(logits, refined, self.options.temperature, world)
 
-    def _strong(self, unlabeled: Views, step: Step) -> tuple[Tensor, Tensor]:
+    def strong(self, unlabeled: Views, step: Step) -> tuple[Tensor, Tensor]:
         """The strong view with a hole, and where it shows the image: uint8 [B,3,H,W] and bool [B,H,W]."""
         image = unlabeled.strong[0]
         draws = step.uniform_per_image("pseudoseg/cutout", (len(image), 2), image.device)

@@ -59,7 +59,7 @@ class SelfTraining(Method):
         """L_s over the union, each pixel of either side with equal weight."""
         labeled, unlabeled = self.sides(batch)
         assert unlabeled.pseudo is not None  # `sides` has looked
-        image, label = self._seen(unlabeled, unlabeled.pseudo, step)
+        image, label = self.seen(unlabeled, unlabeled.pseudo, step)
         union = Views(
             torch.cat([labeled.image, image]),
             torch.cat([labeled.truth, label]),
@@ -69,7 +69,7 @@ class SelfTraining(Method):
         loss = self.supervised(self.together(self.student, labeled.image, image), union, step.world)
         return Losses({"supervised": loss}, {"kept": kept_share(label, unlabeled.valid)})
 
-    def _seen(self, pool: Views, label: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def seen(self, pool: Views, label: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The view of pseudo-labeled images that is trained on, and its labels: none where a hole is, which is noise.
 
         Args:

@@ -67,7 +67,7 @@ class UniMatch(Method):
         def loss(logits: Tensor, target: Pseudo) -> Tensor:
             return masked_cross_entropy(upsample(logits.float(), size), target.label, target.valid, step.world, "valid")
 
-        known, weak, perturbed = self._weak(labeled.image, unlabeled.image, step)
+        known, weak, perturbed = self.weak(labeled.image, unlabeled.image, step)
         label = confident_labels(upsample(weak.float(), size), unlabeled.valid, options.threshold)
         own = Pseudo(unlabeled.image, label, unlabeled.valid)
         one, two = (
@@ -82,7 +82,7 @@ class UniMatch(Method):
         }
         return Losses(terms, {"kept": kept_share(label, unlabeled.valid)})
 
-    def _weak(self, labeled: Tensor, unlabeled: Tensor, step: Step) -> tuple[Prediction, Tensor, Tensor]:
+    def weak(self, labeled: Tensor, unlabeled: Tensor, step: Step) -> tuple[Prediction, Tensor, Tensor]:
         """The labeled images' prediction, and the unlabeled ones' logits, as they are and with channels dropped.
 
         The encoder runs once. The decoder sees both versions in one batch, as in the release.

@@ -54,7 +54,7 @@ def activate(device: torch.device) -> bool:
     """Switches compilation on for this process, if `device` has a compiler; else says so and changes nothing."""
     global _active
     if not _active:
-        _active = _compiles(device)
+        _active = compiles(device)
     return _active
 
 
@@ -64,7 +64,7 @@ def is_active() -> bool:
 
 
 @functools.cache
-def _compiles(device: torch.device) -> bool:
+def compiles(device: torch.device) -> bool:
     """Whether the smallest of functions compiles on `device`; the first time, a warning says why it does not."""
     try:
         torch.compile(torch.square, dynamic=False)(torch.ones(8, device=device))

@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.inference.evaluate import class_table
 from pipeline.ingest.order import Source, share_lanes
 from pipeline.methods import METHODS
+from pipeline.storage import Patience
 from pipeline.training.lease import LEASE_FILE
 from pipeline.training.meter import Diverged
 from pipeline.training.preflight import check_identity, resolve, resolve_paths, warn_of_local_places
@@ -59,7 +60,7 @@ def launch(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()
         warn_of_local_places(config)
         progress = Progress.from_dict(_fit(config, workers, callbacks))
         summary = json.dumps(asdict(progress), indent=1).encode()
-        storage.retried(lambda: storage.write_bytes(done, summary))
+        Patience(config.run.storage_patience).retried(lambda: storage.write_bytes(done, summary))
     _print_result(config, dataset, progress)
     return progress
 
@@ -136,7 +137,7 @@ def _fit(config: Config, workers: Workers, callbacks: Sequence[Any]) -> dict[str
         try:
             result: dict[str, Any] = trainer.fit().return_value  # type: ignore[assignment]
         except ray.train.TrainingFailedError as error:
-            cause = _user_error(error, config.out)
+            cause = user_error(error, config.out)
             if cause:
                 goes_on = "once that is mended, the same command goes on from the last checkpoint"
                 raise UserError(f"{cause}; {goes_on}") from error
@@ -148,7 +149,7 @@ def _fit(config: Config, workers: Workers, callbacks: Sequence[Any]) -> dict[str
     return result
 
 
-def _user_error(error: BaseException, out: str) -> str:
+def user_error(error: BaseException, out: str) -> str:
     """The message of the `UserError` that ended a run, or an empty string.
 
     The controller itself touches only the run directory, so its storage errors are about that.

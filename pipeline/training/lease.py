@@ -7,6 +7,7 @@ import secrets
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.storage import Patience
 
 LEASE_FILE = "attempt"
 """Holds the name of the newest attempt."""
@@ -22,13 +23,14 @@ class Superseded(UserError):
 class Lease:
     """One attempt's right to write to a run directory, until another attempt takes it."""
 
-    def __init__(self, out: str) -> None:
-        """Args: out: run directory."""
+    def __init__(self, out: str, patience: Patience) -> None:
+        """Args: out: run directory; patience: with its storage."""
+        self.patience = patience
         self._uri, self._name = storage.join(out, LEASE_FILE), secrets.token_hex(8).encode()
 
     def take(self) -> None:
         """Makes this the newest attempt."""
-        storage.retried(lambda: storage.write_bytes(self._uri, self._name))
+        self.patience.retried(lambda: storage.write_bytes(self._uri, self._name))
 
     def write(self, uri: str, data: bytes) -> None:
         """Writes if this is the newest attempt, and retries while the storage is briefly in trouble.
@@ -45,4 +47,4 @@ class Lease:
                 raise Superseded(f"{uri}: another job has begun to train this run; it goes on, this one ends")
             storage.write_bytes(uri, data)
 
-        storage.retried(attempt)
+        self.patience.retried(attempt)

@@ -43,7 +43,7 @@ def resolve(config: Config, *, fresh: bool = False) -> Checked:
     """
     dataset = open_dataset(str(config.data.root))
     split = load_split(dataset, config.split, config.data.protocol)
-    config, sources = _with_pools(config, dataset, split, fresh)
+    config, sources = with_pools(config, dataset, split, fresh)
     check_durations(config)
     check_batch(config, split, sources)
     check_val(dataset)
@@ -84,7 +84,7 @@ def default_name(config: Config, root: str) -> str:
     return f"{root.rstrip('/').rsplit('/', 1)[-1]}-{config.method}-{config.split}-s{config.seed}"
 
 
-def _with_pools(config: Config, dataset: Dataset, split: Split, fresh: bool) -> tuple[Config, list[Source]]:
+def with_pools(config: Config, dataset: Dataset, split: Split, fresh: bool) -> tuple[Config, list[Source]]:
     """The config with the generations of its pools that count, and the unlabeled sources.
 
     A run keeps the generations it began with: those of its config, while it names the same pools.

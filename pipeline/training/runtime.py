@@ -17,6 +17,7 @@ import torch
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import META_FILE
 from pipeline.ingest.read import Reader, read_inline, read_ray
+from pipeline.storage import Patience
 from pipeline.training.lease import Lease
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Runtime(ABC):
     """GPUs of this rank: 1, a share of one, or 0."""
     threads: int = 1
     """CPU threads for decoding."""
+    patience: Patience
+    """With the storage, for all that this rank reads and writes."""
     lease: Lease
     """This attempt's right to write; rank 0 takes it."""
 
@@ -90,7 +93,8 @@ class PlainRuntime(Runtime):
     reader = staticmethod(read_inline)
 
     def __init__(self, out: str) -> None:
-        self._out, self.lease = out, Lease(out)
+        self._out, self.patience = out, Patience()
+        self.lease = Lease(out, self.patience)
         self.gpus = float(torch.cuda.is_available())
 
     def device(self) -> torch.device:
@@ -115,9 +119,9 @@ class RayRuntime(Runtime):
 
     reader = staticmethod(read_ray)
 
-    def __init__(self, out: str, resources: Mapping[str, float]) -> None:
-        """Args: out: run directory; resources: of this worker, by Ray's names."""
-        self._out, self.lease = out, Lease(out)
+    def __init__(self, out: str, resources: Mapping[str, float], patience: Patience) -> None:
+        """Args: out: run directory; resources: of this worker, by Ray's names; patience: with the storage."""
+        self._out, self.patience, self.lease = out, patience, Lease(out, patience)
         self.cpus, self.gpus = max(1.0, resources.get("CPU", 1.0)), resources.get("GPU", 0.0)
         self.threads = max(1, int(self.cpus) - 1)
         self._noticed: float | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoint import METRICS_FILE
+from pipeline.storage import Patience
 from pipeline.training.lease import Lease
 
 FLUSH_SECONDS = 10.0
@@ -31,7 +32,7 @@ class Tracker:
         self._uri = storage.join(out, METRICS_FILE)
         self._lines = self._kept(start)
         self._flushed = time.monotonic()
-        self._events = _Events(storage.join(out, "tensorboard"), start) if tensorboard else None
+        self._events = _Events(storage.join(out, "tensorboard"), start, lease.patience) if tensorboard else None
 
     def _kept(self, start: int) -> list[str]:
         if start == 0 or not storage.exists(self._uri):
@@ -70,9 +71,10 @@ class Tracker:
 class _Events:
     """TensorBoard events, written locally and copied when the run lives elsewhere."""
 
-    def __init__(self, uri: str, start: int) -> None:
+    def __init__(self, uri: str, start: int, patience: Patience) -> None:
         from tensorboardX import SummaryWriter
 
+        self._patience = patience
         self._remote = None if storage.is_local(uri) else uri
         self._scratch = tempfile.TemporaryDirectory() if self._remote else None
         self._folder = self._scratch.name if self._scratch else storage.resolve(uri)[1]
@@ -89,7 +91,8 @@ class _Events:
         self._writer.flush()
         if self._remote:
             for file in Path(self._folder).iterdir():
-                storage.retried(partial(storage.write_bytes, storage.join(self._remote, file.name), file.read_bytes()))
+                uri = storage.join(self._remote, file.name)
+                self._patience.retried(partial(storage.write_bytes, uri, file.read_bytes()))
 
     def close(self) -> None:
         self._writer.close()

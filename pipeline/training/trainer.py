@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import checkpoint, storage
+from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.checkpoint import Progress, Score
 from pipeline.config.schema import Config
@@ -64,11 +64,12 @@ class Trainer:
         self.runtime = runtime
         self.world, self.device = World.current(), runtime.device()
         # the driver has read all this, so trouble is brief: it is waited for, as it may be the reason of a restart
-        self.dataset = storage.retried(lambda: open_dataset(str(config.data.root)))
+        retried = runtime.patience.retried
+        self.dataset = retried(lambda: open_dataset(str(config.data.root)))
         self.config = config = _with_background(config, self.dataset)
-        self.split = storage.retried(lambda: load_split(self.dataset, config.split, config.data.protocol))
+        self.split = retried(lambda: load_split(self.dataset, config.split, config.data.protocol))
         unlabeled = METHODS[config.method].views.unlabeled
-        self.sources = storage.retried(lambda: open_sources(config, self.dataset, self.split)) if unlabeled else []
+        self.sources = retried(lambda: open_sources(config, self.dataset, self.split)) if unlabeled else []
         torch.manual_seed(config.seed)  # the same initial weights on every rank and for every number of ranks
         method = build_method(config, len(self.dataset.info.classes)).to(self.device).train()
         if self.world.size > 1:
@@ -78,12 +79,12 @@ class Trainer:
             kernel.activate(self.device)
         self.optimizer = build_optimizer(method, config.optim)
         self.progress = Progress()
-        storage.retried(self._restore)
+        retried(self._restore)
         self.model: nn.Module = method
         self.loader = Loader(
             config, self.dataset, self.split, method.views, rank=self.world.rank, world=self.world.size,
-            start=self.progress.step, threads=runtime.threads, reader=runtime.reader, sources=self.sources,
-            pinned=self.device.type == "cuda",
+            start=self.progress.step, threads=runtime.threads, reader=runtime.reader, patience=runtime.patience,
+            sources=self.sources, pinned=self.device.type == "cuda",
         )  # fmt: skip
 
     def train(self) -> Progress:
@@ -206,6 +207,7 @@ class Trainer:
                     self.device,
                     self.world.rank,
                     self.world.size,
+                    self.runtime.patience,
                 )
             matrix.all_reduce()
             scores = matrix.scores()

@@ -9,11 +9,11 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from pipeline import storage
 from pipeline.cluster.console import send_logs
 from pipeline.config import cli
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
+from pipeline.storage import Patience
 from pipeline.training.meter import Diverged
 from pipeline.training.runtime import RayRuntime
 from pipeline.training.trainer import Trainer
@@ -32,8 +32,9 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
     send_logs(values["console"], logging.INFO if first else logging.WARNING)
     config = cli.resolve(values["config"], OPTIONS)
     assert config.out is not None
-    storage.set_patience(config.run.storage_patience)
-    runtime = RayRuntime(config.out, ray.get_runtime_context().get_assigned_resources())
+    runtime = RayRuntime(
+        config.out, ray.get_runtime_context().get_assigned_resources(), Patience(config.run.storage_patience)
+    )
     torch.set_num_threads(int(runtime.cpus))
     trainer, problem = None, ""
     try:

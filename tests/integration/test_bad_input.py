@@ -143,7 +143,7 @@ def test_checkpoints(jobs: Jobs, shapes: str, tmp_path: Path) -> None:
 class TestS3:
     @pytest.fixture(autouse=True)
     def _fresh_clients(self) -> None:
-        storage._s3.cache_clear()
+        storage.reconnect()
 
     def test_wrong_key_bucket_endpoint(self, jobs: Jobs, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
         def said(uri: str) -> str:
@@ -157,7 +157,7 @@ class TestS3:
         assert "no dataset there" in said("s3://data/nothing")
         for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
             monkeypatch.setenv(name, "mistaken")
-            storage._s3.cache_clear()
+            storage.reconnect()
             line = said("s3://data/nothing")
             assert name in line
             assert "mistaken" not in line

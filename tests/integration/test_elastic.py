@@ -26,6 +26,7 @@ from pipeline.ingest.loader import Loader
 from pipeline.ingest.order import Mixture, open_sources
 from pipeline.ingest.read import UnlabeledStream, read_inline, read_ray
 from pipeline.methods import OPTIONS
+from pipeline.storage import Patience
 from tests.processes import kill, named, wait_for
 
 STEPS, KILLED = 54, 23
@@ -71,7 +72,7 @@ def each_image_once(config: Config, sequence: Sequence) -> None:
     split = load_split(dataset, config.split)
     lanes = range(config.optim.batch_unlabeled)
     plan = Mixture(open_sources(config, dataset, split), len(lanes), config.seed)
-    planned = list(itertools.islice(UnlabeledStream(plan, lanes, 0, read_inline), STEPS))
+    planned = list(itertools.islice(UnlabeledStream(plan, lanes, 0, read_inline, None, Patience()), STEPS))
     places = slice(config.optim.batch_labeled, None)
     assert [[row[0] for row in step[places]] for step in sequence] == [[each.id for each in step] for step in planned]
     counts = Counter((each.epoch, each.id) for step in planned for each in step)

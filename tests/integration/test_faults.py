@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.ingest import read
 from pipeline.ingest.order import LanePlan, select_groups
 from pipeline.ingest.read import read_inline, read_ray
+from pipeline.storage import Patience
 from tests.jobs import Job, environment, has_checkpoint, records, train_command
 from tests.processes import wait_for
 from tests.proxy import FaultProxy
@@ -37,9 +38,9 @@ def proxy(server: S3Server) -> Iterator[FaultProxy]:
     with FaultProxy(server.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
         for key, value in {**server.environment(), "AWS_ENDPOINT_URL": proxy.endpoint}.items():
             patch.setenv(key, value)
-        storage._s3.cache_clear()
+        storage.reconnect()
         yield proxy
-        storage._s3.cache_clear()
+        storage.reconnect()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,6 @@ def _calm(proxy: FaultProxy) -> Iterator[None]:
     proxy.counts.clear()
     yield
     proxy.set()
-    storage.set_patience(storage.PATIENCE)
 
 
 def epoch(dataset: Dataset, read: read.Reader) -> tuple[dict[str, bytes], int]:
@@ -63,16 +63,15 @@ def epoch(dataset: Dataset, read: read.Reader) -> tuple[dict[str, bytes], int]:
     names = dataset.subset("train")["id"].to_pylist()
     plan = LanePlan(select_groups(dataset, names), LANES, 0)
     found: dict[str, bytes] = {}
-    retries = 0
-    for unit, table in read(plan.units(range(LANES), 0)):
+    patience = Patience()
+    for unit, table in read(plan.units(range(LANES), 0), None, patience):
         assert unit.epoch < 2, f"{len(found)} of {len(names)} rows"
-        retries += sum(table["retries"].to_pylist())
         if unit.epoch == 0:
             assert not found.keys() & set(table["id"].to_pylist())
             found.update(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True))
         if len(found) == len(names):
             break
-    return found, retries
+    return found, patience.retries
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +85,19 @@ def test_a_storage_that_stays_away_is_named_in_time(
     proxy: FaultProxy, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr(storage, "REQUEST_TIMEOUT", 1.0)
-    storage._s3.cache_clear()
-    storage.set_patience(6.0)
-    shard, before, began = dataset.index["shard"][0].as_py(), storage.retries(), time.monotonic()
+    storage.reconnect()
+    patience, shard, began = Patience(6.0), dataset.index["shard"][0].as_py(), time.monotonic()
     proxy.set(fault)
     with pytest.raises(UserError, match=rf"^{ROOT}/{shard}: the (endpoint|storage) .* \(waited \d+ s\)$"):
-        read_group(ROOT, shard, 0, ["id", "image"])
+        read_group(ROOT, shard, 0, ["id", "image"], patience)
     assert 6 <= time.monotonic() - began < 60
     if fault in ("refuse", "reset", "slow_down"):  # the others use up the time at once
-        assert storage.retries() > before
+        assert patience.retries > 0
     if fault != "refuse":
         assert proxy.counts[fault] > storage.REQUEST_ATTEMPTS
     proxy.set()
     assert read_group(ROOT, shard, 0, ["id", "image"]).num_rows
-    storage._s3.cache_clear()
+    storage.reconnect()
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -123,8 +121,8 @@ class TestStream:
     ) -> None:
         back = threading.Timer(AWAY, server.restart)
 
-        def killing(units, labels=None):
-            for number, item in enumerate(read_ray(units, labels)):
+        def killing(units, labels, patience):
+            for number, item in enumerate(read_ray(units, labels, patience)):
                 if number == 0:  # the next tasks are under way
                     server.kill()
                     back.start()

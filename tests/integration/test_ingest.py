@@ -24,6 +24,7 @@ from pipeline.ingest.loader import Loader
 from pipeline.ingest.order import LanePlan, select_groups
 from pipeline.ingest.read import read_inline, read_ray
 from pipeline.methods import OPTIONS
+from pipeline.storage import Patience
 from pipeline.training.launch import launch
 from pipeline.training.runtime import PlainRuntime
 from pipeline.training.trainer import train
@@ -81,11 +82,11 @@ class TestLoader:
         with pytest.raises(UserError, match="is damaged"):
             read_group(str(copy), groups[0].shard, groups[0].row_group, ["mask"])
         units = list(itertools.islice(LanePlan(groups, 1, 0).units(range(1), 0), len(groups)))
-        whole = {name: image for _, table in read_inline(units) for name, image in pairs(table)}
+        whole = {name: image for _, table in read_inline(units, None, Patience()) for name, image in pairs(table)}
         assert whole.keys() == set(names)
         found: dict[str, bytes] = {}
-        for _, table in itertools.islice(read_ray(itertools.cycle(units)), len(units)):
-            assert table.column_names == ["id", "image", "retries"]
+        for _, table in itertools.islice(read_ray(itertools.cycle(units), None, Patience()), len(units)):
+            assert table.column_names == ["id", "image"]
             found.update(pairs(table))
         assert found == whole
 

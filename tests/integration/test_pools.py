@@ -26,6 +26,7 @@ from pipeline.ingest import read
 from pipeline.ingest.order import LanePlan, PoolTable
 from pipeline.ingest.read import read_inline, read_ray
 from pipeline.methods import OPTIONS
+from pipeline.storage import Patience
 from pipeline.training.launch import launch
 from tests.processes import wait_for
 from tests.s3 import S3Server
@@ -63,7 +64,7 @@ def rows(pool: Pool, generations: int = 1) -> dict[str, bytes]:
     """One epoch of a pool as a run reads it: all rows, none twice."""
     table = PoolTable(pool, generations)
     found: dict[str, bytes] = {}
-    for unit, served in read_inline(LanePlan(table, 1, 0).units(range(1), 0)):
+    for unit, served in read_inline(LanePlan(table, 1, 0).units(range(1), 0), None, Patience()):
         if unit.epoch:
             break
         assert not found.keys() & set(served["id"].to_pylist())
@@ -93,7 +94,9 @@ def test_ray_reads_what_the_plan_says(s3: S3Server, monkeypatch: pytest.MonkeyPa
     for copy in (False, True):
         pool = make_pool("images", raw, f"{s3.bucket_uri}/pools/mixed-{copy}", copy=copy)
         plan = LanePlan(PoolTable(pool, 1), 4, 0)
-        tables = zip(read_ray(plan.units(range(4), 3)), read_inline(plan.units(range(4), 3)), strict=False)
+        tables = zip(
+            *(each(plan.units(range(4), 3), None, Patience()) for each in (read_ray, read_inline)), strict=False
+        )
         for _, ((one, found), (two, expected)) in zip(range(70), tables, strict=False):
             assert one == two
             assert found.to_pylist() == expected.to_pylist()

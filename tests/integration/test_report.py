@@ -68,7 +68,7 @@ def test_networks_that_cannot_be_opened_cost_only_the_pictures(runs, tmp_path):
 
 
 def test_runs_on_s3(runs, s3: S3Server, tmp_path):
-    storage._s3.cache_clear()
+    storage.reconnect()
     place = f"{s3.bucket_uri}/{tmp_path.name}"
     for file in storage.list_files(runs):
         if "full" not in file:
@@ -76,7 +76,7 @@ def test_runs_on_s3(runs, s3: S3Server, tmp_path):
     commands.report([f"{place}/runs", "--out", f"{place}/report.html", "--images", "0"])
     assert f"{place}/runs/s-1_16-0".encode() in storage.read_bytes(f"{place}/report.html")
     assert storage.list_files(place)[:3] == ["report.csv", "report.html", "report.md"]
-    storage._s3.cache_clear()
+    storage.reconnect()
 
 
 @pytest.mark.parametrize(

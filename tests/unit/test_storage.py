@@ -1,4 +1,5 @@
 import errno
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from tests.s3 import READER_KEY, READER_SECRET, S3Server, free_ports
 @pytest.fixture
 def bucket(s3: S3Server, tmp_path: Path):
     """A folder of its own on the S3 server; afterwards no client keeps this test's credentials."""
-    storage._s3.cache_clear()
+    storage.reconnect()
     yield f"{s3.bucket_uri}/{tmp_path.name}"
-    storage._s3.cache_clear()
+    storage.reconnect()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -144,7 +145,7 @@ def test_the_rest_of_a_key_is_kept(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert storage.resolve("s3://bucket/run#2/a b")[1] == "bucket/run#2/a b"
     assert storage.resolve("s3://bucket//a/")[1] == "bucket/a"
-    storage._s3.cache_clear()
+    storage.reconnect()
 
 
 def test_unknown_scheme_and_missing_bucket():
@@ -172,17 +173,30 @@ def test_brief_trouble_is_waited_for(monkeypatch):
             raise answer
         return answer
 
-    before = storage.retries()
-    assert storage.retried(call) == "done"
+    patience = storage.Patience()
+    assert patience.retried(call) == "done"
     assert pauses == [0.25, 0.5]
-    assert storage.retries() - before == 2
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(storage.retries).result() == 0  # each thread counts its own
+    assert patience.retries == 2
+
+
+def test_threads_share_a_count_and_copies_begin_anew(monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    patience, answers = storage.Patience(7.0), [ConnectionError("gone")] * 40
+
+    def call() -> None:
+        if answers:
+            raise answers.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(patience.retried, call) for _ in range(8)]:
+            done.result()
+    assert patience.retries == 40
+    copy = pickle.loads(pickle.dumps(patience))
+    assert (copy.seconds, copy.retries) == (7.0, 0)
 
 
 def test_patience_ends_and_mistakes_are_not_waited_for(monkeypatch):
     pauses: list[float] = []
-    monkeypatch.setattr(storage, "_patience", 0.0)
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
 
     def gone() -> None:
@@ -193,9 +207,9 @@ def test_patience_ends_and_mistakes_are_not_waited_for(monkeypatch):
             raise FileNotFoundError("place")
 
     with pytest.raises(ConnectionError):
-        storage.retried(gone)
+        storage.Patience(0.0).retried(gone)
     with pytest.raises(UserError, match="place: not found"):
-        storage.retried(wrong)
+        storage.Patience(0.0).retried(wrong)
     assert pauses == []
 
 
@@ -203,9 +217,6 @@ def test_who_stays_away_is_named_after_the_set_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr(storage, "_patience", storage.PATIENCE)
-    storage.set_patience(20)
-    assert storage.patience() == 20
     for trouble, words in (
         (ConnectionResetError("by peer"), r"does not answer \(by peer\)"),
         (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), "does not answer: check AWS_ENDPOINT_URL"),
@@ -218,7 +229,7 @@ def test_who_stays_away_is_named_after_the_set_time(monkeypatch):
                 raise trouble
 
         with pytest.raises(UserError, match=rf"^s3://bucket/key: .*{words}.* \(waited 20 s\)$"):
-            storage.retried(away)
+            storage.Patience(20).retried(away)
         assert now[0] - began == pytest.approx(20)
 
 
@@ -242,7 +253,7 @@ def test_wrong_key(bucket, monkeypatch, key, secret):
 
 def test_a_reader_may_read_and_not_write(bucket, monkeypatch):
     storage.write_bytes(f"{bucket}/a", b"x")
-    storage._s3.cache_clear()
+    storage.reconnect()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
     assert storage.read_bytes(f"{bucket}/a") == b"x"

@@ -44,6 +44,7 @@ from pipeline.datasets.prepared.prepare import MAX_BAD
 from pipeline.datasets.prepared.shards import GROUP_BYTES, MIN_SHARDS, SHARD_BYTES, TRAIN_GROUPS
 from pipeline.datasets.raw.masks import BadSampleError, check_image
 from pipeline.errors import UserError
+from pipeline.storage import Patience
 
 KEYS_PER_RUN = 200_000
 """So many keys a task holds at a time, about."""
@@ -141,7 +142,7 @@ def make_pool(
         made = f"--source {before.info.source} --root {before.info.root}" + " --copy" * before.info.copied
         raise UserError(f"{plan.root}: was made with {made}; append the same, or make another pool and name both")
     _begin(plan)
-    listing = _list(plan)
+    listing = list_images(plan)
     scans = [(plan, listing, number) for number in range(listing.batches)]
     found = sum(tasks.run(_scan, scans, listing.batches, "prepare: %d of %d batches", workers))
     if not found:
@@ -192,7 +193,7 @@ def _begin(plan: PoolPlan) -> None:
     storage.write_bytes(uri, text)
 
 
-def _list(plan: PoolPlan) -> Listing:
+def list_images(plan: PoolPlan) -> Listing:
     """Step 1: streams the file names below the root into batches."""
     done = plan.work("listed.json")
     if storage.exists(done):
@@ -322,7 +323,9 @@ def _write_part(item: tuple[PoolPlan, int, list[int], int, int, bool]) -> list[s
     elif plan.source == "parquet":
         table, bad = _checked(pa.concat_tables(_repacked(plan, *piece) for piece in pieces), plan.images)
     else:
-        table, bad = _checked(pa.concat_tables(fetch(keys, plan.images) for keys, _, _ in pieces), plan.images)
+        table, bad = _checked(
+            pa.concat_tables(fetch(keys, plan.images, Patience()) for keys, _, _ in pieces), plan.images
+        )
     if not bad or skip_bad:
         write_parquet(uri, table, group_rows, **WRITE_OPTIONS)
     return bad

@@ -24,6 +24,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.datasets.prepared.dataset import SHARD_SCHEMA
 from pipeline.errors import UserError
+from pipeline.storage import Patience
 
 SCHEMA_VERSION = 1
 POOL_FILE = "pool.json"
@@ -157,12 +158,13 @@ def part_name(generation: int, number: int) -> str:
     return f"{folder_name(generation)}/part-{number:07d}.parquet"
 
 
-def fetch(links: pa.Table, root: str) -> pa.Table:
+def fetch(links: pa.Table, root: str, patience: Patience) -> pa.Table:
     """Reads linked images, several at a time; brief trouble of the storage is waited for.
 
     Args:
         links: `LINKS_SCHEMA`.
         root: what their files are below.
+        patience: for how long.
 
     Returns:
         `BYTES_SCHEMA`, in the same order; no bytes for an image that has vanished.
@@ -172,19 +174,15 @@ def fetch(links: pa.Table, root: str) -> pa.Table:
     """
     places = (links[name].to_pylist() for name in ("file", "offset", "size"))
     with ThreadPoolExecutor(FETCHES) as pool:
-        found = list(pool.map(partial(_fetch, root), *places))
-    images = [data for data, _ in found]
-    storage.add_retries(sum(retries for _, retries in found))
+        images = list(pool.map(partial(_fetch, root, patience), *places))
     return pa.table([links["id"].combine_chunks(), pa.array(images, pa.binary())], schema=BYTES_SCHEMA)
 
 
-def _fetch(root: str, file: str, offset: int, size: int) -> tuple[bytes, int]:
-    """The bytes, and how often the storage had to be asked again."""
-    uri, before = storage.join(root, file), storage.retries()
+def _fetch(root: str, patience: Patience, file: str, offset: int, size: int) -> bytes:
+    uri = storage.join(root, file)
     try:
-        data = storage.retried(lambda: storage.read_range(uri, offset, size))
+        return patience.retried(lambda: storage.read_range(uri, offset, size))
     except UserError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        data = b""
-    return data, storage.retries() - before
+        return b""

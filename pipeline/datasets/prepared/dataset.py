@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.storage import Patience
 
 SCHEMA_VERSION = 1
 IGNORE_INDEX = 255
@@ -167,8 +168,8 @@ def _read_info(root: str) -> DatasetInfo:
     return info
 
 
-def read_group(root: str, shard: str, row_group: int, columns: list[str]) -> pa.Table:
-    """Reads one row group; brief trouble of the storage is waited for (`storage.retried`).
+def read_group(root: str, shard: str, row_group: int, columns: list[str], patience: Patience | None = None) -> pa.Table:
+    """Reads one row group; brief trouble of the storage is waited for.
 
     Each call opens a handle of its own: one that is shared between threads hangs.
 
@@ -177,6 +178,7 @@ def read_group(root: str, shard: str, row_group: int, columns: list[str]) -> pa.
         shard: path of the shard below `root`, as in the index.
         row_group: which group of the shard.
         columns: names out of `SHARD_SCHEMA`.
+        patience: for how long; None: for as long as where nothing is said.
 
     Returns:
         The rows in stored order, columns as asked.
@@ -185,7 +187,7 @@ def read_group(root: str, shard: str, row_group: int, columns: list[str]) -> pa.
         UserError: the shard is missing or damaged (page checksums are verified), or the storage refuses.
     """
     uri = storage.join(root, shard)
-    return storage.retried(lambda: _read_group(uri, row_group, columns))
+    return (patience or Patience()).retried(lambda: _read_group(uri, row_group, columns))
 
 
 def _read_group(uri: str, row_group: int, columns: list[str]) -> pa.Table:

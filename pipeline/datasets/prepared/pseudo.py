@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.datasets.prepared.dataset import Dataset, read_group
 from pipeline.errors import UserError
+from pipeline.storage import Patience
 
 LABELS_FILE = "labels.json"
 LABEL_SCHEMA = pa.schema(
@@ -68,7 +69,9 @@ def write_info(root: str, info: LabelsInfo) -> None:
     storage.write_bytes(storage.join(root, LABELS_FILE), json.dumps(asdict(info), indent=1).encode())
 
 
-def write_labels(root: str, shard: str, groups: Mapping[int, pa.Table], digest: str) -> None:
+def write_labels(
+    root: str, shard: str, groups: Mapping[int, pa.Table], digest: str, patience: Patience | None = None
+) -> None:
     """Writes the labels of one shard, whole or not at all.
 
     Args:
@@ -76,6 +79,7 @@ def write_labels(root: str, shard: str, groups: Mapping[int, pa.Table], digest: 
         shard: path of the dataset's shard below its root.
         groups: `LABEL_SCHEMA` tables by row group; groups without labels may be missing.
         digest: what they were made by.
+        patience: with the storage; None: the usual one.
     """
     sink = io.BytesIO()
     schema = LABEL_SCHEMA.with_metadata({_DIGEST: digest.encode()})
@@ -83,7 +87,8 @@ def write_labels(root: str, shard: str, groups: Mapping[int, pa.Table], digest: 
         for number in range(max(groups) + 1):
             table = groups.get(number, LABEL_SCHEMA.empty_table()).cast(schema)
             writer.write_table(table, row_group_size=max(1, len(table)))
-    storage.retried(lambda: storage.write_bytes(storage.join(root, shard), sink.getvalue()))
+    uri = storage.join(root, shard)
+    (patience or Patience()).retried(lambda: storage.write_bytes(uri, sink.getvalue()))
 
 
 def delete_labels(root: str) -> None:
@@ -101,13 +106,15 @@ def has_labels(root: str, shard: str, digest: str) -> bool:
     return metadata.get(_DIGEST) == digest.encode()
 
 
-def read_labels(root: str, shard: str, row_group: int, ids: Sequence[str]) -> pa.ChunkedArray:
+def read_labels(
+    root: str, shard: str, row_group: int, ids: Sequence[str], patience: Patience | None = None
+) -> pa.ChunkedArray:
     """Labels of the images `ids` of a row group: binary, in that order.
 
     Raises:
         UserError: one has none, or the shard is missing or damaged.
     """
-    table = read_group(root, shard, row_group, ["id", "label"])
+    table = read_group(root, shard, row_group, ["id", "label"], patience)
     place = {name: row for row, name in enumerate(table["id"].to_pylist())}
     missing = next((name for name in ids if name not in place), None)
     if missing is not None:

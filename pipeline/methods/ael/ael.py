@@ -118,31 +118,31 @@ class AEL(TeacherMethod):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """Supervised loss with pastes, then consistency with the teacher on labeled and mixed images (paper eq. 1)."""
         labeled, unlabeled = self.sides(batch)
-        labeled = self._paste(labeled, step)
+        labeled = self.paste(labeled, step)
         if step.index < self.warmup:
             prediction = self.student(labeled.image)
             supervised = self._labeled_loss(prediction, labeled, step)
             return Losses({"supervised": supervised + untouched(prediction)}, {})
-        task = self._prepare(labeled, unlabeled, step)
+        task = self.prepare(labeled, unlabeled, step)
         student = self.together(self.student, labeled.image, task.mixed)
         with torch.autocast(labeled.image.device.type, enabled=False):
-            return self._losses(student, task, step)
+            return self.losses(student, task, step)
 
     @torch.no_grad()
-    def _prepare(self, labeled: Views, unlabeled: Views, step: Step) -> Task:
+    def prepare(self, labeled: Views, unlabeled: Views, step: Step) -> Task:
         """Mixes unlabeled images with earlier crops; the teacher looks at all parts and the reservoir takes some in."""
-        partner = self._partners(len(unlabeled.image), step)
+        partner = self.partners(len(unlabeled.image), step)
         seen = torch.cat([labeled.image, unlabeled.image, partner.crops[:, :3]])
         # evaluation mode: clean images have other batch statistics than those the student learns with
-        of_labeled, of_unlabeled, of_partner = self._targets(self.teacher.eval()(seen), labeled, unlabeled, partner)
-        box = self._boxes(of_partner.label, partner, step)
+        of_labeled, of_unlabeled, of_partner = self.targets(self.teacher.eval()(seen), labeled, unlabeled, partner)
+        box = self.boxes(of_partner.label, partner, step)
         mixed = torch.where(box.unsqueeze(1), partner.crops[:, :3], unlabeled.image)
         both = zip(of_unlabeled, of_partner, strict=True)
-        self._remember(unlabeled, of_unlabeled.label, step)
+        self.remember(unlabeled, of_unlabeled.label, step)
         return Task(labeled, of_labeled, mixed, Targets(*(torch.where(box, theirs, own) for own, theirs in both)))
 
     @torch.no_grad()
-    def _paste(self, labeled: Views, step: Step) -> Views:
+    def paste(self, labeled: Views, step: Step) -> Views:
         """Adaptive copy-paste: pixels of badly known classes of the batch's neighbour, zoomed (paper section 3.3)."""
         options, count, device = self.options, len(labeled.image), labeled.image.device
         partner = mixing.partners(count, device)
@@ -159,19 +159,19 @@ class AEL(TeacherMethod):
             valid=labeled.valid | pasted,
         )
 
-    def _partners(self, count: int, step: Step) -> DrawnCrops:
+    def partners(self, count: int, step: Step) -> DrawnCrops:
         """For each unlabeled image an earlier crop that shows a badly known class."""
         draws = step.uniform_per_image("ael/partner", (count, 2), self.confidence.value.device)
         return self.reservoir.draw(self.confidence.preference(), draws)
 
-    def _targets(self, prediction: Prediction, labeled: Views, unlabeled: Views, partner: DrawnCrops) -> list[Targets]:
+    def targets(self, prediction: Prediction, labeled: Views, unlabeled: Views, partner: DrawnCrops) -> list[Targets]:
         """The teacher's labels and confidence of labeled, unlabeled and partner images; 0 confidence off the image."""
         confidence, label = upsample(prediction.logits.float(), labeled.size).softmax(1).max(1)
         valid = torch.cat([labeled.valid, unlabeled.valid, partner.crops[:, 3] > 0])
         counts = [len(labeled.image), len(unlabeled.image), len(partner.crops)]
         return [Targets(*parts) for parts in zip(label.split(counts), (confidence * valid).split(counts), strict=True)]
 
-    def _boxes(self, label: Tensor, partner: DrawnCrops, step: Step) -> Tensor:
+    def boxes(self, label: Tensor, partner: DrawnCrops, step: Step) -> Tensor:
         """Adaptive CutMix: which pixels come from the partner, bool [B,H,W] (paper section 3.2).
 
         The box around the drawn class, if the teacher still finds enough of it in the partner; else, or if that box is
@@ -185,7 +185,7 @@ class AEL(TeacherMethod):
         anywhere = mixing.cutmix_masks(step.uniform_per_image("ael/box", (count, 3), label.device), size)
         return torch.where(fits.view(-1, 1, 1), inside(own, size), anywhere) & partner.found.view(-1, 1, 1)
 
-    def _remember(self, unlabeled: Views, label: Tensor, step: Step) -> None:
+    def remember(self, unlabeled: Views, label: Tensor, step: Step) -> None:
         """Hands some of this step's crops to the reservoir, each for a class that covers enough of it."""
         label = label.masked_fill(~unlabeled.valid, IGNORE)
         classes = torch.arange(self.num_classes, device=label.device).view(1, -1, 1, 1)
@@ -194,13 +194,13 @@ class AEL(TeacherMethod):
         crops = torch.cat([unlabeled.image, unlabeled.valid.unsqueeze(1).to(torch.uint8)], 1)
         self.reservoir.push(crops, shown, self.confidence.preference(), draws, step.world)
 
-    def _losses(self, student: Prediction, task: Task, step: Step) -> Losses:
+    def losses(self, student: Prediction, task: Task, step: Step) -> Losses:
         labeled, count = task.labeled, len(task.labeled.image)
         logits = upsample(student.logits.float(), labeled.size)
         terms = {  # the first one moves the class confidence, which the others use
             "supervised": self._labeled_loss(student.of(slice(count)), labeled, step),
-            "consistency_labeled": self._consistency(logits[:count], task.of_labeled, "ael/labeled", step),
-            "consistency_mixed": self._consistency(logits[count:], task.of_mixed, "ael/mixed", step),
+            "consistency_labeled": self.consistency(logits[:count], task.of_labeled, "ael/labeled", step),
+            "consistency_mixed": self.consistency(logits[count:], task.of_mixed, "ael/mixed", step),
         }
         logs = {
             "kept": (task.of_mixed.confidence >= self.options.threshold).float().mean(),
@@ -215,7 +215,7 @@ class AEL(TeacherMethod):
         self.confidence.update(logits, labeled.truth, step.world)
         return self.supervised(prediction, labeled, step.world)
 
-    def _consistency(self, logits: Tensor, teacher: Targets, name: str, step: Step) -> Tensor:
+    def consistency(self, logits: Tensor, teacher: Targets, name: str, step: Step) -> Tensor:
         """Dynamic re-weighting: sum_i w_i CE_i / sum_i w_i, w_i = m_i^gamma Bernoulli(r of the student's class).
 
         Paper section 3.4, eq. 8-10; a pixel below the threshold has weight 0.

@@ -205,9 +205,7 @@ class _InfoNCE(torch.autograd.Function):
         ctx: Any, anchors: Tensor, positives: Tensor, keys: Tensor, index: Tensor, temperature: float, binary: bool
     ) -> Tensor:
         unit, norm, positive = _normalised(anchors, positives)
-        losses, slope_own, slope_others = _loss(
-            (unit * positive).sum(-1), _dots(unit, keys, index), temperature, binary
-        )
+        losses, slope_own, slope_others = _loss((unit * positive).sum(-1), dots(unit, keys, index), temperature, binary)
         pull = slope_own[..., None] * positive + _combined(slope_others, keys, index)
         ctx.save_for_backward(_tangent(pull, unit, norm))
         return losses
@@ -246,17 +244,17 @@ def _tangent(pull: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm > _SHORT, (pull - unit * (pull * unit).sum(-1, keepdim=True)) / norm, 0.0)
 
 
-def _dots(unit: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+def dots(unit: Tensor, keys: Tensor, index: Tensor) -> Tensor:
     """Cosines of anchors and negatives: [C,M,D], [rows,D], [C,M,N] -> float32 [C,M,N]."""
     if is_active():
-        return _gathered_dots(unit, keys, index)
+        return gathered_dots(unit, keys, index)
     classes = zip(unit, index, strict=True)  # one class at a time: all negatives at once are [C,M,N,D]
     return torch.stack([torch.bmm(keys[rows].float(), a.unsqueeze(2)).squeeze(2) for a, rows in classes])
 
 
 @kernel()
-def _gathered_dots(unit: Tensor, keys: Tensor, index: Tensor) -> Tensor:
-    """As `_dots`, each negative read where it lies."""
+def gathered_dots(unit: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+    """As `dots`, each negative read where it lies."""
     return (unit[:, :, None] * keys[index]).sum(-1)
 
 

@@ -190,15 +190,15 @@ class U2PL(TeacherMethod):
             prediction = self.student(labeled.image)
             supervised = self.supervised(prediction, labeled, step.world)
             return Losses({"supervised": supervised + untouched(prediction)}, {})
-        targets = self._targets(labeled, unlabeled, step)
+        targets = self.targets(labeled, unlabeled, step)
         student = self.together(self.student, labeled.image, targets.images)
         with torch.autocast(labeled.image.device.type, enabled=False):
-            return self._losses(student, targets, labeled, step)
+            return self.losses(student, targets, labeled, step)
 
     # ---- what the teacher says ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _targets(self, labeled: Views, unlabeled: Views, step: Step) -> UnlabeledTargets:
+    def targets(self, labeled: Views, unlabeled: Views, step: Step) -> UnlabeledTargets:
         """Pseudo-labels of the clean images (paper eq. 6), strong augmentation, and the teacher's second look.
 
         Labels come from the teacher in evaluation mode; entropy, ranks and keys from batch statistics, as in the
@@ -236,9 +236,9 @@ class U2PL(TeacherMethod):
 
     # ---- the losses ---------------------------------------------------------------------------------------------
 
-    def _losses(self, student: Prediction, targets: UnlabeledTargets, labeled: Views, step: Step) -> Losses:
+    def losses(self, student: Prediction, targets: UnlabeledTargets, labeled: Views, step: Step) -> Losses:
         options, truth, count = self.options, labeled.truth, len(labeled.image)
-        alpha = torch.full((), self._alpha(step), device=truth.device)  # a copy of a host tensor would wait
+        alpha = torch.full((), self.alpha(step), device=truth.device)  # a copy of a host tensor would wait
         surest = options.variant == "upstream" or options.negative_pixels == "reliable"
         split = self.parts.unsupervised(
             student.logits[count:],
@@ -262,7 +262,7 @@ class U2PL(TeacherMethod):
         terms = {
             "supervised": supervised,
             "unsupervised": options.lambda_u * split.loss,
-            "contrastive": self._lambda_c(step.world) * contrastive,
+            "contrastive": self.contrast_weight(step.world) * contrastive,
         }
         logs = {
             "kept": split.kept,
@@ -275,12 +275,12 @@ class U2PL(TeacherMethod):
         }
         return Losses(terms, logs)
 
-    def _alpha(self, step: Step) -> float:
+    def alpha(self, step: Step) -> float:
         """alpha_t; the release holds it for an epoch."""
         held = self.options.epoch_steps or 1
         return unreliable_share(step.index // held * held, step.total, self.options.alpha_0)
 
-    def _lambda_c(self, world: World) -> float:
+    def contrast_weight(self, world: World) -> float:
         """D4: the release divides the contrastive gradient by the number of ranks once more."""
         return self.options.lambda_c / (world.size if self.options.variant == "upstream" else 1)
 

@@ -70,14 +70,14 @@ class U2PLAEL(AEL):
         self.u2pl = read_options(config, num_classes)
         self.bank = make_bank(self.u2pl, config, num_classes)
 
-    def _losses(self, student: Prediction, task: Task, step: Step) -> Losses:
+    def losses(self, student: Prediction, task: Task, step: Step) -> Losses:
         """AEL's losses with fewer pseudo-labels, and lambda_c L_c."""
         teacher = self._look(task)
         values = entropy(upsample(teacher.logits[len(task.labeled.image) :].float(), task.labeled.size))
         known = task.of_mixed.confidence > 0
         at = self._thresholds(values, known, step)
         certain = task.of_mixed._replace(confidence=task.of_mixed.confidence * (values < at.kept))
-        losses = super()._losses(student, task._replace(of_mixed=certain), step)
+        losses = super().losses(student, task._replace(of_mixed=certain), step)
         if step.index < self.steps(self.own.contrast_start):
             return Losses({**losses.terms, "contrastive": untouched(student)}, losses.logs)
 

@@ -21,6 +21,7 @@ from pipeline.inference.predict import whole
 from pipeline.ingest.order import Group, select_groups
 from pipeline.ingest.read import read_rows
 from pipeline.methods import OPTIONS
+from pipeline.storage import Patience
 from pipeline.training.runtime import PlainRuntime
 from pipeline.training.trainer import train
 
@@ -60,7 +61,7 @@ def _scores(teacher: str, image: bytes) -> Tensor:
 def test_plain_labels_are_the_argmax(shapes, teacher):
     labeler = Labeler(Labeling(shapes, teacher, tta=False, keep=1.0), CPU)
     seen = set()
-    for image in read_rows(_first(shapes))["image"].to_pylist():
+    for image in read_rows(_first(shapes), None, Patience())["image"].to_pylist():
         label = labeler.classes(image)
         assert label.dtype == np.uint8
         assert np.array_equal(label, _scores(teacher, image).argmax(0).numpy())
@@ -69,7 +70,7 @@ def test_plain_labels_are_the_argmax(shapes, teacher):
 
 
 def test_several_looks_are_averaged(shapes, teacher):
-    image = read_rows(_first(shapes))["image"][0].as_py()
+    image = read_rows(_first(shapes), None, Patience())["image"][0].as_py()
     network, pixels = restore(teacher, CPU)[1].predictor(), torch.from_numpy(decode_image(image)).permute(2, 0, 1)[None]
     look = partial(whole, network)
     with torch.no_grad():
@@ -83,7 +84,7 @@ def test_several_looks_are_averaged(shapes, teacher):
 
 @pytest.mark.parametrize("keep", [0.1, 0.8])
 def test_the_least_certain_pixels_get_no_label(shapes, teacher, keep):
-    image = read_rows(_first(shapes))["image"][0].as_py()
+    image = read_rows(_first(shapes), None, Patience())["image"][0].as_py()
     label = Labeler(Labeling(shapes, teacher, tta=False, keep=keep), CPU).classes(image)
     scores = _scores(teacher, image)
     doubt = -(scores * scores.log()).sum(0).numpy()
@@ -105,7 +106,7 @@ def test_a_shard_is_labeled_once(shapes, teacher, tmp_path: Path, monkeypatch: p
     labeler.label(job)
     for group in groups:
         labels = pseudo.read_labels(str(tmp_path), group.shard, group.row_group, group.ids).to_pylist()
-        images = read_rows(group)["image"].to_pylist()
+        images = read_rows(group, None, Patience())["image"].to_pylist()
         for image, label in zip(images, labels, strict=True):
             assert np.array_equal(decode_mask(label), labeler.classes(image))
             assert Image.open(io.BytesIO(label)).mode == "L"

@@ -1,6 +1,7 @@
 """Loaders of the demo set, and what they give."""
 
 import itertools
+import threading
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ def take(config: Config, count: int, **options: Any) -> list[Batch]:
         return list(itertools.islice(loader, count))
     finally:
         loader.close()
+
+
+def producing() -> list[threading.Thread]:
+    """The producers of all loaders of this process that still run."""
+    return [thread for thread in threading.enumerate() if thread.name == "loader"]
 
 
 def equal(one: Views | None, two: Views | None) -> bool:

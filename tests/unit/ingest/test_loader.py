@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -8,15 +9,19 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline import storage
 from pipeline.batch import ViewSpec
-from pipeline.datasets.prepared import dataset as formats
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest import loader as loaders
 from pipeline.ingest import read
+from pipeline.ingest.augment import ViewRecipe
+from pipeline.ingest.decode import Buffers, ThreadDecoder
 from pipeline.ingest.order import LanePlan, Unit, owned_lanes, select_groups
 from pipeline.ingest.read import LabeledSet, UnlabeledStream, read_inline
-from tests.unit.ingest.loading import both_views, configured, loader_of, same, take
+from pipeline.storage import Patience
+from tests.processes import wait_for
+from tests.unit.ingest.loading import both_views, configured, loader_of, producing, same, take
 
 
 def test_a_batch_is_what_it_says(shapes):
@@ -43,15 +48,15 @@ def test_no_unlabeled_mask_can_be_reached(shapes, monkeypatch):
     asked: list[list[str]] = []
     original = read.read_group
 
-    def watched(root: str, shard: str, row_group: int, columns: list[str]) -> pa.Table:
+    def watched(root: str, shard: str, row_group: int, columns: list[str], patience: Patience) -> pa.Table:
         asked.append(columns)
-        return original(root, shard, row_group, columns)
+        return original(root, shard, row_group, columns, patience)
 
     monkeypatch.setattr(read, "read_group", watched)
     dataset = open_dataset(shapes)
     split = load_split(dataset, "1_4")
     plan = LanePlan(select_groups(dataset, split.unlabeled), 6, 0)
-    stream = UnlabeledStream(plan, range(6), 0, read_inline)
+    stream = UnlabeledStream(plan, range(6), 0, read_inline, None, Patience())
     for samples in itertools.islice(stream, 20):
         assert all(sample.mask is None for sample in samples)
     assert asked
@@ -60,7 +65,7 @@ def test_no_unlabeled_mask_can_be_reached(shapes, monkeypatch):
 
 
 def test_a_method_without_unlabeled_images_reads_none(shapes):
-    def unread(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
+    def unread(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
         raise AssertionError("nobody asked for this")
 
     batches = take(configured(shapes), 3, spec=ViewSpec(unlabeled=False), reader=unread)
@@ -102,15 +107,15 @@ def test_views_change_with_epoch_and_seed(shapes):
     config = configured(shapes)
     dataset = open_dataset(shapes)
     ids = load_split(dataset, "1_4").labeled[:2]
-    few = LabeledSet(dataset, ids, 0)
+    few = LabeledSet(dataset, ids, 0, Patience())
     epochs = [few.samples([0, 1], step, 2) for step in range(4)]
     assert [sorted(sample.id for sample in samples) for samples in epochs] == [sorted(ids)] * 4
     assert [{sample.epoch for sample in samples} for samples in epochs] == [{0}, {1}, {2}, {3}]
     assert same(take(config, 3), take(config, 3))
     assert not same(take(config, 3), take(dataclasses.replace(config, seed=1), 3))
-    loader = loader_of(config)
-    views = [loader._decoder.submit(sorted(each, key=lambda sample: sample.id))()[0] for each in epochs[:2]]
-    loader.close()
+    decoder = ThreadDecoder(ViewRecipe(config.data, config.seed, strong=0), 1, Buffers(pinned=False))
+    views = [decoder.submit(sorted(each, key=lambda sample: sample.id))()[0] for each in epochs[:2]]
+    decoder.close()
     assert views[0].ids == views[1].ids
     assert not torch.equal(views[0].image, views[1].image)
 
@@ -134,9 +139,8 @@ def test_steps_are_made_ahead_up_to_a_number_of_bytes(shapes, monkeypatch):
         made.clear()
         loader = loader_of(config)
         next(iter(loader))
-        while not loader._ready.full() or len(made) < 2 * (steps + 2):
-            loader._closed.wait(0.01)
-        loader._closed.wait(0.1)
+        wait_for("all that has room", lambda steps=steps: len(made) >= 2 * (steps + 2))
+        time.sleep(0.1)  # one more would come now
         assert len(made) == 2 * (steps + 2)  # one handed over, one that waits for room
         loader.close()
 
@@ -161,8 +165,8 @@ class _Trouble(Exception):
 
 
 def test_trouble_of_the_reader_reaches_the_training_loop(shapes):
-    def read(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
-        for number, item in enumerate(read_inline(units)):
+    def read(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+        for number, item in enumerate(read_inline(units, labels, patience)):
             if number == 20:
                 raise _Trouble
             yield item
@@ -171,7 +175,7 @@ def test_trouble_of_the_reader_reaches_the_training_loop(shapes):
     with pytest.raises(_Trouble):
         list(itertools.islice(loader, 1000))
     loader.close()
-    assert not loader._thread.is_alive()
+    assert not producing()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
@@ -179,11 +183,9 @@ def test_close_ends_the_threads(shapes, taken):
     """One that still decodes while the interpreter ends aborts the process."""
     loader = loader_of(configured(shapes))
     list(itertools.islice(loader, taken))
-    if taken:
-        while not loader._ready.full():  # the producer waits for room, or soon will
-            loader._closed.wait(0.01)
+    time.sleep(0.1 if taken == 5 else 0)  # time to fill the queue: a producer that waits for room ends as well
     loader.close()
-    assert not loader._thread.is_alive()
+    assert not producing()
     loader.close()
 
 
@@ -191,19 +193,21 @@ def test_close_does_not_wait_for_storage_that_hangs(shapes, monkeypatch):
     monkeypatch.setattr(loaders, "CLOSE_SECONDS", 0.2)
     reached, hold = threading.Event(), threading.Event()
 
-    def hanging(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
-        reached.set()
-        hold.wait(60)
-        yield from read_inline(units)
+    def hanging(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+        for number, item in enumerate(read_inline(units, labels, patience)):
+            if number == 20:
+                reached.set()
+                hold.wait(60)
+            yield item
 
     loader = loader_of(configured(shapes), reader=hanging)
-    loader._thread.start()
+    next(iter(loader))
     assert reached.wait(60)
     loader.close()
-    assert loader._thread.is_alive()
+    (thread,) = producing()
     hold.set()
-    loader._thread.join(60)
-    assert not loader._thread.is_alive()
+    thread.join(60)
+    assert not producing()
 
 
 def test_waiting_for_batches_is_measured(shapes):
@@ -218,23 +222,22 @@ def test_waiting_for_batches_is_measured(shapes):
 
 
 def test_asking_the_storage_again_is_counted(shapes, monkeypatch):
-    read, failed = formats._read_group, set()
+    """Every other try fails, on both sides."""
+    resolve, tries, failed = storage.resolve, itertools.count(), []
 
-    def flaky(uri: str, row_group: int, columns: list[str]) -> pa.Table:
-        if (uri, row_group, *columns) not in failed:
-            failed.add((uri, row_group, *columns))
+    def flaky(uri: str) -> Any:
+        if "/shards/" in uri and next(tries) % 2 == 0:
+            failed.append(uri)
             raise ConnectionResetError("by peer")
-        return read(uri, row_group, columns)
+        return resolve(uri)
 
-    monkeypatch.setattr(formats, "_read_group", flaky)
+    monkeypatch.setattr(storage, "resolve", flaky)
     monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: None)
     loader = loader_of(configured(shapes))
+    labeled = len(failed)  # the constructor has read them
     list(itertools.islice(loader, 30))
     loader.close()
-    assert len(failed) > 5
-    assert 0 < loader.stats.retries <= len(failed)
-    labeled = [key for key in failed if key[-1] == "mask"]
-    assert loader.stats.retries > len(labeled)
+    assert 2 < labeled < loader.stats.retries <= len(failed)
 
 
 def test_lanes_must_divide(shapes):

@@ -14,14 +14,15 @@ from pipeline.errors import UserError
 from pipeline.ingest import read
 from pipeline.ingest.order import Unit
 from pipeline.ingest.read import Reader, read_inline
+from pipeline.storage import Patience
 from tests.unit.ingest.loading import DAMAGED, STRONG, both_views, configured, equal, loader_of, take
 
 
 def _spoiling(ids: set[str]) -> Reader:
     """The inline reader, with the images of `ids` damaged."""
 
-    def read(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
-        for unit, table in read_inline(units, labels):
+    def read(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+        for unit, table in read_inline(units, labels, patience):
             rows = [{**row, "image": DAMAGED} if row["id"] in ids else row for row in table.to_pylist()]
             yield unit, pa.Table.from_pylist(rows, table.schema)
 
@@ -53,19 +54,20 @@ def test_a_damaged_image_counts_as_padding_and_is_named(shapes, caplog):
 
 @pytest.mark.parametrize("what", ["image", "mask", "size"])
 def test_a_damaged_labeled_sample_has_no_label(shapes, monkeypatch, what):
-    rows_of = read._labeled_rows
+    original = read.read_group
     first = take(configured(shapes), 1)[0].labeled.ids[0]
 
     small = encode_png(np.zeros((5, 5), np.uint8))
 
-    def spoiled(group: Any) -> list[tuple[str, tuple[bytes, bytes]]]:
-        found = []
-        for name, (image, mask) in rows_of(group):
-            pair = {"image": (DAMAGED, mask), "mask": (image, mask[:60]), "size": (image, small)}[what]
-            found.append((name, pair if name == first else (image, mask)))
-        return found
+    def spoiled(*arguments: Any) -> pa.Table:
+        rows = original(*arguments).to_pylist()
+        for row in rows:
+            if row["id"] == first and "mask" in row:
+                worse = {"image": {"image": DAMAGED}, "mask": {"mask": row["mask"][:60]}, "size": {"mask": small}}
+                row.update(worse[what])
+        return pa.Table.from_pylist(rows)
 
-    monkeypatch.setattr(read, "_labeled_rows", spoiled)
+    monkeypatch.setattr(read, "read_group", spoiled)
     labeled = take(configured(shapes), 1)[0].labeled
     assert labeled.mask is not None
     assert (labeled.mask[0] == 255).all()
@@ -85,8 +87,8 @@ def test_too_many_damaged_samples_end_the_run(shapes):
 def test_removed_images_are_skipped(shapes, caplog):
     """A pool may lose an image after it was listed: its bytes are empty then."""
 
-    def read(units: Iterable[Unit], labels: str | None = None) -> Iterator[tuple[Unit, pa.Table]]:
-        for unit, table in read_inline(units, labels):
+    def read(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+        for unit, table in read_inline(units, labels, patience):
             rows = [{**row, "image": b""} for row in table.to_pylist()[:1]] + table.to_pylist()[1:]
             yield unit, pa.Table.from_pylist(rows, table.schema)
 

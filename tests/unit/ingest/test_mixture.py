@@ -29,6 +29,7 @@ from pipeline.ingest.order import (
 )
 from pipeline.ingest.read import read_inline
 from pipeline.methods import OPTIONS
+from pipeline.storage import Patience
 
 
 def _pool(rows: list[int], group_rows: int = 4, groups_per_shard: int = 3) -> Pool:
@@ -130,7 +131,7 @@ def test_a_mixture_does_not_depend_on_the_workers(world):
 
 
 def test_every_worker_reads_from_all_sources():
-    order = Mixture([_source("a", 100, 3), _source("b", 100, 1)], 16, 0)._source_of
+    order = Mixture([_source("a", 100, 3), _source("b", 100, 1)], 16, 0).source_of
     assert Counter(order) == {0: 12, 1: 4}
     for rank in range(4):
         assert {order[lane] for lane in owned_lanes(16, rank, 4)} == {0, 1}
@@ -155,7 +156,7 @@ def pool(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def _images(shapes: str) -> Iterator[tuple[str, bytes]]:
     dataset = open_dataset(shapes)
     plan = LanePlan(select_groups(dataset, dataset.index["id"].to_pylist()), 1, 0)
-    for _, table in read_inline(plan.units(range(1), 0)):
+    for _, table in read_inline(plan.units(range(1), 0), None, Patience()):
         yield from zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True)
 
 

@@ -3,16 +3,17 @@
 import dataclasses
 import itertools
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from pipeline import storage
-from pipeline.datasets.prepared import dataset as formats
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.errors import UserError
 from pipeline.ingest import read
 from pipeline.ingest.order import LanePlan, Unit, select_groups
+from pipeline.storage import Patience
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def units(shapes: str) -> list[Unit]:
 
 
 def test_inline_reads_id_and_image_of_each_unit(units):
-    for (unit, table), expected in zip(read.read_inline(units), units, strict=True):
+    for (unit, table), expected in zip(read.read_inline(units, None, Patience()), units, strict=True):
         assert unit is expected
-        assert table.column_names == ["id", "image", "retries"]
+        assert table.column_names == ["id", "image"]
         assert tuple(table["id"].to_pylist()) == unit.group.ids
         assert sum(map(len, table["image"].to_pylist())) == unit.group.size
 
@@ -33,7 +34,7 @@ def test_inline_reads_id_and_image_of_each_unit(units):
 def test_segments_hold_all_units_in_order_and_are_bounded(units, monkeypatch):
     monkeypatch.setattr(read, "ITEM_ROWS", 12)
     monkeypatch.setattr(read, "SEGMENT_ITEMS", 2)
-    segments = list(read._segments(iter(units)))
+    segments = list(read.cut_segments(iter(units)))
     flat = [unit for segment in segments for item in segment for unit in item]
     assert flat == units[: len(flat)]
     assert len(units) - len(flat) < 12  # what fills no item yet; a plan never ends
@@ -47,60 +48,66 @@ def test_segments_hold_all_units_in_order_and_are_bounded(units, monkeypatch):
 
 def test_large_images_make_small_items(units, monkeypatch):
     monkeypatch.setattr(read, "ITEM_BYTES", units[0].group.size)
-    assert all(len(item) <= 3 for item in read._items(iter(units)))
+    assert all(len(item) <= 3 for item in read.cut_items(iter(units)))
 
 
 def _block(units: list[Unit]) -> pa.Table:
-    return pa.concat_tables(table for _, table in read.read_inline(units))
+    return pa.concat_tables(table for _, table in read.read_inline(units, None, Patience()))
 
 
 def test_a_block_is_cut_back_into_its_units(units):
     item = units[:5]
-    cut = list(read._split(item, _block(item)))
+    cut = list(read.split_block(item, _block(item), Patience()))
     assert [unit for unit, _ in cut] == item
     for unit, table in cut:
         assert tuple(table["id"].to_pylist()) == unit.group.ids
 
 
 def test_a_block_says_how_often_the_storage_was_asked_again(units, monkeypatch):
-    """What a task counted comes back with its rows: the first one of each group."""
-    original, answers = formats._read_group, itertools.cycle([True, True, False])
+    original, answers = storage.resolve, itertools.cycle([True, True, False])
 
-    def flaky(*arguments) -> pa.Table:
+    def flaky(uri: str) -> Any:
         if next(answers):
             raise TimeoutError("no answer")
-        return original(*arguments)
+        return original(uri)
 
-    monkeypatch.setattr(formats, "_read_group", flaky)
+    monkeypatch.setattr(storage, "resolve", flaky)
     monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: None)
     item = units[:4]
-    task = {"item": [read._packed([unit.group for unit in item], None)]}
-    for _, table in read._split(item, read._read_item(task)):
-        assert table["retries"].to_pylist() == [2] + [0] * (table.num_rows - 1)
+    patience = Patience()
+    task = {"item": [read.pack_item([unit.group for unit in item], None, patience)]}
+    for _, table in read.split_block(item, read.read_item(task), patience):
+        assert table.column_names == ["id", "image"]
+    assert patience.retries == 2 * len(item)
 
 
 def test_a_block_says_why_its_rows_cannot_be_read(units):
     lost = dataclasses.replace(units[2].group, shard="shards/lost.parquet")
-    block = read._read_item({"item": [read._packed([units[0].group, lost], None)]})
+    block = read.read_item({"item": [read.pack_item([units[0].group, lost], None, Patience())]})
     with pytest.raises(UserError, match=r"^\S+/shards/lost\.parquet: not found"):
-        list(read._split(units[:2], block))
+        list(read.split_block(units[:2], block, Patience()))
 
 
 def test_a_task_is_as_patient_as_the_worker(units, monkeypatch):
-    monkeypatch.setattr(storage, "_patience", 7.0)
-    task = {"item": [read._packed([units[0].group], None)]}
-    storage.set_patience(60.0)
-    read._read_item(task)
-    assert storage.patience() == 7.0
+    def away(uri: str) -> Any:
+        raise TimeoutError("no answer")
+
+    now = [0.0]
+    monkeypatch.setattr(storage, "resolve", away)
+    monkeypatch.setattr("pipeline.storage.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    with pytest.raises(TimeoutError):
+        read.read_item({"item": [read.pack_item([units[0].group], None, Patience(7.0))]})
+    assert now == [7.0]
 
 
 def test_a_block_that_is_not_what_was_planned_is_refused(units):
     item = units[:5]
     for block in (_block(item[:4]), _block(item[1:] + item[:1])):
         with pytest.raises(RuntimeError, match="other rows than the index says"):
-            list(read._split(item, block))
+            list(read.split_block(item, block, Patience()))
     with pytest.raises(RuntimeError, match="were planned"):
-        list(read._split(item, _block(units[:6])))
+        list(read.split_block(item, _block(units[:6]), Patience()))
     group = dataclasses.replace(item[0].group, ids=("x",) * len(item[0].group.ids))
     with pytest.raises(RuntimeError, match=f"{group.shard}, row group"):
-        list(read._split([dataclasses.replace(item[0], group=group)], _block(item[:1])))
+        list(read.split_block([dataclasses.replace(item[0], group=group)], _block(item[:1]), Patience()))

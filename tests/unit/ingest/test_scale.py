@@ -9,6 +9,7 @@ import pytest
 from pipeline import storage
 from pipeline.ingest.order import Mixture, open_source
 from pipeline.ingest.read import UnlabeledStream, read_inline
+from pipeline.storage import Patience
 from tests.pools import GROUP_ROWS, ROWS_PER_SHARD, link_parts, write_part, write_pool
 
 LANES = 16
@@ -41,7 +42,7 @@ def test_start_reads_and_holds_the_same_for_a_thousand_shards_and_a_million(tmp_
             patch.setattr(storage, "resolve", watched)
             touched.clear()
             tracemalloc.start()
-            batch = next(iter(UnlabeledStream(opened(uri), range(LANES), 0, read_inline)))
+            batch = next(iter(UnlabeledStream(opened(uri), range(LANES), 0, read_inline, None, Patience())))
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
         assert len(batch) == LANES
@@ -63,17 +64,19 @@ def test_reading_holds_and_reads_the_same_from_a_thousand_rows_and_a_hundred_tho
             lambda unit: unit.first_step < start + 2 * steps, opened(uri).units(range(LANES), start)
         )
         link_parts(part[0], (unit.group for unit in units))
-        asked, most = 0, 0
+        asked, read, most = 0, 0, 0
 
-        def counted(units, labels=None):
-            nonlocal asked
-            for item in read_inline(units, labels):
+        def counted(units, labels, patience):
+            nonlocal asked, read
+            for item in read_inline(units, labels, patience):
                 asked += 1
+                read += len(item[0].order)
                 yield item
 
-        stream = UnlabeledStream(opened(uri), range(LANES), start, counted)
-        for _ in itertools.islice(stream, steps):
-            most = max(most, sum(map(len, stream._queues.values())))
+        samples = iter(UnlabeledStream(opened(uri), range(LANES), start, counted, None, Patience()))
+        for step in range(1, steps + 1):
+            next(samples)
+            most = max(most, read - step * LANES)
         return asked, most
 
     for rows in (1_000, 100_000):

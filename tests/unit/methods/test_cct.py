@@ -62,9 +62,9 @@ def test_each_perturbation_alone_trains_encoder_and_decoder_but_not_the_main_one
 def test_context_and_object_masks_complement_each_other(build, background):
     method = _cct(build, data={"background": str(background)})
     features, label = torch.rand(2, 4, 3, 3), torch.randint(0, CLASSES, (2, 3, 3))
-    foreground = method._foreground(2, step(0), features.device)
+    foreground = method.foreground(2, step(0), features.device)
     context, objects = (
-        method._perturb(kind, features, label, foreground, torch.nn.Identity(), lambda *_: features)
+        method.perturb(kind, features, label, foreground, torch.nn.Identity(), lambda *_: features)
         for kind in ("context", "objects")
     )
     assert torch.equal(context, features * (label != background).unsqueeze(1))
@@ -73,7 +73,7 @@ def test_context_and_object_masks_complement_each_other(build, background):
 
 def test_without_a_background_class_objects_are_drawn(build):
     method = _cct(build, data={"background": "none"})
-    drawn = method._foreground(200, step(0), torch.device("cpu"))
+    drawn = method.foreground(200, step(0), torch.device("cpu"))
     assert drawn.shape == (200, CLASSES)
     assert 0.4 < float(drawn.float().mean()) < 0.6
 

@@ -105,9 +105,9 @@ def test_consistency_is_soft_cross_entropy_outside_hole_and_padding(pseudoseg):
     on = batch()
     assert on.unlabeled is not None
     terms = pseudoseg(on, step(3)).terms
-    target = pseudoseg._pseudo_labels(on.unlabeled, step(3).world)
+    target = pseudoseg.pseudo_labels(on.unlabeled, step(3).world)
     torch.testing.assert_close(target.sum(1), torch.ones_like(target[:, 0]))
-    strong, valid = pseudoseg._strong(on.unlabeled, step(3))
+    strong, valid = pseudoseg.strong(on.unlabeled, step(3))
     logits = pseudoseg.student(strong).logits
     size, losses = logits.shape[2:], []
     for b in range(2):
@@ -121,7 +121,7 @@ def test_consistency_is_soft_cross_entropy_outside_hole_and_padding(pseudoseg):
 def test_the_strong_view_has_a_hole_in_the_mean_colour(pseudoseg):
     unlabeled = batch().unlabeled
     assert unlabeled is not None
-    image, valid = pseudoseg._strong(unlabeled, step(3))
+    image, valid = pseudoseg.strong(unlabeled, step(3))
     hole = unlabeled.valid & ~valid
     assert 0 < int(hole.sum()) <= 2 * 25  # a fifth of 24 is 5
     assert (image.movedim(1, -1)[hole] == torch.tensor([124, 116, 104])).all()

@@ -37,7 +37,7 @@ def test_holes_hold_noise_and_carry_no_label(build, cutout):
     assert pool is not None
     assert pool.pseudo is not None
     method = _method(build, cutout=cutout)
-    image, label = method._seen(pool, pool.pseudo, step(3))
+    image, label = method.seen(pool, pool.pseudo, step(3))
     draws = step(3).uniform_per_image("cutout", (4, 5), CPU)
     used = draws[:, 4] < cutout
     hole = small_box_masks(draws[:, :4], (SIZE, SIZE)) & used.view(-1, 1, 1)

@@ -65,7 +65,7 @@ def test_the_defaults_are_the_releases_sum(build):
 
 def test_without_dropout_the_third_stream_is_the_weak_view(build):
     method, on = _trained(build, dropout=0.0), batch(4, seed=3)
-    _, weak, perturbed = method._weak(on.labeled.image, method.sides(on)[1].image, step(3))
+    _, weak, perturbed = method.weak(on.labeled.image, method.sides(on)[1].image, step(3))
     torch.testing.assert_close(weak, perturbed)
 
 

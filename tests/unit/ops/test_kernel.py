@@ -20,7 +20,7 @@ def _compiled_adds_one(x: Tensor) -> Tensor:
 def switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process's switch as a new process has it, and put back at the end."""
     monkeypatch.setattr(kernel, "_active", False)
-    compiles = kernel._compiles  # a test may put another in its place
+    compiles = kernel.compiles  # a test may put another in its place
     compiles.cache_clear()
     torch._dynamo.reset()  # else what one test compiled serves the next, compiler or not
     yield
@@ -66,7 +66,7 @@ def test_an_active_process_does_not_look_for_a_compiler_again(monkeypatch: pytes
         asked.append(device)
         return True
 
-    monkeypatch.setattr(kernel, "_compiles", compiles)
+    monkeypatch.setattr(kernel, "compiles", compiles)
     assert kernel.activate(CPU)
     assert kernel.activate(CPU)
     assert asked == [CPU]

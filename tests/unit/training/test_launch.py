@@ -78,7 +78,7 @@ def test_a_run_keeps_the_generations_it_began_with(
 
     def pinned(*flags: str, fresh: bool = False) -> tuple[int, ...]:
         config = _config("--data", shapes, "--out", str(tmp_path), "--data.unlabeled_pools", "/a", *flags)
-        config, sources = preflight._with_pools(config, dataset, split, fresh)
+        config, sources = preflight.with_pools(config, dataset, split, fresh)
         launch.begin_run(config, fresh)
         assert [source.generations for source in sources] == [0, *config.data.pool_generations]
         return config.data.pool_generations
@@ -96,7 +96,7 @@ def test_a_run_keeps_the_generations_it_began_with(
 def test_methods_without_unlabeled_images_open_no_pool(shapes: str, tmp_path: Path) -> None:
     dataset = open_dataset(shapes)
     config = _config("--data", shapes, "--out", str(tmp_path), "--method", "suponly", "--data.unlabeled_pools", "/no")
-    assert preflight._with_pools(config, dataset, load_split(dataset, "1_2"), False) == (config, [])
+    assert preflight.with_pools(config, dataset, load_split(dataset, "1_2"), False) == (config, [])
 
 
 def test_a_dataset_without_val_is_refused(shapes: str) -> None:
@@ -134,6 +134,6 @@ class _Wrapped(Exception):
     ],
 )
 def test_what_ended_a_run_is_told_if_someone_can_mend_it(error: Exception, told: str) -> None:
-    found = launch._user_error(error, "s3://b/run")
+    found = launch.user_error(error, "s3://b/run")
     assert found.startswith(told)
     assert bool(found) == bool(told)

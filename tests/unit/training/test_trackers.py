@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
+from pipeline.storage import Patience
 from pipeline.training.lease import Lease, Superseded
 from pipeline.training.trackers import Tracker, duration
 from tests.s3 import S3Server
@@ -14,7 +15,7 @@ def _lines(out: Path) -> list[dict]:
 
 
 def _claimed(out: str) -> Lease:
-    claim = Lease(out)
+    claim = Lease(out, Patience())
     claim.take()
     return claim
 
@@ -76,7 +77,7 @@ def test_tensorboard_drops_the_lost_attempt_too(tmp_path):
 
 
 def test_on_s3(s3: S3Server, tmp_path):
-    storage._s3.cache_clear()
+    storage.reconnect()
     out = f"{s3.bucket_uri}/{tmp_path.name}"
     _run(out, 0, [2, 4, 6], tensorboard=True)
     _run(out, 4, [8], tensorboard=True)
@@ -85,7 +86,7 @@ def test_on_s3(s3: S3Server, tmp_path):
     files = storage.list_files(f"{out}/tensorboard")
     assert len(files) == 2
     assert all(len(storage.read_bytes(f"{out}/tensorboard/{file}")) > 100 for file in files)
-    storage._s3.cache_clear()
+    storage.reconnect()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45.9, "45s"), (60, "1m00s"), (200, "3m20s"), (3720, "1h02m")])

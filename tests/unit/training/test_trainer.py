@@ -18,6 +18,7 @@ from pipeline.methods.suponly import SupOnly
 from pipeline.training import trainer
 from pipeline.training.meter import Diverged
 from pipeline.training.runtime import PlainRuntime
+from tests.unit.ingest.loading import producing
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +137,7 @@ def test_the_threads_end_with_the_run(shapes, tmp_path, monkeypatch):
     with pytest.raises(Diverged):
         _train(_config(shapes, tmp_path / "b"))
     assert len(closed) == 2
-    assert not any(loader._thread.is_alive() for loader in closed)
+    assert not producing()
 
 
 def test_clipping_limits_the_gradient(shapes, tmp_path, monkeypatch):

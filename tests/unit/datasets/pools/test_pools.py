@@ -21,6 +21,7 @@ from pipeline.datasets.pools.pool import WORK_FOLDER, Pool, PoolInfo, open_pool,
 from pipeline.errors import UserError
 from pipeline.ingest.order import PoolTable
 from pipeline.ingest.read import read_rows
+from pipeline.storage import Patience
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +52,8 @@ def _rows(pool: Pool, generations: int = 99) -> dict[str, bytes]:
     table = PoolTable(pool, generations)
     for number in range(len(table)):
         group = table[number]
-        read = read_rows(group)
-        assert read.column_names == ["id", "image", "retries"]
+        read = read_rows(group, None, Patience())
+        assert read.column_names == ["id", "image"]
         assert read.num_rows == len(group.rows)
         found += zip(read["id"].to_pylist(), read["image"].to_pylist(), strict=True)
     assert len(dict(found)) == len(found)
@@ -283,7 +284,7 @@ def test_the_listing_is_never_held(tmp_path, monkeypatch):
         plan = make.PoolPlan(str(tmp_path / str(files)), "images", "s3://bucket/photos", "links", 0)
         monkeypatch.setattr(storage, "iter_files", lambda _: ((f"{number:09d}.jpg", 1) for number in range(files)))
         tracemalloc.start()
-        assert make._list(plan).batches == files // 2000
+        assert make.list_images(plan).batches == files // 2000
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
@@ -305,7 +306,8 @@ def test_asking_again_for_linked_images_is_counted(photos, tmp_path, monkeypatch
     """They are fetched in other threads than the one that reads the group."""
     pool = make_pool("images", str(photos), str(tmp_path / "pool"))
     group = PoolTable(pool, 1)[0]
-    expected, read, failed = read_rows(group), storage.read_range, set()
+    patience = Patience()
+    expected, read, failed = read_rows(group, None, patience), storage.read_range, set()
 
     def flaky(uri: str, offset: int, size: int) -> bytes:
         if uri not in failed:
@@ -315,6 +317,6 @@ def test_asking_again_for_linked_images_is_counted(photos, tmp_path, monkeypatch
 
     monkeypatch.setattr(storage, "read_range", flaky)
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
-    table = read_rows(group)
-    assert table.select(["id", "image"]).equals(expected.select(["id", "image"]))
-    assert sum(table["retries"].to_pylist()) == len(failed) == table.num_rows
+    table = read_rows(group, None, patience)
+    assert table.equals(expected)
+    assert patience.retries == len(failed) == table.num_rows

@@ -37,14 +37,14 @@ def test_consistency_weighs_by_confidence_and_sampling_rate(build):
         if m >= 0.7 and draws[b, y, x] < rate:
             total += m**2 * float(F.cross_entropy(logits[b, :, y, x], said.label[b, y, x]))
             weights += m**2
-    found = method._consistency(logits, said, "ael/labeled", step(3))
+    found = method.consistency(logits, said, "ael/labeled", step(3))
     assert float(found) == pytest.approx(total / weights, rel=1e-4)
 
 
 def test_pastes_are_the_neighbours_pixels_of_the_drawn_class(build):
     method, labeled = _ael(build, paste=1.0, paste_exclude="0,1,2,4"), _labeled()
     assert labeled.mask is not None
-    pasted = method._paste(labeled, step(3))
+    pasted = method.paste(labeled, step(3))
     draws = step(3).uniform_per_image("ael/paste", (2, 5), CPU)
     image, mask = zoomed(labeled.image.flip(0), labeled.mask.flip(0), draws[:, :4], (0.2, 1.0))
     taken = mask == 3  # the only class allowed
@@ -57,7 +57,7 @@ def test_pastes_are_the_neighbours_pixels_of_the_drawn_class(build):
 @pytest.mark.parametrize("options", [{"paste": 0.0}, {"paste": 1.0, "paste_exclude": "0,1,2,3,4"}])
 def test_nothing_to_paste_changes_nothing(options, build):
     method, labeled = _ael(build, **options), _labeled()
-    pasted = method._paste(labeled, step(3))
+    pasted = method.paste(labeled, step(3))
     assert labeled.mask is not None
     assert pasted.mask is not None
     assert torch.equal(pasted.image, labeled.image)
@@ -72,7 +72,7 @@ def test_boxes_surround_the_drawn_class_if_it_is_large_enough(build):
     label[2, :20] = 2  # its box is more than half
     found = torch.tensor([True, True, True, False])
     drawn = DrawnCrops(torch.zeros(4, 4, SIZE, SIZE, dtype=torch.uint8), torch.full((4,), 2), found)
-    box = method._boxes(label, drawn, step(3))
+    box = method.boxes(label, drawn, step(3))
     assert torch.equal(box[0], label[0] == 2)
     for other in (1, 2):
         assert float(box[other].float().mean()) == pytest.approx(0.5, abs=0.05)
@@ -85,7 +85,7 @@ def test_the_reservoir_fills_with_crops_by_the_teachers_labels(build):
     label = torch.zeros(2, SIZE, SIZE, dtype=torch.long)
     label[1] = 3
     for index in range(8):
-        method._remember(on.unlabeled, label, step(index))
+        method.remember(on.unlabeled, label, step(index))
     assert method.reservoir.count.tolist() == [4, 0, 0, 4, 0]
     crop = torch.cat([on.unlabeled.image, on.unlabeled.valid[:, None].to(torch.uint8)], 1)
     assert all(torch.equal(held, crop[0]) for held in method.reservoir.crops[:4])
@@ -94,9 +94,9 @@ def test_the_reservoir_fills_with_crops_by_the_teachers_labels(build):
 
 def test_the_first_step_mixes_nothing_and_later_ones_do(build):
     method = _ael(build)
-    assert not method._partners(2, step(0)).found.any()
+    assert not method.partners(2, step(0)).found.any()
     train_step(method, 0)
-    assert method._partners(2, step(1)).found.all()
+    assert method.partners(2, step(1)).found.all()
 
 
 def test_padding_is_never_learned_from(build):
@@ -107,7 +107,7 @@ def test_padding_is_never_learned_from(build):
     )
     seen = torch.cat([on.labeled.image, on.unlabeled.image, partner.crops[:, :3]])
     with torch.no_grad():
-        said = method._targets(method.teacher(seen), on.labeled, on.unlabeled, partner)
+        said = method.targets(method.teacher(seen), on.labeled, on.unlabeled, partner)
     assert torch.equal(said[1].confidence > 0, on.unlabeled.valid)
     assert not said[2].confidence.any()
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.methods.u2pl.fast import _gathered_dots, info_nce
+from pipeline.methods.u2pl.fast import gathered_dots, info_nce
 
 C, M, N, D, ROWS = 3, 6, 8, 4, 20
 
@@ -142,4 +142,4 @@ def test_positives_and_keys_get_no_gradient():
 def test_the_compiled_form_of_the_cosines_is_the_same():
     anchors, _, keys, index = _inputs()
     expected = torch.einsum("cmd,cmnd->cmn", anchors, keys[index])
-    torch.testing.assert_close(_gathered_dots(anchors, keys, index), expected)
+    torch.testing.assert_close(gathered_dots(anchors, keys, index), expected)

@@ -85,7 +85,7 @@ def test_pseudo_labels_are_the_evaluating_teachers_on_clean_images(build):
     labeled, unlabeled = _sides(seed=9)
     with torch.no_grad():
         logits = upsample(method.teacher.eval()(unlabeled.image).logits, (SIZE, SIZE))
-    taught = method._targets(labeled, unlabeled, step(4))
+    taught = method.targets(labeled, unlabeled, step(4))
     assert torch.equal(taught.label, logits.argmax(1).masked_fill(~unlabeled.valid, 255))
     assert torch.equal(taught.images, unlabeled.image)
 
@@ -99,7 +99,7 @@ def test_one_pass_labels_and_scores_the_clean_images_in_one_look(build):
     same = copy.deepcopy(method.teacher).train()
     with torch.no_grad():
         clean = same(torch.cat([labeled.image, unlabeled.image]))
-    taught = method._targets(labeled, unlabeled, step(4))
+    taught = method.targets(labeled, unlabeled, step(4))
     box = cutmix_masks(step(4).uniform_per_image("cutmix", (2, 3), torch.device("cpu")), (SIZE, SIZE))
     label = upsample(clean.logits[2:], (SIZE, SIZE)).argmax(1).masked_fill(~unlabeled.valid, 255)
     assert torch.equal(taught.label, torch.where(box, label.flip(0), label))
@@ -129,7 +129,7 @@ def test_cutmix_moves_image_and_label_together(build):
     labeled, unlabeled = _sides(4, seed=9)
     unlabeled.valid[::2, :, 3:9] = False
     clean = (unlabeled.image[:, 0].long() // 40).clamp_max(CLASSES - 1).masked_fill(~unlabeled.valid, 255)
-    mixed = method._targets(labeled, unlabeled, step(4))
+    mixed = method.targets(labeled, unlabeled, step(4))
     box = cutmix_masks(step(4).uniform_per_image("cutmix", (4, 3), torch.device("cpu")), (SIZE, SIZE))
     partner = torch.tensor([1, 0, 3, 2])
     assert torch.equal(mixed.label, torch.where(box, clean[partner], clean))
@@ -199,7 +199,7 @@ def test_the_ablation_takes_the_share_of_highest_or_of_lowest_entropy(build, kin
 def test_cutmix_probability(build):
     method = cast("U2PL", build("u2pl", mix_share=0.5))
     labeled, unlabeled = _sides()
-    looks = (method._targets(labeled, unlabeled, step(index)).images for index in range(60))
+    looks = (method.targets(labeled, unlabeled, step(index)).images for index in range(60))
     used = [not torch.equal(images, unlabeled.image) for images in looks]
     assert 18 <= sum(used) <= 42
 
@@ -327,8 +327,8 @@ def test_a_bank_in_bfloat16_changes_the_loss_by_rounding_only(build):
 
 def test_alpha_is_held_for_an_epoch(build):
     held, moving = (cast("U2PL", build("u2pl", epoch_steps=steps)) for steps in (4, 0))
-    assert [held._alpha(step(index)) for index in (4, 5, 7)] == [moving._alpha(step(4))] * 3
-    assert held._alpha(step(8)) == moving._alpha(step(8)) < held._alpha(step(7))
+    assert [held.alpha(step(index)) for index in (4, 5, 7)] == [moving.alpha(step(4))] * 3
+    assert held.alpha(step(8)) == moving.alpha(step(8)) < held.alpha(step(7))
 
 
 def test_upstream_ties_the_teacher_to_the_student_for_its_first_epoch(build):
@@ -353,14 +353,14 @@ def test_upstream_learns_padding_as_class_0(build):
 
 def test_upstream_divides_the_weight_by_the_ranks(build):
     method = cast("U2PL", build("u2pl", variant="upstream", lambda_c=1.0))
-    assert [method._lambda_c(World(0, size)) for size in (1, 4)] == [1.0, 0.25]
-    assert cast("U2PL", build("u2pl"))._lambda_c(World(0, 4)) == 0.1
+    assert [method.contrast_weight(World(0, size)) for size in (1, 4)] == [1.0, 0.25]
+    assert cast("U2PL", build("u2pl")).contrast_weight(World(0, 4)) == 0.1
 
 
 def test_cutout_erases_image_and_label(build):
     method = cast("U2PL", build("u2pl", mix="cutout", mix_share=1.0))
     labeled, unlabeled = _sides(seed=9)
-    taught = method._targets(labeled, unlabeled, step(4))
+    taught = method.targets(labeled, unlabeled, step(4))
     box = cutmix_masks(step(4).uniform_per_image("cutmix", (2, 3), torch.device("cpu")), (SIZE, SIZE))
     assert (taught.label[box] == 255).all()
     assert torch.equal(taught.label[~box] == 255, ~unlabeled.valid[~box])

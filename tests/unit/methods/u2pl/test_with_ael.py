@@ -34,13 +34,13 @@ class _Spy:
 
 def _prepared(method: U2PLAEL, monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     """Will hold what the next step prepares."""
-    found, prepare = [], method._prepare
+    found, prepare = [], method.prepare
 
     def keep(*args: Any) -> Task:
         found.append(prepare(*args))
         return found[-1]
 
-    monkeypatch.setattr(method, "_prepare", keep)
+    monkeypatch.setattr(method, "prepare", keep)
     return found
 
 
@@ -67,8 +67,8 @@ def test_the_contrast_joins_after_its_start(build):
 def test_the_most_uncertain_mixed_pixels_carry_no_label(index, build, monkeypatch):
     """20 (1 - t/T) % of the valid pixels; the release drops the surest ones."""
     method = _u2pl_ael(build)
-    given = _Spy(AEL._losses)
-    monkeypatch.setattr(AEL, "_losses", lambda *args: given(*args))
+    given = _Spy(AEL.losses)
+    monkeypatch.setattr(AEL, "losses", lambda *args: given(*args))
     task = _prepared(method, monkeypatch)
     method(batch(), step(index))
     full, _ = _entropy(method, task[0])
