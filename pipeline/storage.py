@@ -329,7 +329,7 @@ def iter_files(uri: str) -> Iterator[tuple[str, int]]:
 def _walk(root: str, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
     """Links are followed, but not back into a folder on the way to them (`above`, by device and inode)."""
     folder = posixpath.join(root, below)
-    known = os.stat(folder)
+    known = Path(folder).stat()
     if (known.st_dev, known.st_ino) in above:
         return
     with os.scandir(folder) as entries:

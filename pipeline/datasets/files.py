@@ -47,7 +47,7 @@ def _is_plain(char: str) -> bool:
 
 
 def escaped(name: str) -> str:
-    """A name in which everything that cannot be printed stands as an escape: `caf\\xe9.jpg`."""
+    r"""A name in which everything that cannot be printed stands as an escape: `caf\xe9.jpg`."""
     shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(char if _is_plain(char) else char.encode("unicode_escape").decode() for char in shown)
 
@@ -60,7 +60,7 @@ def check_name(folder: str, path: str) -> None:
     """
     if not is_usable(path):
         raise UserError(
-            f"{folder}/{escaped(path)}: a name that lists and URIs cannot hold (line ends, ? or \\, no UTF-8); rename it"
+            f"{folder}/{escaped(path)}: lists and URIs cannot hold this name (line ends, ? or \\, no UTF-8); rename it"
         )
 
 

@@ -237,6 +237,7 @@ class U2PL(TeacherMethod):
     # ---- the losses ---------------------------------------------------------------------------------------------
 
     def losses(self, student: Prediction, targets: UnlabeledTargets, labeled: Views, step: Step) -> Losses:
+        """L_s, L_u and lambda_c L_c, and what the step shows of them."""
         options, truth, count = self.options, labeled.truth, len(labeled.image)
         alpha = torch.full((), self.alpha(step), device=truth.device)  # a copy of a host tensor would wait
         surest = options.variant == "upstream" or options.negative_pixels == "reliable"
