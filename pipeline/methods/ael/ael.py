@@ -195,7 +195,7 @@ class AEL(TeacherMethod):
         self.reservoir.push(crops, shown, self.confidence.preference(), draws, step.world)
 
     def losses(self, student: Prediction, task: Task, step: Step) -> Losses:
-        """L_s and the two consistencies, of labeled and of mixed images (paper eq. 1)."""
+        """L_s and the two consistencies, of labeled and of mixed images."""
         labeled, count = task.labeled, len(task.labeled.image)
         logits = upsample(student.logits.float(), labeled.size)
         terms = {  # the first one moves the class confidence, which the others use
