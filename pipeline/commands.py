@@ -28,9 +28,10 @@ def prepare(argv: list[str]) -> None:
     from pipeline import storage
     from pipeline.datasets.pools.make import make_pool
     from pipeline.datasets.pools.sources import POOL_SOURCES
-    from pipeline.datasets.prepared import shards
     from pipeline.datasets.prepared.prepare import prepare as prepare_samples
+    from pipeline.datasets.prepared.prepare import summary, warnings
     from pipeline.datasets.raw.flags import POOL_FLAGS, parse, read_raw
+    from pipeline.datasets.raw.photos import PhotoRules
     from pipeline.datasets.shapes import LOOKS, prepare_shapes
 
     args = parse(argv, inspect.getdoc(prepare))
@@ -43,10 +44,9 @@ def prepare(argv: list[str]) -> None:
         print(f"{args.out}: {pool.summary}")
         return
     if args.source in LOOKS:
-        shards.clear(storage.absolute(args.out), args.overwrite)
-        info = prepare_shapes(args.out, args.seed, args.source)
+        info, passed = prepare_shapes(args.out, args.seed, args.source, overwrite=args.overwrite), {}
     else:
-        samples, spec = read_raw(args)
+        samples, spec, passed = read_raw(args)
         info = prepare_samples(
             samples,
             args.out,
@@ -54,9 +54,13 @@ def prepare(argv: list[str]) -> None:
             spec=spec,
             seed=args.seed,
             release=(args.splits, args.protocol) if args.splits else None,
+            rules=PhotoRules(args.exif, args.high_byte),
+            inputs=[storage.absolute(place) for place in (args.root, args.splits, args.sbd) if place],
             **{key: vars(args)[key] for key in ("overwrite", "skip_bad", "workers")},
         )
-    print(f"{args.out}: {info.counts['train']} train, {info.counts['val']} val, {info.skipped} skipped")
+    for line in warnings(info):
+        print(line)
+    print(f"{args.out}: {summary(info, passed)}")
 
 
 def _check(uri: str, page: str) -> None:

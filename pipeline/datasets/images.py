@@ -14,7 +14,10 @@ from PIL import Image
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused before their pixels are decoded."""
-FORMATS = ("JPEG", "PNG")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_EXIF_ORIENTATION, _TIFF_BITS = 0x0112, 258
+_PNG_BITS = 24
+"""Where a PNG file has its bits a channel."""
 
 
 # Pillow's own limit is higher and only warns; `catch_warnings` would change the filters of all threads.
@@ -26,13 +29,13 @@ class DecodeError(ValueError):
 
 
 def decode_image(data: bytes | memoryview) -> np.ndarray:
-    """A JPEG or PNG as RGB.
+    """An image file as RGB.
 
     Returns:
         uint8 [H,W,3].
 
     Raises:
-        DecodeError: damaged, too large, of more than 8 bits a channel, or another format.
+        DecodeError: damaged, too large, of more than 8 bits a channel, or of a format that is not in `FORMATS`.
     """
     return decode_rgb(read_header(data))
 
@@ -52,23 +55,23 @@ def decode_mask(data: bytes | memoryview) -> np.ndarray:
     return np.asarray(image)
 
 
-def open_image(data: bytes | memoryview, formats: tuple[str, ...]) -> Image.Image:
-    """Decodes whole, within limits.
+def open_image(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Decodes whole, with any number of bits a channel.
 
     Raises:
         DecodeError: damaged, too large, or not of `formats`.
     """
-    image = read_header(data, formats)
+    image = read_header(data, formats, bits=64)
     with _translated():
         image.load()
     return image
 
 
-def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS, bits: int = 8) -> Image.Image:
     """Opens an image: its size and mode are known, its pixels not yet decoded.
 
     Raises:
-        DecodeError: empty, too large, or not of `formats`.
+        DecodeError: empty, too large, not of `formats`, or of more than `bits` a channel.
     """
     if not data:
         raise DecodeError("no bytes: it was left out by prepare, or its file has vanished")
@@ -76,7 +79,33 @@ def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS) ->
         image = Image.open(io.BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:
         raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+    found = bits_per_channel(image, data)
+    if found > bits:
+        raise DecodeError(f"{found} bits a channel, expected {bits}")
     return image
+
+
+def bits_per_channel(image: Image.Image, data: bytes | memoryview) -> int:
+    """What the file's header says; Pillow's mode does not tell 16-bit colour and 1- to 4-bit grey from 8 bits.
+
+    Args:
+        image: opened from `data`.
+        data: the file.
+    """
+    if image.format == "PNG":
+        return data[_PNG_BITS]
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(_TIFF_BITS, (1,)))  # type: ignore[attr-defined]
+    return 8
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where none is noted or the note is damaged."""
+    try:
+        found = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow raises almost anything on a damaged note, without which the pixels are as good
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def reduce(image: Image.Image, factor: int) -> int:
@@ -155,7 +184,7 @@ def _translated(formats: tuple[str, ...] = FORMATS) -> Iterator[None]:
     try:
         yield
     except Image.UnidentifiedImageError as error:
-        raise DecodeError("not a " + " or ".join(formats)) from error
+        raise DecodeError(f"not a {' or '.join(filter(None, (', '.join(formats[:-1]), formats[-1])))}") from error
     except DecodeError:
         raise
     except Exception as error:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.datasets.images import encode_png
 from pipeline.datasets.prepared import shards
-from pipeline.datasets.prepared.dataset import INFO_FILE, DatasetInfo, open_dataset
+from pipeline.datasets.prepared.dataset import DatasetInfo
+from pipeline.datasets.prepared.splits import GENERATED
 from pipeline.datasets.specs import KNOWN
 
 SIZE = 64
@@ -127,23 +128,23 @@ def _texture(texture: int, u: Grid, v: Grid) -> NDArray[np.bool_]:
     return np.hypot(u, v) % 5 < 2.5
 
 
-def prepare_shapes(out: str, seed: int = 0, name: str = "shapes") -> DatasetInfo:
-    """Makes a generated dataset at `out`, in this process; nothing is done if a dataset is there already.
+def prepare_shapes(out: str, seed: int = 0, name: str = "shapes", *, overwrite: bool = False) -> DatasetInfo:
+    """Makes a generated dataset at `out`, in this process.
 
     Args:
         out: a path or URI.
         seed: other seeds give other images and other split lists.
         name: which one, out of `LOOKS`.
+        overwrite: replace a dataset that is there.
 
     Raises:
-        UserError: what is there is no readable dataset.
+        UserError: a dataset is there already, or files that prepare did not write.
     """
     root = storage.absolute(out)
-    if storage.exists(storage.join(root, INFO_FILE)):
-        return open_dataset(root).info
+    folder = shards.begin(root, f"{name}/{seed}", overwrite=overwrite, protocols=GENERATED)
     rows = [_row(seed, index, name) for index in range(TRAIN + VAL)]
     subsets = {"train": rows[:TRAIN], "val": rows[TRAIN:]}
-    pieces = shards.cut(subsets, sum(len(row.image) for row in rows) / len(rows))
+    pieces = shards.cut(subsets, sum(len(row.image) for row in rows) / len(rows), folder)
     parts = [shards.write_shard(root, slot, members) for slot, members in pieces]
     return shards.finish(root, parts, name=name, spec=KNOWN[name], seed=seed)
 
@@ -151,4 +152,5 @@ def prepare_shapes(out: str, seed: int = 0, name: str = "shapes") -> DatasetInfo
 def _row(seed: int, index: int, name: str) -> shards.Row:
     """PNG on both sides: JPEG's halved colour resolution would wash out textures three pixels wide."""
     image, mask = render(seed, index, name)
-    return shards.Row(f"shape_{index:04d}", encode_png(image), encode_png(mask), SIZE, SIZE)
+    pixels = tuple(np.bincount(mask.ravel(), minlength=256).tolist())
+    return shards.Row(f"shape_{index:04d}", encode_png(image), encode_png(mask), SIZE, SIZE, pixels)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline import storage
 from pipeline.config.parse import suggest
+from pipeline.datasets.files import read_lines
 from pipeline.datasets.prepared.dataset import IGNORE_INDEX
 from pipeline.errors import UserError
 
@@ -29,6 +30,8 @@ class DatasetSpec:
     """Class id (or 255) by the raw value, for sets whose masks hold other numbers than class ids."""
     label_colors: Mapping[int, int] = field(default_factory=dict)
     """Class id (or 255) by 0xRRGGBB, for sets whose masks are colour pictures."""
+    colored_masks: bool = False
+    """Whether masks are palette PNGs whose palette is `palette`: an index and its colour must then agree."""
 
 
 def voc_palette(count: int) -> tuple[Color, ...]:
@@ -98,7 +101,7 @@ KNOWN: dict[str, DatasetSpec] = {
         classes=("background", *(f"{hue} {texture}" for hue in _HUES for texture in _TEXTURES)),
         palette=((40, 40, 40), *(_tone(hue, tone) for hue in range(6) for tone in range(4))),
     ),
-    "voc": DatasetSpec(classes=tuple(_VOC.split()), palette=voc_palette(21)),
+    "voc": DatasetSpec(classes=tuple(_VOC.split()), palette=voc_palette(21), colored_masks=True),
     "cityscapes": DatasetSpec(
         classes=tuple(name for name, _, _ in _CITYSCAPES),
         palette=tuple(color for _, _, color in _CITYSCAPES),
@@ -131,24 +134,59 @@ def find_spec(text: str) -> DatasetSpec:
     """The spec that a user means.
 
     Args:
-        text: the name of a known dataset, class names separated by commas, or the path of a file with one a
-            line.
+        text: the name of a known dataset, class names separated by commas, or the path of a file. That has a name a
+            line, as labelme's `labels.txt` (its `__ignore__` is no class), or a name and its colour: CVAT's
+            `labelmap.txt` (`name:r,g,b::`) or a table `name,r,g,b`; the colours then are what masks hold.
 
     Raises:
         UserError: none of these, a class named twice, or more than 255 of them.
     """
     if text in KNOWN:
         return KNOWN[text]
+    colors: dict[str, Color] = {}
     if "," in text:
         names = [name.strip() for name in text.split(",") if name.strip()]
     elif storage.exists(text):
-        names = [line.strip() for line in storage.read_bytes(text).decode().splitlines() if line.strip()]
+        names, colors = _read_classes(text)
     else:
         near = suggest(text, sorted(KNOWN))
         raise UserError(f"--classes {text!r}: neither a file nor a list a,b,c nor a known dataset{near}")
     if len(set(names)) != len(names) or not 2 <= len(names) <= MAX_CLASSES:
         raise UserError(f"--classes {text}: needs 2 to {MAX_CLASSES} names, none twice; got {len(names)}")
-    return DatasetSpec(classes=tuple(names), palette=voc_palette(len(names)))
+    if not colors:
+        return DatasetSpec(classes=tuple(names), palette=voc_palette(len(names)))
+    ids = {red << 16 | green << 8 | blue: names.index(name) for name, (red, green, blue) in colors.items()}
+    if len(ids) < len(names):
+        raise UserError(f"--classes {text}: two classes have the same colour")
+    return DatasetSpec(classes=tuple(names), palette=tuple(colors.values()), label_colors=ids)
+
+
+_COLORED = re.compile(
+    r"(?P<name>[^,;:\t]+)[,;:\t]\s*(?P<r>\d{1,3})[,;\t ]\s*(?P<g>\d{1,3})[,;\t ]\s*(?P<b>\d{1,3})\s*(:.*)?"
+)
+"""A name and its colour, as CVAT and CSV tables write them."""
+_IGNORED = "__ignore__"
+"""labelme's name of pixels that count for nothing; no class."""
+
+
+def _read_classes(uri: str) -> tuple[list[str], dict[str, Color]]:
+    """The names in a file of classes, and their colours if it has them."""
+    lines = [line for line in read_lines(uri) if not line.startswith("#")]
+    matches = [_COLORED.fullmatch(line) for line in lines]
+    if len(lines) > 1 and not matches[0] and all(matches[1:]):  # the head of a table
+        matches = matches[1:]
+    if matches and all(matches):
+        found = [
+            (match["name"].strip(), (int(match["r"]), int(match["g"]), int(match["b"]))) for match in matches if match
+        ]
+        return [name for name, _ in found], dict(found)
+    odd = next((line for line in lines if re.search(r"[{}\[\]<>:=,;\t]", line)), None)
+    if odd is not None:
+        raise UserError(
+            f"{uri}: {odd!r} is no class name; a file of classes has one name a line, or lines name,r,g,b with the "
+            "colours of the masks"
+        )
+    return [line for line in lines if line != _IGNORED], {}
 
 
 def with_values(spec: DatasetSpec, text: str) -> DatasetSpec:
@@ -162,7 +200,7 @@ def with_values(spec: DatasetSpec, text: str) -> DatasetSpec:
     Raises:
         UserError: not such pairs, a value named twice, or an id that is no class.
     """
-    pairs = text.split(",") if "=" in text else storage.read_bytes(text).decode(errors="replace").splitlines()
+    pairs = text.split(",") if "=" in text else read_lines(text)
     found: dict[str, int] = {}
     for pair in filter(None, map(str.strip, pairs)):
         value, _, index = (part.strip() for part in pair.partition("="))
@@ -176,4 +214,4 @@ def with_values(spec: DatasetSpec, text: str) -> DatasetSpec:
     numbers = {int(value): index for value, index in found.items() if not value.startswith("#")}
     if bool(colors) == bool(numbers) or max(numbers, default=0) > 255:
         raise UserError("--values: needs numbers 0 to 255 or colours #RRGGBB, and not both")
-    return replace(spec, label_ids=numbers, label_colors=colors)
+    return replace(spec, label_ids=numbers, label_colors=colors, colored_masks=False)

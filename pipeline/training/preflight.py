@@ -11,7 +11,7 @@ from pipeline.cluster import nodes
 from pipeline.cluster.connect import default_root
 from pipeline.config import cli
 from pipeline.config.schema import Config, identity, read_file
-from pipeline.datasets.prepared.dataset import Dataset, open_dataset
+from pipeline.datasets.prepared.dataset import INFO_FILE, Dataset, open_dataset
 from pipeline.datasets.prepared.pseudo import open_labels
 from pipeline.datasets.prepared.splits import Split, load_split
 from pipeline.datasets.shapes import prepare_shapes
@@ -63,7 +63,8 @@ def resolve_paths(config: Config) -> Config:
         raise UserError("no dataset named: pass --data PATH or s3://bucket/prefix (only --preset demo makes its own)")
     if root == GENERATED:
         root = str(default_root() / "data" / "shapes")
-        prepare_shapes(root)
+        if not storage.exists(storage.join(root, INFO_FILE)):
+            prepare_shapes(root)
     out = config.out or f"runs/{default_name(config, root)}"
     if storage.is_local(out):
         out = str(default_root() / Path(out.removeprefix("file://")).expanduser())

@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.datasets.prepared.dataset import open_dataset, read_group
 from pipeline.datasets.prepared.prepare import prepare
 from pipeline.datasets.prepared.splits import load_split
-from pipeline.datasets.raw.layouts import RawSample, read_folder, read_voc
+from pipeline.datasets.raw.layouts import Folders, RawSample, read_folder, read_voc
 from pipeline.datasets.specs import DatasetSpec, voc_palette
 from pipeline.errors import UserError
 from tests.s3 import S3Server
@@ -73,7 +73,7 @@ def check(root: str, tree: str) -> None:
 
 def test_parallel_run(tree, tmp_path, capfd):
     root = str(tmp_path / "out")
-    info = prepare(read_folder(tree), root, name="tiny", spec=FACTS)
+    info = prepare(read_folder(Folders(tree)), root, name="tiny", spec=FACTS)
     check(root, tree)
     assert len([shard for shard in info.shards if "train" in shard]) == 8
     assert "prepare: 10 of 10 shards" in capfd.readouterr().out
@@ -84,17 +84,17 @@ def test_parallel_run(tree, tmp_path, capfd):
 
 def test_the_result_does_not_depend_on_the_workers(tree, tmp_path):
     infos = [
-        prepare(read_folder(tree), str(tmp_path / str(workers)), name="tiny", spec=FACTS, workers=workers)
+        prepare(read_folder(Folders(tree)), str(tmp_path / str(workers)), name="tiny", spec=FACTS, workers=workers)
         for workers in (1, 2)
     ]
     assert infos[0] == infos[1]
-    other = prepare(read_folder(tree), str(tmp_path / "seed"), name="tiny", spec=FACTS, seed=1)
+    other = prepare(read_folder(Folders(tree)), str(tmp_path / "seed"), name="tiny", spec=FACTS, seed=1)
     assert other.index_hash != infos[0].index_hash
 
 
 def test_finished_datasets_are_not_overwritten(tree, tmp_path):
     root = str(tmp_path / "out")
-    samples = read_folder(tree)
+    samples = read_folder(Folders(tree))
     info = prepare(samples, root, name="tiny", spec=FACTS)
     with pytest.raises(UserError, match="pass --overwrite"):
         prepare(samples, root, name="tiny", spec=FACTS, seed=1)
@@ -143,7 +143,7 @@ def test_bad_samples_are_named_and_counted(tree, tmp_path):
     for name, data in bad.items():
         storage.write_bytes(f"{tmp_path}/bad/{name}", data)
     storage.write_bytes(f"{tmp_path}/bad/wide.png", png(np.zeros((96, 129), np.uint8)))
-    good = read_folder(tree)
+    good = read_folder(Folders(tree))
     samples = [
         *good,
         *(RawSample(name, "train", f"{tmp_path}/bad/{name}", None) for name in bad),
@@ -162,11 +162,11 @@ def test_wrong_classes_stop_early(tree, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.datasets.prepared.prepare.MAX_BAD", 5)
     spec = DatasetSpec(classes=("ground",), palette=voc_palette(1))
     with pytest.raises(UserError, match=r"holds 1 at .*; at least \d+ more bad samples"):
-        prepare(read_folder(tree), str(tmp_path / "out"), name="tiny", spec=spec)
+        prepare(read_folder(Folders(tree)), str(tmp_path / "out"), name="tiny", spec=spec)
 
 
 def test_pool_without_masks(tree, tmp_path):
-    pool = [RawSample(each.id, "train", each.image_uri, None) for each in read_folder(tree)]
+    pool = [RawSample(each.id, "train", each.image_uri, None) for each in read_folder(Folders(tree))]
     info = prepare(pool, str(tmp_path / "pool"), name="pool", spec=FACTS)
     assert (info.counts["train"], info.counts["val"], info.protocol) == (TRAIN + VAL, 0, "")
     with pytest.raises(UserError, match="has no split lists"):
@@ -177,13 +177,13 @@ def test_published_lists_become_the_default(tree, tmp_path):
     lists = tmp_path / "lists"
     storage.write_bytes(f"{lists}/few/labeled.txt", b"images/train/001.png\nimages/train/002.png")
     root = str(tmp_path / "out")
-    info = prepare(read_folder(tree), root, name="tiny", spec=FACTS, release=(str(lists), "mine"))
+    info = prepare(read_folder(Folders(tree)), root, name="tiny", spec=FACTS, release=(str(lists), "mine"))
     assert info.protocol == "mine"
     assert load_split(open_dataset(root), "few").labeled == ("train/001", "train/002")
     assert len(load_split(open_dataset(root), "1_2", "random").labeled) == 42
     storage.write_bytes(f"{lists}/few/labeled.txt", b"nobody")
     with pytest.raises(UserError, match="nobody is not in the dataset"):
-        prepare(read_folder(tree), str(tmp_path / "x"), name="tiny", spec=FACTS, release=(str(lists), "mine"))
+        prepare(read_folder(Folders(tree)), str(tmp_path / "x"), name="tiny", spec=FACTS, release=(str(lists), "mine"))
     assert not (tmp_path / "x").exists(), "wrong lists show before the work begins"
 
 
@@ -191,11 +191,11 @@ def test_from_and_to_s3(tree, tmp_path, s3):
     raw, root = f"{s3.bucket_uri}/raw", f"{s3.bucket_uri}/prepared"
     for file in storage.list_files(tree):
         storage.write_bytes(f"{raw}/{file}", storage.read_bytes(f"{tree}/{file}"))
-    prepare(read_folder(raw), root, name="tiny", spec=FACTS)
+    prepare(read_folder(Folders(raw)), root, name="tiny", spec=FACTS)
     check(root, tree)
     with pytest.raises(UserError, match="pass --overwrite"):
-        prepare(read_folder(raw), root, name="tiny", spec=FACTS)
-    assert prepare(read_folder(raw), root, name="again", spec=FACTS, overwrite=True).name == "again"
+        prepare(read_folder(Folders(raw)), root, name="tiny", spec=FACTS)
+    assert prepare(read_folder(Folders(raw)), root, name="again", spec=FACTS, overwrite=True).name == "again"
     check(root, tree)
 
 
@@ -226,7 +226,7 @@ def check_camvid(raw: str, root: Path, counts: dict[str, int]) -> None:
     assert done.returncode == 0, done.stderr
     dataset = open_dataset(str(root))
     assert dataset.info.counts == counts
-    source = {each.id: each for each in read_voc(raw)}
+    source = {each.id: each for each in read_voc(Folders(raw))}
     for row in dataset.index.to_pylist()[:: max(1, sum(counts.values()) // 8)]:
         table = read_group(dataset.root, row["shard"], row["row_group"], ["id", "image", "mask"])
         stored = table.slice(row["row"], 1).to_pylist()[0]
@@ -314,7 +314,7 @@ def test_colour_masks_with_a_value_map(tmp_path):
 
 def test_check(tree, tmp_path, s3):
     root = f"{s3.bucket_uri}/checked"
-    prepare(read_folder(tree), root, name="tiny", spec=FACTS)
+    prepare(read_folder(Folders(tree)), root, name="tiny", spec=FACTS)
     done = run(tmp_path, "--check", root)
     assert done.returncode == 0, done.stderr
     assert "Problems: none" in done.stdout

@@ -42,7 +42,7 @@ from pipeline.datasets.pools.sources import POOL_SOURCES, is_addressable, read_i
 from pipeline.datasets.prepared.dataset import INFO_FILE, WRITE_OPTIONS
 from pipeline.datasets.prepared.prepare import MAX_BAD
 from pipeline.datasets.prepared.shards import GROUP_BYTES, MIN_SHARDS, SHARD_BYTES, TRAIN_GROUPS
-from pipeline.datasets.raw.masks import BadSampleError, check_image
+from pipeline.datasets.raw.photos import BadSampleError, check_image
 from pipeline.errors import UserError
 from pipeline.storage import Patience
 

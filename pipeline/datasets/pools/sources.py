@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.datasets.files import IMAGE_SUFFIXES
 from pipeline.datasets.pools.pool import BYTES_SCHEMA
 from pipeline.datasets.prepared.dataset import read_group
-from pipeline.datasets.raw.layouts import IMAGE_SUFFIXES
 from pipeline.errors import UserError
 
 TAR_BUFFER = 64 << 10

@@ -5,6 +5,7 @@ A dataset is a folder on any storage:
     dataset.json                          what it is (`DatasetInfo`); written last: makes the rest a dataset
     index.parquet                         one row per sample (`INDEX_SCHEMA`), train before val
     shards/train-00000.parquet, ...       the encoded bytes (`SHARD_SCHEMA`), rows shuffled, small row groups
+                                          (index-2.parquet and shards-2/... where it has replaced another one)
     splits/PROTOCOL/SPLIT/labeled.txt     which images count as labeled (see `pipeline.datasets.prepared.splits`)
 
 Shards are neither compressed (JPEG and PNG already are) nor dictionary-encoded; their pages carry checksums.
@@ -13,7 +14,7 @@ Shards are neither compressed (JPEG and PNG already are) nor dictionary-encoded;
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +30,8 @@ IGNORE_INDEX = 255
 SUBSETS = ("train", "val")
 INFO_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
+ATTEMPT_FILE = "prepare.json"
+"""What prepare is about to make; there until it has finished."""
 SHARD_SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -80,6 +83,14 @@ class DatasetInfo:
     """SHA-256 of index.parquet."""
     shards: dict[str, int]
     """Size in bytes by path below the root."""
+    index: str = INDEX_FILE
+    """Path of the index below the root."""
+    lists: tuple[str, ...] = ()
+    """Paths of the split lists that prepare wrote; others below splits/ are the user's."""
+    masked: dict[str, int] = field(default_factory=dict)
+    """Images with a mask per subset."""
+    pixels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Pixels of all masks per subset: of each class, and last of those that are ignored."""
     skipped: int = 0
     """Bad samples that prepare left out because it was told to."""
     ignore_index: int = IGNORE_INDEX
@@ -91,6 +102,16 @@ class DatasetInfo:
     def background(self) -> int | None:
         """The class of what is no object: the one named background; None for data in which every class is something."""
         return self.classes.index("background") if "background" in self.classes else None
+
+    def unseen(self, *subsets: str) -> tuple[str, ...]:
+        """The classes that no mask of `subsets` shows; none if the masks were not counted."""
+        counts = [self.pixels[subset][:-1] for subset in subsets if any(self.pixels.get(subset, ()))]
+        return tuple(name for name, *found in zip(self.classes, *counts, strict=True) if counts and not any(found))
+
+    def ignored(self, *subsets: str) -> float:
+        """Share of the pixels of the masks of `subsets` that are ignored."""
+        counts = [self.pixels[subset] for subset in subsets if subset in self.pixels]
+        return sum(found[-1] for found in counts) / max(1, sum(map(sum, counts)))
 
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""
@@ -106,12 +127,14 @@ class DatasetInfo:
         values: Any = json.loads(text)
         if not isinstance(values, Mapping):
             raise ValueError("no JSON object")
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
         try:
             known["classes"] = tuple(map(str, known["classes"]))
             known["palette"] = tuple((int(r), int(g), int(b)) for r, g, b in known["palette"])
+            known["lists"] = tuple(map(str, known.get("lists", ())))
+            known["pixels"] = {name: tuple(map(int, found)) for name, found in known.get("pixels", {}).items()}
             return cls(**known)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(str(error)) from error
 
 
@@ -140,23 +163,22 @@ def open_dataset(root: str) -> Dataset:
     """
     root = storage.absolute(root)
     info = _read_info(root)
-    data = storage.read_bytes(storage.join(root, INDEX_FILE))
+    data = storage.read_bytes(storage.join(root, info.index))
     if hashlib.sha256(data).hexdigest() != info.index_hash:
-        raise UserError(f"{root}/{INDEX_FILE}: not the file that {INFO_FILE} describes; prepare the dataset again")
+        raise UserError(f"{root}/{info.index}: not the file that {INFO_FILE} describes; prepare the dataset again")
     try:
         index = pq.read_table(pa.BufferReader(data), use_threads=False)
     except pa.ArrowException as error:
-        raise UserError(f"{root}/{INDEX_FILE}: not readable ({error}); prepare the dataset again") from error
+        raise UserError(f"{root}/{info.index}: not readable ({error}); prepare the dataset again") from error
     if not index.schema.equals(INDEX_SCHEMA):
-        raise UserError(f"{root}/{INDEX_FILE}: has other columns than this version knows; prepare the dataset again")
+        raise UserError(f"{root}/{info.index}: has other columns than this version knows; prepare the dataset again")
     return Dataset(root, info, index)
 
 
 def _read_info(root: str) -> DatasetInfo:
     uri = storage.join(root, INFO_FILE)
     if not storage.exists(uri):
-        begun = storage.exists(storage.join(root, INDEX_FILE)) or storage.list_files(storage.join(root, "shards"))
-        if begun:
+        if storage.exists(storage.join(root, ATTEMPT_FILE)):
             raise UserError(f"{root}: prepare did not finish; run it again")
         raise UserError(f"{root}: no dataset there ({INFO_FILE} is missing); make one with `u2pl prepare`")
     try:

@@ -8,18 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline import storage
 from pipeline.cluster import tasks
 from pipeline.datasets.prepared import shards, splits
-from pipeline.datasets.prepared.dataset import SCHEMA_VERSION, SUBSETS, DatasetInfo
+from pipeline.datasets.prepared.dataset import IGNORE_INDEX, SCHEMA_VERSION, SUBSETS, DatasetInfo
 from pipeline.datasets.prepared.shards import Part, Row, Slot
 from pipeline.datasets.raw.layouts import RawSample
-from pipeline.datasets.raw.masks import BadSampleError, canonical_mask, check_image, class_lookup
+from pipeline.datasets.raw.masks import canonical_mask, check_palette, class_lookup, mask_size
+from pipeline.datasets.raw.photos import BadSampleError, PhotoRules, canonical_photo
 from pipeline.datasets.specs import DatasetSpec
 from pipeline.errors import UserError
+
+PART_VERSION = 2
+"""Of what is known of a shard: what other versions have begun is begun anew."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,13 @@ class ShardPlan:
     slot: Slot
     samples: tuple[RawSample, ...]
     spec: DatasetSpec
+    rules: PhotoRules
     skip_bad: bool
 
     @property
     def digest(self) -> str:
         """Hash of what the shard will hold; a shard of the same plan need not be written again."""
-        values = asdict(self) | {"root": None, "skip_bad": None, "version": SCHEMA_VERSION}
+        values = asdict(self) | {"root": None, "skip_bad": None, "version": (SCHEMA_VERSION, PART_VERSION)}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -49,43 +51,81 @@ def carry_out(plan: ShardPlan) -> Part:
         return done
     rows: list[Row] = []
     bad: dict[str, str] = {}
-    lookups = {
-        False: class_lookup(len(plan.spec.classes)),
-        True: class_lookup(len(plan.spec.classes), plan.spec.label_ids),
-    }
+    facts = _Facts()
     for sample in plan.samples:
         try:
-            rows.append(read_row(sample, lookups[sample.label_ids], plan.spec.label_colors))
+            rows.append(read_row(sample, plan.spec, plan.rules, facts))
         except BadSampleError as error:
             bad[sample.id] = str(error)
     if bad and not plan.skip_bad:
-        return Part(plan.digest, plan.slot.subset, plan.slot.shard, 0, [], bad)
-    return shards.write_shard(plan.root, plan.slot, rows, plan.digest, bad)
+        return Part(
+            plan.digest, plan.slot.subset, plan.slot.shard, 0, [], bad, {}, unknown=tuple(sorted(facts.unknown))
+        )
+    return shards.write_shard(
+        plan.root, plan.slot, rows, plan.digest, bad=bad, notes=dict(facts.notes), palette=facts.palette
+    )
 
 
-def read_row(sample: RawSample, lookup: NDArray[np.int16], colors: Mapping[int, int] | None = None) -> Row:
-    """Reads and checks one sample; `lookup` and `colors` are those of `raw.masks.canonical_mask`.
+class _Facts:
+    """What is learnt of a shard's files on the way."""
+
+    def __init__(self) -> None:
+        self.notes: Counter[str] = Counter()
+        self.unknown: set[str] = set()
+        self.palette: dict[str, tuple[int, str]] = {}
+
+
+def read_row(sample: RawSample, spec: DatasetSpec, rules: PhotoRules, facts: _Facts | None = None) -> Row:
+    """Reads and checks one sample.
+
+    Args:
+        sample: its files.
+        spec: what masks hold.
+        rules: for its image.
+        facts: takes up what is worth telling.
 
     Raises:
         BadSampleError: the message begins with the URI of the bad file.
         UserError: the storage refuses.
     """
+    facts = facts or _Facts()
+    image = storage.retried(partial(storage.read_bytes, sample.image_uri))
+    raw = None if sample.mask_uri is None else storage.retried(partial(storage.read_bytes, sample.mask_uri))
     uri = sample.image_uri
     try:
-        image = storage.retried(partial(storage.read_bytes, uri))
-        height, width = check_image(image)
+        photo = canonical_photo(image, None if raw is None else mask_size(raw), rules)
         mask = None
-        if sample.mask_uri is not None:
-            uri = sample.mask_uri
-            data = storage.retried(partial(storage.read_bytes, uri))
-            mask = canonical_mask(data, (height, width), lookup, colors)
+        if raw is not None:
+            uri = str(sample.mask_uri)
+            lookup = class_lookup(len(spec.classes), spec.label_ids if sample.label_ids else None)
+            mask = canonical_mask(raw, photo.size, lookup, spec.label_colors)
+            if spec.colored_masks and not sample.label_ids:
+                check_palette(mask.palette, spec.palette)
+            elif not sample.label_ids:
+                _same_palette(facts.palette, mask.palette, uri)
     except BadSampleError as error:
+        facts.unknown.update(getattr(error, "values", ()))
         raise BadSampleError(f"{uri}: {error}") from error
-    return Row(sample.id, image, mask, height, width)
+    facts.notes.update(photo.notes)
+    pixels = () if mask is None else tuple(mask.pixels.tolist())
+    return Row(sample.id, photo.data, mask.data if mask else None, *photo.size, pixels)
+
+
+def _same_palette(known: dict[str, tuple[int, str]], found: Mapping[int, int], uri: str) -> None:
+    """Compares the palette of the mask at `uri` with those before it, and adds what is new."""
+    for index, color in found.items():
+        before, other = known.setdefault(str(index), (color, uri))
+        if before != color:
+            raise BadSampleError(
+                f"its palette gives {index} the colour #{color:06x}, that of {other} #{before:06x}: renumbered; "
+                "say what counts: --values 0=0,1=1,... for the indices, --values '#000000=0,...' for the colours"
+            )
 
 
 PROBES = 16
 """Images whose size is looked at to plan row groups."""
+NAMED = 5
+"""So many classes are named, the others counted."""
 MAX_BAD = 100
 """So many bad samples are a mistake in the arguments: stop instead of reading the rest."""
 
@@ -98,6 +138,8 @@ def prepare(
     spec: DatasetSpec,
     seed: int = 0,
     release: tuple[str, str] | None = None,
+    rules: PhotoRules | None = None,
+    inputs: Sequence[str] = (),
     overwrite: bool = False,
     skip_bad: bool = False,
     workers: int | None = None,
@@ -114,29 +156,93 @@ def prepare(
         spec: its classes.
         seed: of the row order and of the generated split lists.
         release: folder and protocol of published split lists.
-        overwrite: replace a finished dataset.
+        rules: for images that can be read in two ways.
+        inputs: absolute places that are read; they may lie in `out`.
+        overwrite: replace a finished dataset, which stays until the new one is whole.
         skip_bad: leave bad samples out instead of stopping.
         workers: tasks at a time; None: as many as the cluster has CPUs for.
 
     Raises:
-        UserError: a dataset is there already, bad samples (the first is named, the others counted), no images
-            to score, or the storage refuses.
+        UserError: a dataset or something else is there already, bad samples (the first is named, the others counted),
+            no images to score, masks without a pixel of a class, or the storage refuses.
     """
-    root = storage.absolute(out)
-    shards.clear(root, overwrite)
+    root, rules = storage.absolute(out), rules or PhotoRules()
+    old = shards.refuse_existing(root, overwrite)
     check_samples(samples)
     if release is not None:  # wrong lists should show now and not hours later
         splits.read_release(*release, {each.id: _role(each) for each in samples})
-    plans = plan_shards(samples, root, spec, seed, skip_bad)
+    mean_bytes = _mean_bytes(samples, seed)
+    wanted = [[asdict(each) for each in samples], asdict(spec), asdict(rules), seed, old.index_hash if old else ""]
+    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    protocols = [*splits.GENERATED, *([release[1]] if release else [])]
+    folder = shards.begin(root, digest, overwrite=overwrite, inputs=inputs, protocols=protocols)
+    plans = plan_shards(samples, root, spec, rules, seed, skip_bad, mean_bytes, folder)
     parts = run(plans, workers)
     bad = sorted(text for part in parts for text in part.bad.values())
     if bad and not skip_bad:
         least = "at least " if len(parts) < len(plans) else ""
         more = f"; {least}{len(bad) - 1} more bad samples" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; fix them or pass --skip_bad")
+        unknown = sorted({value for part in parts for value in part.unknown})
+        values = (
+            f"; all values without a class in the masks looked at: {', '.join(unknown)}" if len(unknown) > 1 else ""
+        )
+        raise UserError(f"{bad[0]}{values}{more}; fix them or pass --skip_bad")
     for text in bad:
         print(f"skipped {text}", file=sys.stderr)
+    _check_pixels(parts)
+    palette: dict[str, tuple[int, str]] = {}
+    try:
+        for part in parts:
+            for index, (color, uri) in part.palette.items():
+                _same_palette(palette, {int(index): color}, uri)
+    except BadSampleError as error:
+        raise UserError(f"{error}") from error
+    for note, count in sum((Counter(part.notes) for part in parts), Counter()).items():
+        print(f"{count} images {note}", file=sys.stderr)
     return shards.finish(root, parts, name=name, spec=spec, seed=seed, release=release)
+
+
+def _check_pixels(parts: Sequence[Part]) -> None:
+    """Refuses masks in which nothing can be learnt or scored.
+
+    Raises:
+        UserError: all pixels of the train or of the val masks are ignored.
+    """
+    for subset, use in (("train", "learn from"), ("val", "score")):
+        values = {value for part in parts if part.subset == subset for value in part.pixels}
+        if values == {str(IGNORE_INDEX)}:
+            raise UserError(
+                f"every pixel of the {subset} masks is {IGNORE_INDEX}, which is ignored: there is nothing to {use}; "
+                f"if {IGNORE_INDEX} is a class, say so: --values 0=0,{IGNORE_INDEX}=1"
+            )
+
+
+def warnings(info: DatasetInfo) -> list[str]:
+    """What is odd about the classes of a dataset, a line each."""
+    unseen = info.unseen(*SUBSETS)
+    if not unseen:
+        return []
+    share = f"{100 * info.ignored(*SUBSETS):.0f} % of the pixels are {IGNORE_INDEX}, which is ignored"
+    ids = ",".join(f"{index}={index}" for index, name in enumerate(info.classes) if name not in unseen)
+    told = f"no mask has a pixel of {_listing(unseen)}; {share}"
+    if info.ignored(*SUBSETS) and len(unseen) == 1:
+        told += (
+            f"; if {IGNORE_INDEX} stands for {unseen[0]}: --values {ids},{IGNORE_INDEX}={info.classes.index(unseen[0])}"
+        )
+    return [told]
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} classes ({', '.join(names[:NAMED])}{more})" if len(names) > 1 else f"class {names[0]}"
+
+
+def summary(info: DatasetInfo, passed: Mapping[str, int]) -> str:
+    """What was made: images, masks, and what was left out and passed over."""
+    told = f"{info.counts['train']} train ({info.masked['train']} with a mask), {info.counts['val']} val"
+    told += f", {info.skipped} skipped"
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed.items()))
+    return told + (f", passed over pictures of kinds that are not read: {kinds}" if kinds else "")
 
 
 def check_samples(samples: Sequence[RawSample]) -> None:
@@ -147,8 +253,10 @@ def check_samples(samples: Sequence[RawSample]) -> None:
     """
     double = next((key for key, count in Counter(sample.id for sample in samples).items() if count > 1), None)
     if double is not None:
-        files = " and ".join(sample.image_uri for sample in samples if sample.id == double)
-        raise UserError(f"duplicate id {double}: {files}; every image needs an id of its own and is in one subset")
+        found = [sample for sample in samples if sample.id == double]
+        files = sorted({sample.image_uri for sample in found})
+        where = f"{' and '.join(files)}; rename one" if len(files) > 1 else f"{files[0]} is in train and in val; choose"
+        raise UserError(f"duplicate id {double}: {where}: every image has an id of its own and is in one subset")
     train = [sample for sample in samples if sample.subset == "train"]
     if not train:
         raise UserError("no train images found; check --root and --source")
@@ -160,16 +268,29 @@ def _role(sample: RawSample) -> str:
     return "val" if sample.subset == "val" else "masked" if sample.mask_uri else "bare"
 
 
+def _mean_bytes(samples: Sequence[RawSample], seed: int) -> float:
+    """About what a sample takes; also shows that the files can be read."""
+    by_id = {sample.id: sample for sample in samples}
+    probes = splits.ranked(by_id, f"rows/{seed}")[:PROBES]
+    return max(1.0, sum(len(storage.read_bytes(by_id[key].image_uri)) for key in probes) / len(probes))
+
+
 def plan_shards(
-    samples: Sequence[RawSample], root: str, spec: DatasetSpec, seed: int, skip_bad: bool
+    samples: Sequence[RawSample],
+    root: str,
+    spec: DatasetSpec,
+    rules: PhotoRules,
+    seed: int,
+    skip_bad: bool,
+    mean_bytes: float,
+    folder: str,
 ) -> list[ShardPlan]:
     """Shuffles the samples by `seed` and cuts them into shards, train before val."""
     by_id = {sample.id: sample for sample in samples}
     order = splits.ranked(by_id, f"rows/{seed}")
     members = {subset: [by_id[key] for key in order if by_id[key].subset == subset] for subset in SUBSETS}
-    probes = [len(storage.read_bytes(by_id[key].image_uri)) for key in order[:PROBES]]
-    pieces = shards.cut(members, max(1.0, sum(probes) / len(probes)))
-    return [ShardPlan(root, slot, tuple(found), spec, skip_bad) for slot, found in pieces]
+    pieces = shards.cut(members, mean_bytes, folder)
+    return [ShardPlan(root, slot, tuple(found), spec, rules, skip_bad) for slot, found in pieces]
 
 
 def run(plans: Sequence[ShardPlan], workers: int | None = None) -> list[Part]:

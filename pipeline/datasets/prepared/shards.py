@@ -1,28 +1,37 @@
 """Writes a prepared dataset: shard by shard, each with its part of the index, then what completes it.
 
 Order: shards and parts, split lists, index.parquet, dataset.json. Every file is written whole or not at all,
-so a writer killed at any point leaves no dataset, and one that is started again keeps the shards of the same
-plan.
+so a writer killed at any point leaves no dataset, and one that is started again keeps the shards of the same plan.
+A dataset that is to be replaced stays until then: the new one's shards and index have other names. Nothing is deleted
+but files that dataset.json, prepare.json or a part says prepare wrote.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.datasets.files import is_junk
 from pipeline.datasets.prepared import splits
 from pipeline.datasets.prepared.dataset import (
+    ATTEMPT_FILE,
+    IGNORE_INDEX,
     INDEX_FILE,
     INDEX_SCHEMA,
     INFO_FILE,
     SHARD_SCHEMA,
     WRITE_OPTIONS,
     DatasetInfo,
+    open_dataset,
 )
 from pipeline.datasets.specs import DatasetSpec
 from pipeline.errors import UserError
@@ -35,6 +44,10 @@ SHARD_ROWS = 512
 TRAIN_GROUPS = 64
 """Small sets get at least so many row groups, since a batch takes its rows from different ones."""
 MIN_SHARDS = {"train": 8, "val": 2}
+FOLDERS = ("shards", "shards-2")
+"""Where shards lie; a dataset that replaces another one takes the folder that is free."""
+_OURS = re.compile(r"(train|val)-\d{5,}\.(parquet|json)")
+"""Names that prepare writes into these."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,8 @@ class Row:
     mask: bytes | None
     height: int
     width: int
+    pixels: tuple[int, ...] = ()
+    """[256], how many pixels of the mask hold each value; empty: no mask, or not counted."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,14 @@ class Part:
     """Its rows of the index."""
     bad: dict[str, str]
     """Samples that were left out, by id: which file, and why."""
+    pixels: dict[str, int]
+    """Pixels of its masks by value."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was done to images, or is odd about them, and to how many."""
+    unknown: tuple[str, ...] = ()
+    """Values of masks that are no class, as --values writes them."""
+    palette: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By class id: the colour that the palettes of its masks give it, 0xRRGGBB, and the first mask that does."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +96,18 @@ class Slot:
     number: int
     group_rows: int
     """Rows per row group; the last one of the shard may hold fewer."""
+    folder: str = FOLDERS[0]
+    """Out of `FOLDERS`."""
 
     @property
     def shard(self) -> str:
         """Path below the root."""
-        return f"shards/{self.subset}-{self.number:05d}.parquet"
+        return f"{self.folder}/{self.subset}-{self.number:05d}.parquet"
 
 
-def cut(members: Mapping[str, Sequence[T]], mean_bytes: float) -> list[tuple[Slot, Sequence[T]]]:
+def cut(
+    members: Mapping[str, Sequence[T]], mean_bytes: float, folder: str = FOLDERS[0]
+) -> list[tuple[Slot, Sequence[T]]]:
     """Cuts each subset into shards of whole row groups.
 
     Row groups hold about 4 MB, but train has at least 64 of them if it has the rows; shards hold at most 512
@@ -89,6 +116,7 @@ def cut(members: Mapping[str, Sequence[T]], mean_bytes: float) -> list[tuple[Slo
     Args:
         members: samples by subset, in the order they are to be stored.
         mean_bytes: about what a sample takes.
+        folder: of the shards, out of `FOLDERS`.
     """
     most = max(1, int(GROUP_BYTES / mean_bytes))
     group_rows = min(max(len(members["train"]) // TRAIN_GROUPS, 1), most)
@@ -97,26 +125,27 @@ def cut(members: Mapping[str, Sequence[T]], mean_bytes: float) -> list[tuple[Slo
         limit = min(SHARD_ROWS, int(SHARD_BYTES / mean_bytes), -(-len(found) // MIN_SHARDS[subset]))
         rows = max(1, limit // group_rows) * group_rows
         starts = enumerate(range(0, len(found), rows))
-        pieces += [(Slot(subset, number, group_rows), found[start : start + rows]) for number, start in starts]
+        pieces += [(Slot(subset, number, group_rows, folder), found[start : start + rows]) for number, start in starts]
     return pieces
 
 
-def _part_uri(root: str, shard: str) -> str:
-    return storage.join(root, shard.replace("shards/", "parts/", 1).replace(".parquet", ".json"))
+def _part_file(shard: str) -> str:
+    return shard.removesuffix(".parquet") + ".json"
 
 
 def read_part(root: str, shard: str, digest: str) -> Part | None:
     """The part of a shard that an earlier attempt finished by the same plan."""
-    uri = _part_uri(root, shard)
+    uri = storage.join(root, _part_file(shard))
     if not storage.exists(uri):
         return None
-    part = Part(**json.loads(storage.read_bytes(uri)))
-    return part if part.digest == digest else None
+    values = json.loads(storage.read_bytes(uri))
+    if values.get("digest") != digest:
+        return None
+    palette = {key: (color, uri) for key, (color, uri) in values["palette"].items()}
+    return Part(**{**values, "unknown": tuple(values["unknown"]), "palette": palette})
 
 
-def write_shard(
-    root: str, slot: Slot, rows: Sequence[Row], digest: str = "", bad: Mapping[str, str] | None = None
-) -> Part:
+def write_shard(root: str, slot: Slot, rows: Sequence[Row], digest: str = "", **facts: Any) -> Part:
     """Writes one shard and, after it, its part.
 
     Args:
@@ -124,13 +153,16 @@ def write_shard(
         slot: which shard.
         rows: samples in the order they are to be stored.
         digest: hash of the plan.
-        bad: samples left out, for the record.
+        facts: further fields of the part.
     """
     data = encode_shard(rows, slot.group_rows)
     index = [_index_row(slot, number, row) for number, row in enumerate(rows)]
-    part = Part(digest, slot.subset, slot.shard, len(data), index, dict(bad or {}))
+    counts: NDArray[np.int64] = np.array([row.pixels or [0] * 256 for row in rows], np.int64).reshape(-1, 256).sum(0)
+    pixels = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    part = Part(digest, slot.subset, slot.shard, len(data), index, **{"bad": {}, "pixels": pixels, **facts})
     storage.retried(lambda: storage.write_bytes(storage.join(root, slot.shard), data))
-    storage.retried(lambda: storage.write_bytes(_part_uri(root, slot.shard), json.dumps(asdict(part)).encode()))
+    text = json.dumps(asdict(part)).encode()
+    storage.retried(lambda: storage.write_bytes(storage.join(root, _part_file(slot.shard)), text))
     return part
 
 
@@ -139,7 +171,8 @@ def encode_shard(rows: Sequence[Row], group_rows: int) -> bytes:
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, SHARD_SCHEMA, **WRITE_OPTIONS) as writer:
         for start in range(0, len(rows), group_rows):
-            group = [vars(row) for row in rows[start : start + group_rows]]
+            members = rows[start : start + group_rows]
+            group = [{name: getattr(row, name) for name in SHARD_SCHEMA.names} for row in members]
             writer.write_table(pa.Table.from_pylist(group, SHARD_SCHEMA), row_group_size=group_rows)
     return sink.getvalue().to_pybytes()
 
@@ -158,19 +191,79 @@ def _index_row(slot: Slot, number: int, row: Row) -> dict[str, Any]:
     }
 
 
-def clear(root: str, overwrite: bool) -> None:
-    """Makes sure that nothing finished is lost at `root`.
+def refuse_existing(root: str, overwrite: bool) -> DatasetInfo | None:
+    """The dataset at `root` that is to be replaced, if there is one.
 
     Raises:
-        UserError: a dataset is there and `overwrite` is not set.
+        UserError: there is one and `overwrite` is not set, or it cannot be read.
     """
-    info = storage.join(root, INFO_FILE)
-    if not storage.exists(info):
-        return
+    if not storage.exists(storage.join(root, INFO_FILE)):
+        return None
     if not overwrite:
         raise UserError(f"{root}: holds a dataset already; pass --overwrite to replace it")
-    for name in (INFO_FILE, INDEX_FILE, "splits", "shards", "parts"):  # first what makes it a dataset
-        storage.delete(storage.join(root, name))
+    return open_dataset(root).info
+
+
+def begin(root: str, plan: str, *, overwrite: bool, inputs: Sequence[str] = (), protocols: Sequence[str] = ()) -> str:
+    """Makes sure that nothing is lost at `root`, and clears what an interrupted attempt by another plan left there.
+
+    Args:
+        root: where the dataset is to be.
+        plan: digest of what is to be made; an interrupted attempt at the same goes on.
+        overwrite: replace a finished dataset.
+        inputs: places that are read; their files may lie below `root`.
+        protocols: names of the split lists that will be written.
+
+    Returns:
+        The folder for the shards, out of `FOLDERS`.
+
+    Raises:
+        UserError: a dataset is there and `overwrite` is not set, or files that prepare did not write.
+    """
+    old = refuse_existing(root, overwrite)
+    uri = storage.join(root, ATTEMPT_FILE)
+    attempt = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+    if attempt and attempt["plan"] == plan:
+        return attempt["folder"]
+    if attempt:
+        left = [f"{attempt['folder']}/{file}" for file in storage.list_files(storage.join(root, attempt["folder"]))]
+        ours = [file for file in left if _OURS.fullmatch(file.rpartition("/")[2])]
+        _delete(root, set(ours) - set(old.shards if old else ()))
+    elif old is None:
+        _refuse_foreign(root, inputs)
+    used = {shard.rpartition("/")[0] for shard in old.shards} if old else set()
+    folder = next(name for name in FOLDERS if name not in used)
+    there = storage.list_files(storage.join(root, folder))
+    lists = [f"splits/{name}/{file}" for name in protocols for file in storage.list_files(f"{root}/splits/{name}")]
+    foreign = [f"{folder}/{file}" for file in there if not is_junk(file)]
+    if not attempt and not (old and not old.lists):  # an attempt may have written them; older versions did not note it
+        foreign += sorted(set(lists) - set(old.lists if old else ()))
+    if foreign:
+        raise UserError(f"{root}/{foreign[0]}: was not written by prepare and is in the way; move it, or choose --out")
+    storage.write_bytes(uri, json.dumps({"plan": plan, "folder": folder}).encode())
+    return folder
+
+
+def _refuse_foreign(root: str, inputs: Sequence[str]) -> None:
+    """Refuses a place that holds anything but what is read from it."""
+    within = [place.removeprefix(f"{root}/") for place in inputs if f"{place}/".startswith(f"{root}/")]
+    if root in within:
+        return
+    files = (file for file in storage.list_files(root) if not is_junk(file))
+    foreign = next((file for file in files if not any(file.startswith(f"{place}/") for place in within)), None)
+    if foreign is not None:
+        raise UserError(f"{root}: holds files that prepare did not write, such as {foreign}; choose an empty --out")
+
+
+def _delete(root: str, files: Iterable[str]) -> None:
+    """Deletes files, and the folders that they leave empty."""
+    folders = set()
+    for file in files:
+        storage.delete(storage.join(root, file))
+        folders.add(file.rpartition("/")[0])
+    for folder in filter(None, folders):
+        if not storage.list_files(storage.join(root, folder)):
+            storage.delete(storage.join(root, folder))
 
 
 def finish(
@@ -182,7 +275,7 @@ def finish(
     seed: int = 0,
     release: tuple[str, str] | None = None,
 ) -> DatasetInfo:
-    """Writes split lists, index and dataset.json: only now the shards are a dataset.
+    """Writes split lists, index and dataset.json: only now the shards are a dataset. One that was there goes after it.
 
     Args:
         root: the dataset.
@@ -195,14 +288,16 @@ def finish(
     Raises:
         UserError: see `splits.read_release`.
     """
+    old = open_dataset(root).info if storage.exists(storage.join(root, INFO_FILE)) else None
     index = pa.Table.from_pylist([row for part in parts for row in part.index], INDEX_SCHEMA)
     bad = {key for part in parts for key in part.bad}
-    protocol = _write_splits(root, index, seed, release, bad)
+    protocol, lists = _write_splits(root, index, seed, release, bad)
     sink = pa.BufferOutputStream()
     pq.write_table(index, sink)
     data = sink.getvalue().to_pybytes()
-    storage.write_bytes(storage.join(root, INDEX_FILE), data)
-    _sweep(root, {part.shard for part in parts})
+    folder = parts[0].shard.rpartition("/")[0]
+    index_file = INDEX_FILE.replace(".", folder.removeprefix(FOLDERS[0]) + ".")
+    storage.write_bytes(storage.join(root, index_file), data)
     info = DatasetInfo(
         name=name,
         classes=spec.classes,
@@ -212,28 +307,41 @@ def finish(
         protocol=protocol,
         index_hash=hashlib.sha256(data).hexdigest(),
         shards={part.shard: part.size for part in parts},
+        index=index_file,
+        lists=tuple(lists),
+        masked={subset: _masked(parts, subset) for subset in MIN_SHARDS},
+        pixels={subset: _pixels(parts, subset, len(spec.classes)) for subset in MIN_SHARDS},
         skipped=len(bad),
     )
     storage.write_bytes(storage.join(root, INFO_FILE), info.to_json().encode())
-    storage.delete(storage.join(root, "parts"))
+    stale = {*old.shards, *old.lists, old.index} - {*info.shards, *info.lists, info.index} if old else set()
+    _delete(root, [*stale, *(_part_file(part.shard) for part in parts), ATTEMPT_FILE])
     return info
 
 
-def _write_splits(root: str, index: pa.Table, seed: int, release: tuple[str, str] | None, dropped: set[str]) -> str:
-    """Writes all protocols; returns the default one, or nothing if no image has a mask."""
+def _masked(parts: Sequence[Part], subset: str) -> int:
+    return sum(row["mask_bytes"] > 0 for part in parts if part.subset == subset for row in part.index)
+
+
+def _pixels(parts: Sequence[Part], subset: str, classes: int) -> tuple[int, ...]:
+    """Pixels of each class, and of those that are ignored."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part.pixels if part.subset == subset else {})
+    return tuple(total[str(value)] for value in [*range(classes), IGNORE_INDEX])
+
+
+def _write_splits(
+    root: str, index: pa.Table, seed: int, release: tuple[str, str] | None, dropped: set[str]
+) -> tuple[str, list[str]]:
+    """Writes all protocols; returns the default one, or nothing if no image has a mask, and the paths of the lists."""
     roles = splits.sample_roles(index)
     protocols = {name: splits.generate(roles, name, seed) for name in splits.GENERATED}
     if release is not None:
         protocols[release[1]] = splits.read_release(*release, roles, dropped)
-    for protocol, lists in protocols.items():
-        for split in lists:
-            splits.write_split(root, protocol, split)
+    lists = []
+    for protocol, found in protocols.items():
+        for split in found:
+            lists += splits.write_split(root, protocol, split)
     default = release[1] if release is not None else splits.GENERATED[0]
-    return default if protocols[default] else ""
-
-
-def _sweep(root: str, shards: set[str]) -> None:
-    """Removes shards that an unfinished attempt with another plan left behind."""
-    for file in storage.list_files(storage.join(root, "shards")):
-        if f"shards/{file}" not in shards:
-            storage.delete(storage.join(root, "shards", file))
+    return default if protocols[default] else "", lists

@@ -6,13 +6,15 @@ or any other name.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.datasets.files import read_lines, without_suffix
 from pipeline.datasets.prepared.dataset import Dataset
 from pipeline.errors import UserError
 
@@ -131,10 +133,10 @@ def make_split(name: str, labeled: Iterable[str], unlabeled: Iterable[str], role
 def _read_ids(uri: str, roles: Roles, dropped: Collection[str]) -> tuple[str, ...]:
     """The ids that the list at `uri` names; all in the train subset and none twice."""
     ids: dict[str, None] = {}
-    for entry in read_entries(uri):
-        key = _find(entry, roles)
+    for entry in read_lines(uri):
+        key = find_id(entry, roles)
         if key is None:
-            if _find(entry, dropped) is not None:
+            if find_id(entry, dropped) is not None:
                 continue
             raise UserError(f"{uri}: {entry} is not in the dataset; prepare it with all images of the list")
         if roles[key] == "val":
@@ -145,28 +147,30 @@ def _read_ids(uri: str, roles: Roles, dropped: Collection[str]) -> tuple[str, ..
     return tuple(ids)
 
 
-def read_entries(uri: str) -> list[str]:
-    """The lines of a list file, without blank ones; the last newline may be missing.
+def find_id(entry: str, ids: Collection[str]) -> str | None:
+    """The id that a line of a list means: the line itself, or the end of the path that it is, without its suffix.
 
-    Raises:
-        UserError: no such file, or it is no text.
+    Some releases write the mask's path behind the image's; then the image's counts. A dot or a space is part of a name,
+    so an id that is only the beginning of what the line names is never taken.
     """
-    try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{uri}: not a text file") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return next((found for path in _paths(entry) if (found := _ending(path, ids)) is not None), None)
 
 
-def _find(entry: str, ids: Collection[str]) -> str | None:
-    """The id that a line of a list means: itself, or the end of its first path without suffixes."""
-    if entry in ids:
-        return entry
-    path = PurePosixPath(entry.split()[0])  # some releases write the mask's path behind the image's
-    stem = path.with_name(path.name.removesuffix(path.suffix).removesuffix("_leftImg8bit")) if path.name else path
-    parts = stem.parts
-    candidates = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((candidate for candidate in candidates if candidate in ids), None)
+def _paths(entry: str) -> Iterator[str]:
+    """What a line may mean as a whole, in order of trust."""
+    yield entry
+    for space in re.finditer(r"\s+", entry):
+        image, mask = entry[: space.start()], entry[space.end() :]
+        if without_suffix(image) != image or ("/" in image and "/" in mask):
+            yield image
+
+
+def _ending(path: str, ids: Collection[str]) -> str | None:
+    if path in ids:
+        return path
+    parts = without_suffix(path).removesuffix("_leftImg8bit").split("/")
+    tails = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((tail for tail in tails if tail in ids), None)
 
 
 def ranked(ids: Iterable[str], key: str) -> list[str]:
@@ -209,14 +213,16 @@ def read_release(folder: str, protocol: str, roles: Roles, dropped: Collection[s
         raise UserError(f"{folder}: no folder with a labeled.txt{wanted}")
     for name in set(renamed) & set(RELEASES.get(protocol, {})):
         uri = storage.join(folder, name, "labeled.txt")
-        if len(read_entries(uri)) != int(name):
-            raise UserError(f"{uri}: {len(read_entries(uri))} images instead of {name}; get the lists again")
+        if len(read_lines(uri)) != int(name):
+            raise UserError(f"{uri}: {len(read_lines(uri))} images instead of {name}; get the lists again")
     return [read_split(storage.join(folder, name), split, roles, dropped) for name, split in renamed.items()]
 
 
-def write_split(root: str, protocol: str, split: Split) -> None:
-    """Writes the lists of `split` below `root`, so that `load_split` gives it back."""
-    folder = storage.join(root, "splits", protocol, split.name)
+def write_split(root: str, protocol: str, split: Split) -> list[str]:
+    """Writes the lists of `split` below `root`, so that `load_split` gives it back; returns their paths there."""
+    folder, written = f"splits/{protocol}/{split.name}", []
     for name, ids in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
         if name == "labeled" or not set(ids) & set(split.labeled):  # `full` may use its labeled images on both sides
-            storage.write_bytes(storage.join(folder, f"{name}.txt"), "".join(f"{key}\n" for key in ids).encode())
+            written.append(f"{folder}/{name}.txt")
+            storage.write_bytes(storage.join(root, written[-1]), "".join(f"{key}\n" for key in ids).encode())
+    return written

@@ -1,6 +1,7 @@
 """The command line of `u2pl prepare`, and the samples and classes of the raw tree that its flags name."""
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from http.client import HTTPException
@@ -60,6 +61,9 @@ def _parser(description: str | None) -> cli.Parser:
     add("--val_list", help="list of a voc tree with the images to score (default: val)")
     add("--sbd", metavar="DIR", help="tree of SBD whose masks join those of a voc tree: the augmented set")
     add("--download", action="store_true", help="fetch VOC 2012 to --root, and SBD to --sbd, first")
+    add("--exif", choices=("auto", "apply", "ignore"), default="auto",
+        help="rotations that cameras note: turn the pixels, or leave them (default: as the mask fits)")  # fmt: skip
+    add("--high_byte", action="store_true", help="keep the upper eight bits of images with 16 bits a channel")
     add("--seed", type=int, default=0, help="of row order, generated splits and images (default: 0)")
     add("--overwrite", action="store_true", help="replace what is finished")
     add("--skip_bad", action="store_true", help="leave bad samples out instead of stopping")
@@ -69,8 +73,11 @@ def _parser(description: str | None) -> cli.Parser:
     return parser
 
 
-def read_raw(args: argparse.Namespace) -> tuple[list[RawSample], DatasetSpec]:
+def read_raw(args: argparse.Namespace) -> tuple[list[RawSample], DatasetSpec, Counter[str]]:
     """The samples and classes of the raw tree that the flags name, downloaded before if they say so.
+
+    Returns:
+        Samples, classes, and the pictures that were passed over, by suffix.
 
     Raises:
         UserError: what `read_tree`, `find_spec`, `with_values` and the downloads raise.
@@ -83,8 +90,8 @@ def read_raw(args: argparse.Namespace) -> tuple[list[RawSample], DatasetSpec]:
     if args.download and root:
         root = download_voc(root)
         options |= {"sbd": download_sbd(args.sbd)} if args.sbd else {}
-    samples = read_tree(args.source, root, options)
-    return [replace(each, label_ids=True) for each in samples] if args.values else samples, spec
+    samples, passed = read_tree(args.source, root, options)
+    return [replace(each, label_ids=True) for each in samples] if args.values else samples, spec, passed
 
 
 def download_voc(folder: str) -> str:

@@ -3,16 +3,24 @@
 A new layout is a function here and a line in `LAYOUTS`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from pipeline import storage
-from pipeline.datasets.prepared.splits import read_entries
+from pipeline.datasets.files import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    PICTURE_SUFFIXES,
+    check_name,
+    has_suffix,
+    is_junk,
+    read_lines,
+    without_suffix,
+)
+from pipeline.datasets.prepared.splits import find_id
 from pipeline.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-
 
 # ---- what all layouts share -------------------------------------------------------------------------------------
 
@@ -32,22 +40,79 @@ class RawSample:
     """Whether the mask holds the dataset's raw label ids (see `DatasetSpec.label_ids`) instead of class ids."""
 
 
-def by_path(folder: str, required: bool = True) -> dict[str, str]:
-    """URI of each image file below `folder`, by its path there without the suffix, sorted.
+class Folders:
+    """The files of a raw tree, folder by folder; counts the pictures that are passed over."""
 
-    Raises:
-        UserError: two files of one name, or no file although `required`.
-    """
-    return _keyed(folder, storage.list_files(folder), IMAGE_SUFFIXES, required)
+    def __init__(self, root: str) -> None:
+        """Args: root: of the tree."""
+        self.root = root
+        self.passed: Counter[str] = Counter()
+        """Pictures among the images of a kind that is not read, by suffix."""
+
+    def images(self, folder: str, *, deep: bool = False, required: bool = True) -> dict[str, str]:
+        """URI of each image in a folder below the root, by its path there without the suffix, sorted.
+
+        Args:
+            folder: path below the root.
+            deep: look into the folders below it as well.
+            required: whether there must be one.
+
+        Raises:
+            UserError: two images of one name, a name that cannot be used, or none although `required`.
+        """
+        uri = storage.join(self.root, folder)
+        found, others = _keyed(uri, IMAGE_SUFFIXES, deep)
+        self.passed.update(PurePosixPath(file).suffix.lower() for file in others)
+        if required and not found:
+            raise UserError(f"{uri}: {_nothing(uri, others)}; check --root and --source")
+        return found
+
+    def masks(
+        self, folder: str, *, deep: bool = False, required: bool = False, suffixes: tuple[str, ...] = MASK_SUFFIXES
+    ) -> dict[str, str]:
+        """The same of masks.
+
+        Raises:
+            UserError: as `images`, or pictures of a kind that cannot be a mask.
+        """
+        uri = storage.join(self.root, folder)
+        found, others = _keyed(uri, suffixes, deep)
+        if others:
+            known = ", ".join(suffix.removeprefix(".") for suffix in suffixes)
+            raise UserError(
+                f"{uri}/{others[0]}: masks are files of kind {known} (JPEG changes class ids); "
+                f"{len(others)} files there are not"
+            )
+        if required and not found:
+            raise UserError(f"{uri}: {_nothing(uri, others)}; check --root and --source")
+        return found
 
 
-def by_name(folder: str, required: bool = True, suffixes: Collection[str] = IMAGE_SUFFIXES) -> dict[str, str]:
-    """URI of each file with one of `suffixes` directly in `folder`, by its name without the suffix, sorted.
+def _nothing(uri: str, others: Sequence[str]) -> str:
+    """What to say of a folder without a file that is wanted."""
+    if others:
+        return f"none of its files is of a kind that is read, such as {others[0]}"
+    if storage.is_local(uri) and not Path(uri).is_dir():
+        return "no such folder"
+    return "no images there" if storage.list_files(uri) else "nothing there"
 
-    Raises:
-        UserError: as `by_path`.
-    """
-    return _keyed(folder, (file for file in storage.list_files(folder) if "/" not in file), suffixes, required)
+
+def _keyed(folder: str, suffixes: tuple[str, ...], deep: bool) -> tuple[dict[str, str], list[str]]:
+    """The files of a folder with one of `suffixes`, and the other pictures there; without junk."""
+    found: dict[str, str] = {}
+    others: list[str] = []
+    for file in storage.list_files(folder):
+        if is_junk(file) or (not deep and "/" in file):
+            continue
+        if not has_suffix(file, suffixes):
+            others += [file] if has_suffix(file, PICTURE_SUFFIXES) else []
+            continue
+        check_name(folder, file)
+        key, uri = without_suffix(file), storage.join(folder, file)
+        if key in found:
+            raise UserError(f"{uri}: duplicate id {key}, also {found[key]}; rename one of them")
+        found[key] = uri
+    return found, others
 
 
 def required(masks: dict[str, str], key: str, folder: str) -> str:
@@ -61,23 +126,6 @@ def required(masks: dict[str, str], key: str, folder: str) -> str:
     return masks[key]
 
 
-def _keyed(folder: str, files: Iterable[str], suffixes: Collection[str], required: bool) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for file in files:
-        path = PurePosixPath(file)
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
-            continue
-        key = str(path.with_suffix(""))
-        uri = storage.join(folder, file)
-        if key in found:
-            raise UserError(f"{uri}: duplicate id {key}, also {found[key]}; rename one of them")
-        found[key] = uri
-    if required and not found:
-        what = "JPEG or PNG" if suffixes is IMAGE_SUFFIXES else "/".join(suffixes)
-        raise UserError(f"{folder}: no {what} files there; check --root and --source")
-    return found
-
-
 _SUBSETS = {"train": "train", "train_extra": "train", "val": "val"}
 _TAIL = "_leftImg8bit"
 
@@ -85,18 +133,18 @@ _TAIL = "_leftImg8bit"
 # ---- layouts ----------------------------------------------------------------------------------------------------
 
 
-def read_cityscapes(root: str) -> list[RawSample]:
+def read_cityscapes(tree: Folders) -> list[RawSample]:
     """Reads a tree of the `cityscapes` layout.
 
     Args:
-        root: the folder that holds leftImg8bit and gtFine.
+        tree: the folder that holds leftImg8bit and gtFine.
 
     Raises:
         UserError: no images, or a val image without a mask.
     """
-    found = by_path(storage.join(root, "leftImg8bit"))
+    found = tree.images("leftImg8bit", deep=True)
     images = {key.removesuffix(_TAIL): uri for key, uri in found.items() if key.endswith(_TAIL)}
-    masks = by_path(storage.join(root, "gtFine"), required=False)
+    masks = tree.masks("gtFine", deep=True)
     samples = []
     for key, uri in images.items():
         subset = _SUBSETS.get(key.partition("/")[0])
@@ -110,24 +158,24 @@ def read_cityscapes(root: str) -> list[RawSample]:
     return samples
 
 
-def read_camvid(root: str) -> list[RawSample]:
+def read_camvid(tree: Folders) -> list[RawSample]:
     """Reads a tree of the `camvid` layout; void is 11 there, see `DatasetSpec.label_ids`.
 
     Args:
-        root: the folder that holds train, trainannot, val and valannot.
+        tree: the folder that holds train, trainannot, val and valannot.
 
     Raises:
         UserError: no images, a val image without a mask, or a mask without an image.
     """
     subsets = ("train", "val")
-    return [each for name in subsets for each in _pairs(root, name, name, f"{name}annot", label_ids=True)]
+    return [each for name in subsets for each in _pairs(tree, name, name, f"{name}annot", label_ids=True)]
 
 
-def read_ade20k(root: str) -> list[RawSample]:
+def read_ade20k(tree: Folders) -> list[RawSample]:
     """Reads a tree of the `ade20k` layout; 0 is no class there, see `DatasetSpec.label_ids`.
 
     Args:
-        root: the folder that holds images and annotations.
+        tree: the folder that holds images and annotations.
 
     Raises:
         UserError: no images, a val image without a mask, or a mask without an image.
@@ -136,28 +184,28 @@ def read_ade20k(root: str) -> list[RawSample]:
     return [
         each
         for subset, name in subsets.items()
-        for each in _pairs(root, subset, f"images/{name}", f"annotations/{name}", label_ids=True)
+        for each in _pairs(tree, subset, f"images/{name}", f"annotations/{name}", label_ids=True)
     ]
 
 
-def _pairs(root: str, subset: str, images: str, masks: str, label_ids: bool) -> list[RawSample]:
-    found = by_name(storage.join(root, images))
-    known = by_name(storage.join(root, masks), required=False)
+def _pairs(tree: Folders, subset: str, images: str, masks: str, label_ids: bool) -> list[RawSample]:
+    found = tree.images(images)
+    known = tree.masks(masks)
     _no_orphans(known, found, images)
     return [RawSample(key, subset, uri, _mask(known, key, subset, masks), label_ids) for key, uri in found.items()]
 
 
-def read_folder(root: str) -> list[RawSample]:
+def read_folder(tree: Folders) -> list[RawSample]:
     """Reads a tree of the `folder` layout.
 
     Args:
-        root: the folder that holds images and perhaps masks.
+        tree: the folder that holds images and perhaps masks.
 
     Raises:
         UserError: no images, a val image without a mask, or a mask without an image.
     """
-    images = by_path(storage.join(root, "images"))
-    masks = by_path(storage.join(root, "masks"), required=False)
+    images = tree.images("images", deep=True)
+    masks = tree.masks("masks", deep=True)
     subsets = {key: key.partition("/")[0] for key in images}
     stray = next((key for key, subset in subsets.items() if subset not in ("train", "val")), None)
     if stray is not None:
@@ -177,7 +225,7 @@ def _no_orphans(masks: dict[str, str], images: dict[str, str], folder: str) -> N
 
 
 def read_voc(
-    root: str,
+    tree: Folders,
     masks: str | None = None,
     train_list: str | None = None,
     val_list: str | None = None,
@@ -189,7 +237,7 @@ def read_voc(
     list (of VOC 2012: 10,582). A mask of the VOC tree wins over SBD's, which knows no ignored borders.
 
     Args:
-        root: the folder that holds JPEGImages.
+        tree: the folder that holds JPEGImages.
         masks: name of the folder with the masks; None: SegmentationClassAug together with the list trainaug
             if both are there and `sbd` is not given, else SegmentationClass.
         train_list: name of a list in ImageSets/Segmentation, or a path or URI of one; None: train or
@@ -200,18 +248,19 @@ def read_voc(
     Raises:
         UserError: a folder or list is missing, or a list names an image or a val mask that is not there.
     """
-    images = by_name(storage.join(root, "JPEGImages"))
-    lists = storage.join(root, "ImageSets", "Segmentation")
-    masks = masks or _default_masks(root, lists, sbd)
-    found = by_name(storage.join(root, masks))
-    train = _listed(lists, train_list or ("trainaug" if masks == "SegmentationClassAug" else "train"), images)
-    val = _listed(lists, val_list or "val", images)
+    images = tree.images("JPEGImages")
+    lists = storage.join(tree.root, "ImageSets", "Segmentation")
+    masks = masks or _default_masks(tree, lists, sbd)
+    found = tree.masks(masks, required=True)
+    default = "trainaug" if masks == "SegmentationClassAug" else "train"
+    train = _listed(lists, train_list or default, images, "--train_list")
+    val = _listed(lists, val_list or "val", images, "--val_list")
     if sbd:
         extra_images, extra_masks = _read_sbd(sbd)
         images, found = {**extra_images, **images}, {**extra_masks, **found}
         train = [*train, *sorted({*extra_masks} - {*train, *val})]
     test = storage.join(lists, "test.txt")
-    named = {*train, *val, *(read_entries(test) if storage.exists(test) else ())}
+    named = {*train, *val, *(read_lines(test) if storage.exists(test) else ())}
     bare = [key for key in images if key not in named and key not in found]
     return [
         *(RawSample(key, "train", images[key], found.get(key)) for key in train),
@@ -220,31 +269,50 @@ def read_voc(
     ]
 
 
-def _default_masks(root: str, lists: str, sbd: str | None) -> str:
+def _default_masks(tree: Folders, lists: str, sbd: str | None) -> str:
     if sbd or not storage.exists(storage.join(lists, "trainaug.txt")):
         return "SegmentationClass"
-    augmented = by_name(storage.join(root, "SegmentationClassAug"), required=False)
-    return "SegmentationClassAug" if augmented else "SegmentationClass"
+    return "SegmentationClassAug" if tree.masks("SegmentationClassAug") else "SegmentationClass"
 
 
-def _listed(lists: str, name: str, images: dict[str, str]) -> list[str]:
-    """The ids of a list of the tree, or of any other file; entries may be paths."""
+def _listed(lists: str, name: str, images: dict[str, str], flag: str) -> list[str]:
+    """The ids of a list of the tree, or of any other file; entries may be paths.
+
+    Args:
+        lists: folder of the tree's own lists.
+        name: one of these, or a path or URI.
+        images: what there is, by id.
+        flag: that names another list.
+
+    Raises:
+        UserError: no such list, or an entry that names no image, or one that an earlier line names.
+    """
     uri = name if "/" in name or name.endswith(".txt") else storage.join(lists, f"{name}.txt")
-    ids = [PurePosixPath(entry.split()[0]).stem for entry in read_entries(uri)]
-    _all_there(uri, ids, images, "JPEGImages")
-    return ids
+    if not storage.exists(uri):
+        there = [file.removesuffix(".txt") for file in storage.list_files(lists) if file.endswith(".txt")]
+        hint = f"; {flag} takes one of those that are there: {', '.join(there)}" if there else ""
+        raise UserError(f"{uri}: no such list{hint}")
+    ids: dict[str, int] = {}
+    for number, entry in enumerate(read_lines(uri), start=1):
+        key = find_id(entry, images)
+        if key is None:
+            raise UserError(f"{uri}: names {entry}, but JPEGImages has no such file")
+        if key in ids:
+            raise UserError(f"{uri}: {key} is listed twice, as entries {ids[key]} and {number}; remove one of them")
+        ids[key] = number
+    return list(ids)
 
 
 def _read_sbd(root: str) -> tuple[dict[str, str], dict[str, str]]:
     """Images and `.mat` masks by id, of the ids that SBD's two lists name."""
     release = storage.join(root, "benchmark_RELEASE", "dataset")
-    root = storage.absolute(release if storage.exists(storage.join(release, "train.txt")) else root)
-    images = by_name(storage.join(root, "img"))
-    masks = by_name(storage.join(root, "cls"), suffixes=(".mat",))
+    tree = Folders(storage.absolute(release if storage.exists(storage.join(release, "train.txt")) else root))
+    images = tree.images("img")
+    masks = tree.masks("cls", required=True, suffixes=(".mat",))
     listed: set[str] = set()
     for name in ("train.txt", "val.txt"):
-        uri = storage.join(root, name)
-        ids = read_entries(uri)
+        uri = storage.join(tree.root, name)
+        ids = read_lines(uri)
         _all_there(uri, ids, images, "img")
         _all_there(uri, ids, masks, "cls")
         listed |= {*ids}
@@ -257,16 +325,6 @@ def _all_there(uri: str, ids: list[str], files: dict[str, str], folder: str) -> 
         raise UserError(f"{uri}: names {missing}, but {folder} has no such file")
 
 
-__all__ = [
-    "LAYOUTS",
-    "RawSample",
-    "read_ade20k",
-    "read_camvid",
-    "read_cityscapes",
-    "read_folder",
-    "read_tree",
-    "read_voc",
-]
 # ---- any of them ------------------------------------------------------------------------------------------------
 
 
@@ -280,13 +338,16 @@ LAYOUTS: dict[str, Callable[..., list[RawSample]]] = {
 """The reader of each layout."""
 
 
-def read_tree(source: str, root: str | None, options: Mapping[str, str]) -> list[RawSample]:
+def read_tree(source: str, root: str | None, options: Mapping[str, str]) -> tuple[list[RawSample], Counter[str]]:
     """Reads a tree of the layout `source`.
 
     Args:
         source: one out of `LAYOUTS`.
         root: path or URI; the samples' URIs are valid in every working directory.
         options: arguments of `read_voc`; the other layouts have none.
+
+    Returns:
+        The samples; and how many pictures were passed over, by suffix, as they are of a kind that is not read.
 
     Raises:
         UserError: no root, options for a layout without them, or what the reader raises.
@@ -295,4 +356,5 @@ def read_tree(source: str, root: str | None, options: Mapping[str, str]) -> list
         raise UserError(f"--source {source} needs --root, the folder of the raw images")
     if options and source != "voc":
         raise UserError(f"--{next(iter(options))} belongs to --source voc; {source} trees have no such choice")
-    return LAYOUTS[source](storage.absolute(root), **options)
+    tree = Folders(storage.absolute(root))
+    return LAYOUTS[source](tree, **options), tree.passed

@@ -66,7 +66,8 @@ def test_prepare_shapes(tmp_path):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored["image"]))), image)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored["mask"]))), mask)
     assert [len(load_split(dataset, name).labeled) for name in ("1_16", "1_2", "full")] == [25, 200, 400]
-    assert shapes.prepare_shapes(root, seed=4) == info, "what is there is kept"
+    with pytest.raises(UserError, match="holds a dataset already"):
+        shapes.prepare_shapes(root, seed=4)
     (tmp_path / "demo/dataset.json").write_text("{")
     with pytest.raises(UserError, match="not readable"):
-        shapes.prepare_shapes(root)
+        shapes.prepare_shapes(root, overwrite=True)

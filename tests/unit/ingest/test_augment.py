@@ -117,10 +117,10 @@ def _flipped(data: bytes) -> bytes:
 
 UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "removed": (lambda: b"", "no bytes"),
-    "html": (lambda: b"<html><body>503 Slow Down</body></html>", "not a JPEG or PNG"),
-    "gif": (lambda: _encoded(_scene()[0], "GIF"), "not a JPEG or PNG"),
+    "html": (lambda: b"<html><body>503 Slow Down</body></html>", "not a JPEG"),
+    "gif": (lambda: _encoded(_scene()[0], "GIF"), "not a JPEG"),
     "short jpeg": (lambda: _encoded(_scene()[0])[:2000], "(?i)truncated"),
-    "jpeg without a header": (lambda: _encoded(_scene()[0])[20:], "not a JPEG or PNG"),
+    "jpeg without a header": (lambda: _encoded(_scene()[0])[20:], "not a JPEG"),
     "short png": (lambda: _encoded(_scene()[0], "PNG")[:2000], "(?i)truncated|broken"),
     "flipped png": (lambda: _flipped(_encoded(_scene()[0], "PNG")), "."),
     "png bomb": (lambda: _png_of_size(60_000, 60_000), "exceeds limit"),

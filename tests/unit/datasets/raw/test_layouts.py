@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.datasets.prepared.prepare import check_samples
 from pipeline.datasets.raw.layouts import (
+    Folders,
     RawSample,
     read_ade20k,
     read_camvid,
@@ -17,7 +18,7 @@ from pipeline.errors import UserError
 
 
 def test_voc_lists_decide_and_the_rest_is_unlabeled(trees, tmp_path):
-    samples = {each.id: each for each in read_voc(str(trees.voc(tmp_path, train=3, extra=2, masked=2)))}
+    samples = {each.id: each for each in read_voc(Folders(str(trees.voc(tmp_path, train=3, extra=2, masked=2))))}
     assert sorted(samples) == ["a0", "a1", "a2", "e0", "e1", "v0", "v1"]
     assert [key for key, each in samples.items() if each.mask_uri is None] == ["a2", "e0", "e1"]
     assert {key for key, each in samples.items() if each.subset == "val"} == {"v0", "v1"}
@@ -26,19 +27,19 @@ def test_voc_lists_decide_and_the_rest_is_unlabeled(trees, tmp_path):
 def test_voc_test_images_are_left_out(trees, tmp_path):
     root = trees.voc(tmp_path, extra=2)
     trees.put(root / "ImageSets/Segmentation/test.txt", "e0\n")
-    assert {each.id for each in read_voc(str(root))} >= {"e1"}
-    assert "e0" not in {each.id for each in read_voc(str(root))}
+    assert {each.id for each in read_voc(Folders(str(root)))} >= {"e1"}
+    assert "e0" not in {each.id for each in read_voc(Folders(str(root)))}
 
 
 def test_voc_augmented_masks_win_if_their_list_is_there(trees, tmp_path):
     root = trees.voc(tmp_path, train=2, extra=1)
     for name in ("a0", "a1", "e0", "v0", "v1"):
         trees.put(root / f"SegmentationClassAug/{name}.png", trees.mask())
-    assert all("SegmentationClass/" in each.mask_uri for each in read_voc(str(root)) if each.mask_uri)
+    assert all("SegmentationClass/" in each.mask_uri for each in read_voc(Folders(str(root))) if each.mask_uri)
     trees.put(root / "ImageSets/Segmentation/trainaug.txt", "a0\na1\ne0\n")
-    samples = read_voc(str(root))
+    samples = read_voc(Folders(str(root)))
     assert all("SegmentationClassAug/" in str(each.mask_uri) for each in samples)
-    classic = read_voc(str(root), masks="SegmentationClass", train_list="trainaug")
+    classic = read_voc(Folders(str(root)), masks="SegmentationClass", train_list="trainaug")
     assert [each.id for each in classic if each.mask_uri is None] == ["e0"]
 
 
@@ -46,7 +47,7 @@ def test_voc_with_sbd_is_the_augmented_set(trees, tmp_path):
     root = trees.voc(tmp_path / "voc", train=2, val=2, extra=3)
     sbd = trees.sbd(tmp_path / "sbd", train="a0 e0 v1", val="e1 only")
     (tmp_path / "sbd/cls/in_no_list.mat").write_bytes(b"x")
-    samples = {each.id: each for each in read_voc(str(root), sbd=str(sbd))}
+    samples = {each.id: each for each in read_voc(Folders(str(root)), sbd=str(sbd))}
     check_samples(list(samples.values()))
     masked = {key: str(each.mask_uri) for key, each in samples.items() if each.subset == "train" and each.mask_uri}
     assert sorted(masked) == ["a0", "a1", "e0", "e1", "only"], "both train sides and SBD's val, without VOC's val"
@@ -65,7 +66,7 @@ def test_augmented_masks_of_others_do_not_mix_with_sbd(trees, tmp_path):
     trees.put(root / "ImageSets/Segmentation/trainaug.txt", "a0\n")
     released = tmp_path / "benchmark_RELEASE/dataset"
     trees.sbd(released, train="e0", val="e1")
-    samples = read_voc(str(root), sbd=str(tmp_path))
+    samples = read_voc(Folders(str(root)), sbd=str(tmp_path))
     folders = [str(each.mask_uri).split("/")[-2] for each in samples]
     assert folders == ["SegmentationClass", "cls", "cls", "SegmentationClass"]
 
@@ -79,7 +80,7 @@ def test_broken_sbd_trees_are_named(trees, tmp_path, spoil, words):
     sbd = trees.sbd(tmp_path / "sbd", train="e0 e2", val="e1 e3")
     (sbd / spoil).unlink()
     with pytest.raises(UserError, match=words):
-        read_voc(str(root), sbd=str(sbd))
+        read_voc(Folders(str(root)), sbd=str(sbd))
 
 
 @pytest.mark.parametrize(
@@ -87,19 +88,22 @@ def test_broken_sbd_trees_are_named(trees, tmp_path, spoil, words):
     [
         ("SegmentationClass/v1.png", "v1: a validation image without a mask"),
         ("JPEGImages/a1.jpg", "names a1"),
-        ("ImageSets/Segmentation/train.txt", "not found"),
+        (
+            "ImageSets/Segmentation/train.txt",
+            "train.txt: no such list; --train_list takes one of those that are there: val",
+        ),
     ],
 )
 def test_voc_missing_files_are_named(trees, tmp_path, spoil, words):
     root = trees.voc(tmp_path)
     (root / spoil).unlink()
     with pytest.raises(UserError, match=words):
-        read_voc(str(root))
+        read_voc(Folders(str(root)))
 
 
 def test_wrong_root_is_named(tmp_path):
-    with pytest.raises(UserError, match="JPEGImages: no JPEG or PNG files"):
-        read_voc(str(tmp_path))
+    with pytest.raises(UserError, match="JPEGImages: no such folder; check --root"):
+        read_voc(Folders(str(tmp_path)))
     with pytest.raises(UserError, match="needs --root"):
         read_tree("voc", None, {})
     with pytest.raises(UserError, match="--masks belongs to --source voc"):
@@ -113,7 +117,7 @@ def test_cityscapes(trees, tmp_path):
     trees.put(tmp_path / "leftImg8bit/train_extra/ulm/ulm_9_leftImg8bit.png", trees.image())
     trees.put(tmp_path / "gtFine/train/ulm/ulm_2_gtFine_labelTrainIds.png", b"x")
     trees.put(tmp_path / "gtFine/train/ulm/ulm_2_gtFine_color.png", b"x")
-    samples = {each.id: each for each in read_cityscapes(str(tmp_path))}
+    samples = {each.id: each for each in read_cityscapes(Folders(str(tmp_path)))}
     assert {key: (each.subset, each.label_ids) for key, each in samples.items()} == {
         "ulm_1": ("train", True),
         "ulm_2": ("train", False),
@@ -124,7 +128,7 @@ def test_cityscapes(trees, tmp_path):
     assert str(samples["ulm_2"].mask_uri).endswith("labelTrainIds.png")
     (tmp_path / "gtFine/val/bonn/bonn_3_gtFine_labelIds.png").unlink()
     with pytest.raises(UserError, match="without a mask in gtFine"):
-        read_cityscapes(str(tmp_path))
+        read_cityscapes(Folders(str(tmp_path)))
 
 
 def test_folder(trees, tmp_path):
@@ -132,13 +136,13 @@ def test_folder(trees, tmp_path):
         trees.put(tmp_path / "images" / name, trees.image())
     for name in ("train/x/1.png", "val/1.png"):
         trees.put(tmp_path / "masks" / name, trees.mask())
-    samples = {each.id: (each.subset, each.mask_uri is not None) for each in read_folder(str(tmp_path))}
+    samples = {each.id: (each.subset, each.mask_uri is not None) for each in read_folder(Folders(str(tmp_path)))}
     assert samples == {"train/x/1": ("train", True), "train/2": ("train", False), "val/1": ("val", True)}
 
 
 def test_folder_of_images_alone_is_a_pool(trees, tmp_path):
     trees.put(tmp_path / "images/train/1.jpg", trees.image())
-    samples = read_folder(str(tmp_path))
+    samples = read_folder(Folders(str(tmp_path)))
     check_samples(samples)
     assert samples[0].mask_uri is None
 
@@ -156,32 +160,32 @@ def test_folder_mistakes_are_named(trees, tmp_path, file, words):
     trees.put(tmp_path / "images/train/a.png", trees.image())
     trees.put(tmp_path / file, trees.image())
     with pytest.raises(UserError, match=words):
-        read_folder(str(tmp_path))
+        read_folder(Folders(str(tmp_path)))
 
 
 def test_camvid_as_segnet_ships_it(trees, tmp_path):
     for name in ("train/a.png", "train/b.png", "trainannot/a.png", "val/c.png", "valannot/c.png", "test/d.png"):
         trees.put(tmp_path / name, trees.image("PNG"))
-    samples = {each.id: (each.subset, each.mask_uri is not None) for each in read_camvid(str(tmp_path))}
+    samples = {each.id: (each.subset, each.mask_uri is not None) for each in read_camvid(Folders(str(tmp_path)))}
     assert samples == {"a": ("train", True), "b": ("train", False), "c": ("val", True)}
-    assert all(each.label_ids for each in read_camvid(str(tmp_path)))
+    assert all(each.label_ids for each in read_camvid(Folders(str(tmp_path))))
     (tmp_path / "valannot/c.png").unlink()
     with pytest.raises(UserError, match="c: a validation image without a mask in valannot"):
-        read_camvid(str(tmp_path))
+        read_camvid(Folders(str(tmp_path)))
 
 
 def test_ade20k(trees, tmp_path):
     for subset, name in (("training", "ADE_train_1"), ("validation", "ADE_val_1")):
         trees.put(tmp_path / f"images/{subset}/{name}.jpg", trees.image())
         trees.put(tmp_path / f"annotations/{subset}/{name}.png", trees.mask())
-    samples = read_tree("ade20k", str(tmp_path), {})
+    samples = read_tree("ade20k", str(tmp_path), {})[0]
     assert [(each.id, each.subset, each.label_ids) for each in samples] == [
         ("ADE_train_1", "train", True),
         ("ADE_val_1", "val", True),
     ]
     trees.put(tmp_path / "annotations/training/lost.png", trees.mask())
     with pytest.raises(UserError, match=r"lost.png: a mask without an image of the same name in images/training"):
-        read_ade20k(str(tmp_path))
+        read_ade20k(Folders(str(tmp_path)))
 
 
 def test_check_samples():

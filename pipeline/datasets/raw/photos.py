@@ -1,0 +1,122 @@
+"""Checks of single image files, and the form in which a dataset keeps them.
+
+They come from outside, so nothing is taken for granted: the file's own header says what it holds. What has one meaning
+is converted without loss, and told; what has several is refused with the remedy.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline.datasets.images import DecodeError, bits_per_channel, decode_image, encode_png, open_image, orientation
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+class BadSampleError(ValueError):
+    """A file that cannot become part of a dataset; the message says why."""
+
+
+@dataclass(frozen=True)
+class PhotoRules:
+    """What the user says about images that can be read in two ways."""
+
+    exif: Literal["auto", "apply", "ignore"] = "auto"
+    """Rotations that a camera noted in the file: turn the pixels, or leave them. auto: turn them where the mask only
+    fits then."""
+    high_byte: bool = False
+    """Keep the upper eight bits of images with 16 bits a channel; else they are refused."""
+
+
+class Photo(NamedTuple):
+    """An image as it is kept."""
+
+    data: bytes
+    """A JPEG or PNG file; the file as it came wherever that will do."""
+    size: Size
+    """Of its pixels, as training decodes them."""
+    notes: tuple[str, ...]
+    """What was done to it, or is odd about it, to be counted and told."""
+
+
+def check_image(data: bytes) -> Size:
+    """Decodes an image once to see that training can.
+
+    Args:
+        data: content of a JPEG, PNG, WebP, BMP or TIFF file.
+
+    Returns:
+        Its size as stored; an EXIF rotation is not applied.
+
+    Raises:
+        BadSampleError: unreadable, too large, or of more than 8 bits a channel.
+    """
+    try:
+        height, width, _ = decode_image(data).shape
+    except DecodeError as error:
+        raise BadSampleError(f"unreadable image ({error})") from error
+    return height, width
+
+
+def canonical_photo(data: bytes, mask: Size | None, rules: PhotoRules) -> Photo:
+    """Checks an image and brings it into a form that training reads.
+
+    Args:
+        data: content of a JPEG, PNG, WebP, BMP or TIFF file.
+        mask: size of its mask; None: unlabeled.
+        rules: what to do where the file leaves a choice.
+
+    Raises:
+        BadSampleError: unreadable, too large, of more bits a channel than the rules take, or of real numbers.
+    """
+    try:
+        image = open_image(data)
+        form = "JPEG" if image.format == "MPO" else image.format  # phones put a second, small picture behind the first
+        bits, turn = bits_per_channel(image, data), orientation(image)
+        notes: list[str] = []
+        if image.mode.startswith("F"):
+            raise BadSampleError("pixels are real numbers: write the picture as 8-bit PNG or TIFF")
+        if bits > 8 and not rules.high_byte:
+            raise BadSampleError(
+                f"{bits} bits a channel: --high_byte keeps the upper eight; where these are dark (12-bit cameras), "
+                "stretch the pictures to 8 bits first"
+            )
+        if form != "JPEG" and getattr(image, "n_frames", 1) > 1:
+            notes.append("hold several pictures, of which the first is taken")
+        bands = image.getbands()
+        if bands[-1] in ("A", "X") and image.getchannel(len(bands) - 1).getextrema() != (255, 255):
+            notes.append("have a further band (transparency, or infrared), which is dropped")
+        turned = turn != 1 and _applies(rules, turn, mask, (image.height, image.width))
+        if turned:
+            image = ImageOps.exif_transpose(image)
+            notes.append("were turned as their EXIF rotation says")
+        elif turn != 1 and mask is not None:
+            notes.append("have a mask and an EXIF rotation that is not applied; --exif apply turns them")
+        if bits > 8:
+            notes.append(f"have {bits} bits a channel, of which the upper eight are kept")
+        elif form not in ("JPEG", "PNG"):
+            notes.append(f"came as {form} and are kept as PNG, without loss")
+        if turned or bits > 8 or form not in ("JPEG", "PNG"):
+            data = encode_png(_eight_bits(image))
+        return Photo(data, (image.height, image.width), tuple(notes))
+    except DecodeError as error:
+        raise BadSampleError(f"unreadable image ({error})") from error
+
+
+def _applies(rules: PhotoRules, turn: int, mask: Size | None, stored: Size) -> bool:
+    """Whether to turn the pixels of an image whose EXIF orientation is `turn` (2 to 8; from 5 on height is width)."""
+    if rules.exif != "auto":
+        return rules.exif == "apply"
+    upright = stored[::-1] if turn >= 5 else stored
+    return mask is not None and mask != stored and mask == upright
+
+
+def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels, [H,W] or [H,W,3]. Pillow keeps the upper bytes of 16-bit colour by itself, not those of grey."""
+    if image.mode.startswith("I"):
+        return (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
+    return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
