@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline import storage
-from pipeline.datasets.images import DecodeError, decode_image, decode_mask
+from pipeline.datasets.images import DecodeError, decode_image, decode_mask, orientation, read_header
 from pipeline.datasets.prepared.dataset import SUBSETS, Dataset, read_group
 from pipeline.datasets.prepared.splits import Split, list_splits, read_split, sample_roles
 from pipeline.errors import UserError
@@ -104,6 +104,8 @@ class _Scan(NamedTuple):
     """[N] of the image files; 0 where not read."""
     counts: NDArray[np.int64]
     """[N,C+1] pixels by class id of each mask, the last are the ignored ones; all 0 without a mask."""
+    turned: NDArray[np.bool_]
+    """[N] whether an image with a mask carries an EXIF rotation, which nothing applies."""
     problems: list[str]
 
 
@@ -116,12 +118,12 @@ def check(dataset: Dataset) -> Report:
     index = dataset.index
     lost, problems, oddities = _check_shards(dataset)
     classes, total = len(dataset.info.classes), len(index)
-    hashes, shows = np.zeros(total, np.uint64), np.zeros((total, classes), bool)
+    hashes, shows, turned = np.zeros(total, np.uint64), np.zeros((total, classes), bool), np.zeros(total, bool)
     subset_of = np.array([SUBSETS.index(name) for name in index["subset"].to_pylist()])
     pixels = np.zeros((len(SUBSETS), classes + 1), np.int64)
     groups = [rows for rows in row_groups(dataset) if index["shard"][rows[0]].as_py() not in lost]
     for rows, scan in _scans(dataset, groups):
-        hashes[rows], shows[rows] = scan.hashes, scan.counts[:, :classes] > 0
+        hashes[rows], shows[rows], turned[rows] = scan.hashes, scan.counts[:, :classes] > 0, scan.turned
         np.add.at(pixels, subset_of[rows], scan.counts)
         problems += scan.problems
     masked = (index["mask_bytes"].to_numpy() > 0) & (hashes != 0)
@@ -129,6 +131,10 @@ def check(dataset: Dataset) -> Report:
         "only ignored pixels": np.flatnonzero(masked & (shows.sum(1) == 0)),
         "a single class": np.flatnonzero(masked & (shows.sum(1) == 1)),
     }
+    problems += _unseen(dataset, pixels.sum(0))
+    if turned.any():
+        named = _names(dataset, np.flatnonzero(turned))
+        oddities.append(f"{turned.sum()} images with a mask carry an EXIF rotation that is not applied: {named}")
     oddities += [f"{len(rows)} masks hold {kind}: {_names(dataset, rows)}" for kind, rows in odd.items() if len(rows)]
     copies = _copies(hashes, index["image_bytes"].to_numpy())
     leaks = [rows for rows in copies if len(set(subset_of[rows])) > 1]
@@ -177,7 +183,8 @@ def _scans(dataset: Dataset, groups: Sequence[Positions]) -> Iterator[tuple[Posi
 
 def _scan(dataset: Dataset, rows: Positions) -> _Scan:
     classes = len(dataset.info.classes)
-    scan = _Scan(np.zeros(len(rows), np.uint64), np.zeros((len(rows), classes + 1), np.int64), [])
+    counts = np.zeros((len(rows), classes + 1), np.int64)
+    scan = _Scan(np.zeros(len(rows), np.uint64), counts, np.zeros(len(rows), bool), [])
     try:
         table = _read(dataset, rows, ["id", "image", "mask", "height", "width"])
     except UserError as error:  # what was read of the others is worth reporting
@@ -186,6 +193,7 @@ def _scan(dataset: Dataset, rows: Positions) -> _Scan:
         scan.hashes[at] = np.frombuffer(hashlib.blake2b(row["image"], digest_size=8).digest(), np.uint64)[0] | 1
         if row["mask"] is None:
             continue
+        scan.turned[at] = _is_turned(row["image"])
         try:
             mask = decode_mask(row["mask"])
         except DecodeError as error:
@@ -198,6 +206,25 @@ def _scan(dataset: Dataset, rows: Positions) -> _Scan:
         if found.sum() != scan.counts[at].sum():
             scan.problems.append(f"{row['id']}: mask holds a value that is no class id")
     return scan
+
+
+def _is_turned(image: bytes) -> bool:
+    try:
+        return orientation(read_header(image)) != 1
+    except DecodeError:  # which prepare has refused, and training will tell
+        return False
+
+
+def _unseen(dataset: Dataset, pixels: NDArray[np.int64]) -> list[str]:
+    """The commonest mistake of masks: 0 and 255, of which 255 was meant to be the class and is ignored."""
+    *shown, ignored = pixels.tolist()
+    if ignored == 0 or np.count_nonzero(shown) > 1:
+        return []
+    unseen = [name for name, count in zip(dataset.info.classes, shown, strict=True) if not count]
+    share = f"{100 * ignored / pixels.sum():.0f} % of the pixels are {dataset.info.ignore_index}, which is ignored"
+    return [
+        f"no mask has a pixel of {', '.join(unseen[:NAMED])}; {share}; prepare with --values 0=0,255=1 if it is a class"
+    ]
 
 
 def _read(dataset: Dataset, rows: Positions, columns: list[str]) -> list[dict]:

@@ -198,7 +198,7 @@ def prepare(
     except BadSampleError as error:
         raise UserError(f"{error}") from error
     for note, count in sum((Counter(part.notes) for part in parts), Counter()).items():
-        print(f"{count} images {note}", file=sys.stderr)
+        print(f"{note}: {count}", file=sys.stderr)
     return shards.finish(root, parts, name=name, spec=spec, seed=seed, release=release)
 
 
@@ -222,10 +222,11 @@ def warnings(info: DatasetInfo) -> list[str]:
     unseen = info.unseen(*SUBSETS)
     if not unseen:
         return []
-    share = f"{100 * info.ignored(*SUBSETS):.0f} % of the pixels are {IGNORE_INDEX}, which is ignored"
     ids = ",".join(f"{index}={index}" for index, name in enumerate(info.classes) if name not in unseen)
-    told = f"no mask has a pixel of {_listing(unseen)}; {share}"
-    if info.ignored(*SUBSETS) and len(unseen) == 1:
+    told, ignored = f"no mask has a pixel of {_listing(unseen)}", info.ignored(*SUBSETS)
+    if ignored:
+        told += f"; {100 * ignored:.0f} % of the pixels are {IGNORE_INDEX}, which is ignored"
+    if ignored and len(unseen) == 1:
         told += (
             f"; if {IGNORE_INDEX} stands for {unseen[0]}: --values {ids},{IGNORE_INDEX}={info.classes.index(unseen[0])}"
         )

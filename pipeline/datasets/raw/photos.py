@@ -86,20 +86,20 @@ def canonical_photo(data: bytes, mask: Size | None, rules: PhotoRules) -> Photo:
                 "stretch the pictures to 8 bits first"
             )
         if form != "JPEG" and getattr(image, "n_frames", 1) > 1:
-            notes.append("hold several pictures, of which the first is taken")
+            notes.append("images that hold several pictures, of which the first is taken")
         bands = image.getbands()
         if bands[-1] in ("A", "X") and image.getchannel(len(bands) - 1).getextrema() != (255, 255):
-            notes.append("have a further band (transparency, or infrared), which is dropped")
+            notes.append("images with a further band (transparency, or infrared), which is dropped")
         turned = turn != 1 and _applies(rules, turn, mask, (image.height, image.width))
         if turned:
             image = ImageOps.exif_transpose(image)
-            notes.append("were turned as their EXIF rotation says")
+            notes.append("images turned as their EXIF rotation says")
         elif turn != 1 and mask is not None:
-            notes.append("have a mask and an EXIF rotation that is not applied; --exif apply turns them")
+            notes.append("images with a mask and an EXIF rotation that is not applied (--exif apply turns them)")
         if bits > 8:
-            notes.append(f"have {bits} bits a channel, of which the upper eight are kept")
+            notes.append(f"images of {bits} bits a channel, of which the upper eight are kept")
         elif form not in ("JPEG", "PNG"):
-            notes.append(f"came as {form} and are kept as PNG, without loss")
+            notes.append(f"{form} images kept as PNG, without loss")
         if turned or bits > 8 or form not in ("JPEG", "PNG"):
             data = encode_png(_eight_bits(image))
         return Photo(data, (image.height, image.width), tuple(notes))

@@ -90,7 +90,7 @@ def test_broken_sbd_trees_are_named(trees, tmp_path, spoil, words):
         ("JPEGImages/a1.jpg", "names a1"),
         (
             "ImageSets/Segmentation/train.txt",
-            "train.txt: no such list; --train_list takes one of those that are there: val",
+            "train.txt: no such list; --train_list takes one of .*: val",
         ),
     ],
 )
