@@ -194,13 +194,14 @@ def evaluate(argv: list[str]) -> None:
     args = parser.parse(argv)
     import torch
 
-    from pipeline.inference.evaluate import class_table
+    from pipeline.inference.evaluate import class_table, counted
     from pipeline.inference.load import score
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset, scores = score(args.checkpoint, args.data, device)
     for name, each in scores.items():
-        print(f"{name}\n{class_table(dataset.info.classes, each.iou)}\nval mIoU {name} {100 * each.miou:.2f}")
+        table = class_table(dataset.info.classes, each.iou)
+        print(f"{name}\n{table}\nval mIoU {name} {100 * each.miou:.2f}{counted(each.iou)}")
 
 
 def report(argv: list[str]) -> None:

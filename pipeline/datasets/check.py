@@ -222,9 +222,7 @@ def _unseen(dataset: Dataset, pixels: NDArray[np.int64]) -> list[str]:
         return []
     unseen = [name for name, count in zip(dataset.info.classes, shown, strict=True) if not count]
     share = f"{100 * ignored / pixels.sum():.0f} % of the pixels are {dataset.info.ignore_index}, which is ignored"
-    return [
-        f"no mask has a pixel of {', '.join(unseen[:NAMED])}; {share}; prepare with --values 0=0,255=1 if it is a class"
-    ]
+    return [f"no mask has a pixel of {', '.join(unseen[:NAMED])}; {share}; if it is a class: --values 0=0,255=1"]
 
 
 def _read(dataset: Dataset, rows: Positions, columns: list[str]) -> list[dict]:

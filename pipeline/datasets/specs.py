@@ -180,7 +180,7 @@ def _read_classes(uri: str) -> tuple[list[str], dict[str, Color]]:
             (match["name"].strip(), (int(match["r"]), int(match["g"]), int(match["b"]))) for match in matches if match
         ]
         return [name for name, _ in found], dict(found)
-    odd = next((line for line in lines if re.search(r"[{}\[\]<>:=,;\t]", line)), None)
+    odd = next((line for line in lines if re.search(r"[{}\[\]<>:=,;\t]|^- ", line)), None)
     if odd is not None:
         raise UserError(
             f"{uri}: {odd!r} is no class name; a file of classes has one name a line, or lines name,r,g,b with the "

@@ -280,6 +280,12 @@ def class_table(
     return "\n".join([head, "-" * len(head), *rows, "-" * len(head), mean])
 
 
+def counted(iou: Sequence[float | None]) -> str:
+    """How many classes a mean IoU is over, to stand behind it; empty if it is over all of them."""
+    present = sum(value is not None for value in iou)
+    return "" if present == len(iou) else f" over {present} of {len(iou)} classes"
+
+
 def _line(name: str, cells: Sequence[str], width: int) -> str:
     return name.ljust(width) + "".join(cell.rjust(8) for cell in cells)
 

@@ -13,7 +13,7 @@ from pipeline.config.schema import Config, as_dict, to_yaml
 from pipeline.datasets.prepared.dataset import Dataset
 from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError
-from pipeline.inference.evaluate import class_table
+from pipeline.inference.evaluate import class_table, counted
 from pipeline.ingest.order import Source, share_lanes
 from pipeline.methods import METHODS
 from pipeline.storage import Patience
@@ -95,6 +95,14 @@ def _announce(config: Config, dataset: Dataset, split: Split, sources: Sequence[
         f"results in {config.out}",
         flush=True,
     )
+    unseen = dataset.info.unseen("val")
+    if unseen:
+        classes = len(dataset.info.classes)
+        print(
+            f"the validation set shows none of {', '.join(unseen)}: where the network names none either, mIoU is over "
+            f"{classes - len(unseen)} of {classes} classes",
+            flush=True,
+        )
     if config.data.unlabeled_pools:
         for source, lanes in zip(sources, share_lanes(sources, optim.batch_unlabeled) if sources else (), strict=True):
             pinned = f", generations 1 to {source.generations}" if source.generations else ""
@@ -171,5 +179,8 @@ def _print_result(config: Config, dataset: Dataset, progress: Progress) -> None:
     assert best is not None
     print()
     print(class_table(dataset.info.classes, last.iou, best.iou))
-    print(f"val mIoU last {100 * last.value:.2f} (step {last.step}), best {100 * best.value:.2f} (step {best.step})")
+    print(
+        f"val mIoU last {100 * last.value:.2f}{counted(last.iou)} (step {last.step}), "
+        f"best {100 * best.value:.2f}{counted(best.iou)} (step {best.step})"
+    )
     print(f"checkpoint {config.out}/{checkpoint.name(last.step)}")

@@ -19,7 +19,7 @@ from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.datasets.prepared.pseudo import open_labels
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
-from pipeline.inference.evaluate import evaluate
+from pipeline.inference.evaluate import counted, evaluate
 from pipeline.inference.load import autocast
 from pipeline.ingest.loader import Loader
 from pipeline.ingest.order import open_sources
@@ -218,7 +218,7 @@ class Trainer:
         if tracker:
             tracker.log("eval", self.progress.step, {"miou": miou, "iou": iou, "worker_seconds": spent})
             shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in miou.items())
-            log.info("step %6d  val mIoU %%  %s", self.progress.step, shown)
+            log.info("step %6d  val mIoU %%  %s%s", self.progress.step, shown, counted(iou))
 
     def save(self, scored: bool) -> None:
         """Hands a checkpoint to the runtime; state is equal on all ranks, so rank 0 writes it."""

@@ -1,5 +1,7 @@
 """What each layout yields, and what is said about broken trees."""
 
+import re
+
 import pytest
 
 from pipeline.datasets.prepared.prepare import check_samples
@@ -247,3 +249,75 @@ def test_mistakes_in_values_are_named(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         with_values(find_spec("sky,road"), text)
+
+
+def test_files_of_classes_of_other_tools(tmp_path):
+    """labelme's list, CVAT's label map and tables with colours, with the ids that their masks have."""
+    path = tmp_path / "classes.txt"
+    path.write_text("__ignore__\n_background_\ndisk\nbox\n")
+    assert find_spec(str(path)).classes == ("_background_", "disk", "box")
+    cvat = "# label:color_rgb:parts:actions\nbackground:0,0,0::\ndisk:128,0,0::\nred box:0,128,0::\n"
+    table = "name,r,g,b\nbackground,0,0,0\ndisk,128,0,0\nred box, 0, 128, 0\n"
+    for text in (cvat, table, table.partition("\n")[2]):
+        path.write_text(text)
+        spec = find_spec(str(path))
+        assert spec.classes == ("background", "disk", "red box")
+        assert spec.label_colors == {0: 0, 0x800000: 1, 0x008000: 2}
+        assert spec.palette == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+    for text in (
+        '["background", "disk"]',
+        '{"0": "background"}',
+        "names:\n- a\n- b\n",
+        "- a\n- b\n",
+        "id,name\n0,bg\n",
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"classes\.txt: .* is no class name; a file of classes has one name"):
+            find_spec(str(path))
+    path.write_text("a,0,0,0\nb,0,0,0\n")
+    with pytest.raises(UserError, match="two classes have the same colour"):
+        find_spec(str(path))
+
+
+def test_a_list_means_the_images_that_it_names(trees, tmp_path):
+    """Dots and spaces are part of a name; an image whose name is only the beginning is never taken."""
+    root = trees.voc(tmp_path, train=2)
+    for name in ("a0 (1)", "IMG.2024.06.01"):
+        trees.put(root / f"JPEGImages/{name}.jpg", trees.image())
+        trees.put(root / f"SegmentationClass/{name}.png", trees.mask())
+    lists = root / "ImageSets/Segmentation/train.txt"
+    lists.write_text("a0 (1)\nIMG.2024.06.01\nJPEGImages/a1.jpg SegmentationClass/a1.png\n")
+    assert [each.id for each in read_voc(Folders(str(root))) if each.subset == "train"] == [
+        "a0 (1)",
+        "IMG.2024.06.01",
+        "a1",
+    ]
+    for line in ("a0 (2)", "a0.v2", "a0.jpg.bak"):
+        lists.write_text(f"{line}\n")
+        with pytest.raises(UserError, match=rf"train\.txt: names {re.escape(line)}, but JPEGImages has no such file"):
+            read_voc(Folders(str(root)))
+    lists.write_text("a0\na1\na0\n")
+    with pytest.raises(UserError, match=r"train\.txt: a0 is listed twice, as entries 1 and 3"):
+        read_voc(Folders(str(root)))
+
+
+def test_what_lies_beside_images_is_passed_over_or_told(trees, tmp_path):
+    for name in ("a.webp", "b.bmp", "c.tif", "d.gif", "e.heic", ".x/f.jpg", "@eaDir/g.jpg", "notes.txt"):
+        trees.put(tmp_path / "images/train" / name, b"x")
+    samples, passed = read_tree("folder", str(tmp_path), {})
+    assert [each.id for each in samples] == ["train/a", "train/b", "train/c"]
+    assert passed == {".gif": 1, ".heic": 1}
+    trees.put(tmp_path / "masks/train/a.tif", b"x")
+    trees.put(tmp_path / "masks/train/.b.png", b"x")
+    assert [each.mask_uri is not None for each in read_tree("folder", str(tmp_path), {})[0]] == [True, False, False]
+    trees.put(tmp_path / "masks/train/b.jpg", b"x")
+    with pytest.raises(UserError, match=r"masks/train/b\.jpg: masks are files of kind png, tif, tiff \(JPEG changes"):
+        read_tree("folder", str(tmp_path), {})
+
+
+def test_a_folder_without_images_says_what_there_is(trees, tmp_path):
+    trees.put(tmp_path / "images/train/a.heic", b"x")
+    with pytest.raises(UserError, match=r"images: none of its files is of a kind that is read, such as train/a\.heic"):
+        read_tree("folder", str(tmp_path), {})
+    with pytest.raises(UserError, match="nowhere/images: no such folder; check --root"):
+        read_tree("folder", str(tmp_path / "nowhere"), {})
