@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pipeline
 from pipeline import storage
 from pipeline.config.schema import Config, as_dict
 from pipeline.errors import UserError
+from pipeline.records import read_record
 
 STATE_FILE = "state.pt"
 META_FILE = "checkpoint.json"
@@ -39,6 +40,10 @@ class Score:
     """0..1 by network; the first one is the method's result."""
     iou: list[float | None]
     """By class, of the first network; None for a class that does not occur."""
+
+    def __post_init__(self) -> None:
+        if not self.miou:
+            raise ValueError("no mIoU")
 
     @property
     def value(self) -> float:
@@ -63,9 +68,28 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        """Reads what `asdict` wrote."""
+        """Reads what `asdict` gave."""
         scores = {name: Score(**values[name]) if values[name] else None for name in ("last", "best")}
         return cls(values["step"], **scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """The content of checkpoint.json."""
+
+    step: int
+    last: Score | None = None
+    """The newest evaluation."""
+    sha256: str
+    """Of state.pt."""
+    version: str = ""
+    """Of this program."""
+    data: dict[str, Any]
+    """What the run reads, see `save`."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What it was made of and with, see `save`."""
+    config: dict[str, Any]
+    """The resolved config, as plain values."""
 
 
 def save(
@@ -90,16 +114,12 @@ def save(
     torch.save({**parts, "progress": asdict(progress)}, buffer)
     payload = buffer.getbuffer()
     (folder / STATE_FILE).write_bytes(payload)
-    meta = {
-        "step": progress.step,
-        "last": asdict(progress.last) if progress.last else None,
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "version": pipeline.__version__,
-        "data": data,
-        "about": about,
-        "config": as_dict(config),
-    }
-    (folder / META_FILE).write_text(json.dumps(meta, indent=1))
+    sha = hashlib.sha256(payload).hexdigest()
+    meta = Meta(
+        step=progress.step, last=progress.last, sha256=sha, version=pipeline.__version__, data=data, about=about,
+        config=as_dict(config),
+    )  # fmt: skip
+    (folder / META_FILE).write_text(json.dumps(asdict(meta), indent=1))
 
 
 def name(step: int) -> str:
@@ -135,7 +155,7 @@ def find(uri: str) -> str:
     return run
 
 
-def read_meta(uri: str) -> dict[str, Any]:
+def read_meta(uri: str) -> Meta:
     """The content of checkpoint.json below `uri`.
 
     Raises:
@@ -143,12 +163,25 @@ def read_meta(uri: str) -> dict[str, Any]:
     """
     place = storage.join(uri, META_FILE)
     try:
-        meta = json.loads(storage.read_bytes(place))
-        if not isinstance(meta, dict) or not {"step", "sha256", "data", "config"} <= meta.keys():
-            raise ValueError("keys are missing")
+        return read_record(Meta, storage.read_bytes(place))
     except ValueError as error:
         raise UserError(f"{place}: not readable ({error}); take another checkpoint of the run") from error
-    return meta
+
+
+def read_summary(uri: str) -> Progress:
+    """The content of a finished run's summary.json.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        progress = read_record(Progress, storage.read_bytes(uri))
+        if progress.last is None or progress.best is None:
+            raise ValueError("no score")
+        return progress
+    except ValueError as error:
+        remedy = "remove it and give the run's command again, which writes it anew"
+        raise UserError(f"{uri}: damaged ({error}); {remedy}") from error
 
 
 def read_state(uri: str) -> dict[str, Any]:
@@ -159,7 +192,7 @@ def read_state(uri: str) -> dict[str, Any]:
     """
     place = storage.join(uri, STATE_FILE)
     payload = storage.read_bytes(place)
-    if hashlib.sha256(payload).hexdigest() != read_meta(uri)["sha256"]:
+    if hashlib.sha256(payload).hexdigest() != read_meta(uri).sha256:
         raise UserError(f"{place}: damaged (its SHA-256 differs from {META_FILE}); take another checkpoint of the run")
     try:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)

@@ -46,7 +46,7 @@ class Labeling:
 
     def digest(self, dataset: Dataset) -> str:
         """Hash of all that the labels depend on."""
-        sha = checkpoint.read_meta(self.checkpoint)["sha256"]
+        sha = checkpoint.read_meta(self.checkpoint).sha256
         values = [SCHEMA_VERSION, dataset.info.index_hash, sha, self.tta, self.keep]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 

@@ -72,11 +72,11 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
     place = checkpoint.find(str(run))
     config, method = restore(place, torch.device(device))
     meta = checkpoint.read_meta(place)
-    if not {"palette", "evaluation"} <= meta.get("about", {}).keys():
+    if not {"palette", "evaluation"} <= meta.about.keys():
         raise UserError(
             f"{place}: made by an older version, which noted no palette; train it anew or evaluate it there"
         )
-    return Model(config, method, meta["data"]["classes"], meta["about"])
+    return Model(config, method, meta.data["classes"], meta.about)
 
 
 def _pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -104,9 +104,9 @@ def restore(uri: str, device: torch.device) -> tuple[Config, Method]:
     """
     place = checkpoint.find(uri)
     meta = checkpoint.read_meta(place)
-    config = cli.resolve(meta["config"], OPTIONS)
+    config = cli.resolve(meta.config, OPTIONS)
     bare = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has them all
-    method = build_method(bare, len(meta["data"]["classes"]))
+    method = build_method(bare, len(meta.data["classes"]))
     state = checkpoint.read_state(place)["method"]
     try:
         method.load_state_dict(state)

@@ -1,6 +1,5 @@
 """Run directories as they were left: config, records, scores, and what they were made of and with."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ from pipeline.config.schema import Config, read_file
 from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
+from pipeline.records import read_record
 
 UNKNOWN = "not recorded"
 
@@ -116,7 +116,7 @@ def read_run(uri: str, options: Options) -> Run:
     records = _records(storage.join(uri, METRICS_FILE))
     summary = storage.join(uri, SUMMARY_FILE)
     finished = storage.exists(summary)
-    progress = _summary(summary) if finished else _progress(records)
+    progress = checkpoint.read_summary(summary) if finished else _progress(records)
     return Run(uri, config, _about(uri, config), records, progress, finished)
 
 
@@ -134,34 +134,25 @@ def _records(uri: str) -> list[dict[str, Any]]:
     return [_record(line, f"{uri}: line {number}") for number, line in enumerate(lines, 1)]
 
 
+@dataclass(frozen=True)
+class _Line:
+    """What every record has."""
+
+    kind: str
+    step: int
+
+
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-        if record["kind"] == "eval":
-            _score(record)
-        return {**record, "step": int(record["step"])}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if read_record(_Line, line).kind == "eval":
+            read_record(Score, line)
+        return read_record(dict[str, Any], line)
+    except ValueError as error:
         raise UserError(f"{where} is damaged ({error}); remove the line, or train the run anew") from error
 
 
-def _score(values: Mapping[str, Any]) -> Score:
-    """A score whose numbers are numbers.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError: it is none.
-    """
-    miou = {name: float(value) for name, value in values["miou"].items()}
-    if not miou:
-        raise ValueError("no mIoU")
-    return Score(int(values["step"]), miou, [None if value is None else float(value) for value in values["iou"]])
-
-
-def _summary(uri: str) -> Progress:
-    try:
-        values = json.loads(storage.read_bytes(uri))
-        return Progress(int(values["step"]), _score(values["last"]), _score(values["best"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{uri}: damaged; remove it and give the run's command again, which writes it anew") from error
+def _score(record: Mapping[str, Any]) -> Score:
+    return Score(record["step"], record["miou"], record["iou"])
 
 
 def _progress(records: Sequence[Mapping[str, Any]]) -> Progress:
@@ -175,8 +166,8 @@ def _progress(records: Sequence[Mapping[str, Any]]) -> Progress:
 def _about(uri: str, config: Config) -> About:
     """From the newest checkpoint; names and counts that an older version did not record, from the dataset itself."""
     newest = checkpoint.newest(uri)
-    meta = checkpoint.read_meta(newest) if newest else {}
-    data, about = meta.get("data", {}), dict(meta.get("about") or _of_dataset(config))
+    meta = checkpoint.read_meta(newest) if newest else None
+    data, about = meta.data if meta else {}, dict((meta and meta.about) or _of_dataset(config))
     named = ("dataset", "protocol", "labeled", "unlabeled", "workers", "worker_cpus", "worker_gpus")
     known = {name: about.pop(name, None) for name in named}
     index, digest = about.pop("index", None), about.pop("digest", None)
@@ -185,7 +176,7 @@ def _about(uri: str, config: Config) -> About:
         index=data.get("index", index),
         digest=data.get("split", digest),
         classes=tuple(data.get("classes", ())),
-        version=meta.get("version"),
+        version=meta.version or None if meta else None,
         machine=about,
     )
 

@@ -1,13 +1,12 @@
 """The trials of a sweep: method x split x seed (x any option), each an ordinary run directory below `SWEEP/trials`."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import checkpoint, storage
-from pipeline.checkpoint import CONFIG_FILE, SUMMARY_FILE, Progress
+from pipeline.checkpoint import CONFIG_FILE, SUMMARY_FILE, Progress, read_summary
 from pipeline.config import cli
 from pipeline.config.schema import Config, merge
 from pipeline.errors import UserError
@@ -51,7 +50,7 @@ class Trial:
     def finished(self) -> Progress | None:
         """Its result, once there is one."""
         uri = storage.join(self.out, SUMMARY_FILE)
-        return Progress.from_dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
+        return read_summary(uri) if storage.exists(uri) else None
 
     def begun(self) -> bool:
         """Whether its run directory is there."""
@@ -60,7 +59,7 @@ class Trial:
     def steps(self) -> int:
         """Steps up to its newest checkpoint."""
         newest = checkpoint.newest(self.out)
-        return checkpoint.read_meta(newest)["step"] if newest else 0
+        return checkpoint.read_meta(newest).step if newest else 0
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline import checkpoint, storage
-from pipeline.checkpoint import CONFIG_FILE, LOG_FILE, METRICS_FILE, SUMMARY_FILE, Progress
+from pipeline.checkpoint import CONFIG_FILE, LOG_FILE, METRICS_FILE, SUMMARY_FILE, Progress, read_summary
 from pipeline.cluster.connect import connect
 from pipeline.cluster.nodes import Workers
 from pipeline.config.schema import Config, as_dict, to_yaml
@@ -52,7 +52,7 @@ def launch(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()
     done = storage.join(str(config.out), SUMMARY_FILE)
     if storage.exists(done):
         print(f"{config.out} is finished; --fresh trains it anew")
-        progress = Progress.from_dict(json.loads(storage.read_bytes(done)))
+        progress = read_summary(done)
     else:
         connect()
         workers = workers_of(config)

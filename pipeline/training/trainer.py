@@ -169,7 +169,7 @@ class Trainer:
         uri = self.runtime.latest()
         if uri is None:
             return
-        if checkpoint.read_meta(uri)["data"] != self.data():
+        if checkpoint.read_meta(uri).data != self.data():
             raise UserError(f"{uri}: was trained on other images or another split; use --fresh or another --out")
         state = checkpoint.read_state(uri)
         self.method.load_state_dict(state["method"])

@@ -169,7 +169,7 @@ def test_a_pool_of_plain_jpegs_trains(
     progress = launch(configured(*flags, "--data.pool_weights", "1", "1", "--optim.steps", "6"))
     assert progress.step == 6
     assert f"from {out} (40 images, generations 1 to 1)" in capsys.readouterr().out
-    assert checkpoint.read_meta(checkpoint.find(run))["data"]["pools"] == [[open_pool(out).digest(1), 1]]
+    assert checkpoint.read_meta(checkpoint.find(run)).data["pools"] == [[open_pool(out).digest(1), 1]]
     photos(raw, range(40, 60))
     make_pool("images", raw, out, append=True)
     launch(configured(*flags, "--data.pool_weights", "1", "1", "--optim.steps", "6"))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_killed_and_started_again(tree, tmp_path):
     flags = ("--source", "folder", "--root", tree, "--classes", "ground,thing", "--out", str(root))
     killed = subprocess.Popen(job(*flags, "--workers", "1"), env=job_environment(), cwd=tmp_path)
     deadline = time.monotonic() + 120
-    while not list(root.glob("parts/*.json")):
+    while not list(root.glob("shards/*.json")):
         assert time.monotonic() < deadline
         assert killed.poll() is None
         time.sleep(0.005)
@@ -126,13 +127,13 @@ def test_killed_and_started_again(tree, tmp_path):
     with pytest.raises(UserError, match="prepare did not finish; run it again"):
         open_dataset(str(root))
     time.sleep(2)  # Ray ends the dead driver's tasks
-    done = {file.stem: (root / f"shards/{file.stem}.parquet").stat() for file in root.glob("parts/*.json")}
+    done = {file.stem: (root / f"shards/{file.stem}.parquet").stat() for file in root.glob("shards/*.json")}
     assert len(done) < 10
     again = subprocess.run(
         job(*flags), env=job_environment(), cwd=tmp_path, check=False, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
-    assert f"{TRAIN} train, {VAL} val, 0 skipped" in again.stdout
+    assert re.search(rf"out: {TRAIN} train \(\d+ with a mask\), {VAL} val, 0 skipped$", again.stdout)
     for stem, before in done.items():
         assert (root / f"shards/{stem}.parquet").stat().st_mtime_ns == before.st_mtime_ns, "written once only"
     check(str(root), tree)
@@ -300,7 +301,9 @@ def test_colour_masks_with_a_value_map(tmp_path):
     flags = ("--source", "folder", "--root", "raw", "--classes", "ground,thing", "--out", "out")
     done = run(tmp_path, *flags)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "mask mode RGB" in done.stderr
+    assert (
+        "mask is a colour picture; say what its colours are: --values '#000000=ID,#ff8000=ID,#ffffff=ID'" in done.stderr
+    )
     done = run(tmp_path, *flags, "--values", "#000000=0,#ff8000=1,#ffffff=255")
     assert done.returncode == 0, done.stderr
     dataset = open_dataset(str(tmp_path / "out"))

@@ -71,8 +71,8 @@ def _check(run: str, shapes: str, first: dict[str, object]) -> None:
     progress = Progress.from_dict(json.loads(storage.read_bytes(f"{run}/student/summary.json")))
     assert progress.step == 6
     meta = checkpoint.read_meta(checkpoint.find(f"{run}/student"))
-    assert meta["data"]["pseudo_labels"] == info.digest
-    assert meta["config"]["method"] == "self_training"
+    assert meta.data["pseudo_labels"] == info.digest
+    assert meta.config["method"] == "self_training"
 
 
 def _written(root: str) -> dict[str, object]:

@@ -36,8 +36,8 @@ def test_round_trip(tmp_path):
     progress = Progress.from_dict(state["progress"])
     assert progress.last == Score(7, {"teacher": 0.5, "student": 0.4}, [0.5, None])
     assert progress.best == progress.last
-    assert (meta["step"], meta["data"], meta["about"], meta["version"]) == (7, DATA, ABOUT, pipeline.__version__)
-    assert build(Config, meta["config"]) == Config(split="1_2")
+    assert (meta.step, meta.data, meta.about, meta.version) == (7, DATA, ABOUT, pipeline.__version__)
+    assert build(Config, meta.config) == Config(split="1_2")
     assert Progress.from_dict({"step": 3, "last": None, "best": None}) == Progress(3)
 
 

@@ -13,8 +13,7 @@ Shards are neither compressed (JPEG and PNG already are) nor dictionary-encoded;
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.records import read_record
 from pipeline.storage import Patience
 
 SCHEMA_VERSION = 1
@@ -98,6 +98,10 @@ class DatasetInfo:
     schema_version: int = SCHEMA_VERSION
     """Version of this format."""
 
+    def __post_init__(self) -> None:
+        if any(len(found) != len(self.classes) + 1 for found in self.pixels.values()):
+            raise ValueError("pixels of another number of classes")
+
     @property
     def background(self) -> int | None:
         """The class of what is no object: the one named background; None for data in which every class is something."""
@@ -124,18 +128,7 @@ class DatasetInfo:
         Raises:
             ValueError: not such a text.
         """
-        values: Any = json.loads(text)
-        if not isinstance(values, Mapping):
-            raise ValueError("no JSON object")
-        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
-        try:
-            known["classes"] = tuple(map(str, known["classes"]))
-            known["palette"] = tuple((int(r), int(g), int(b)) for r, g, b in known["palette"])
-            known["lists"] = tuple(map(str, known.get("lists", ())))
-            known["pixels"] = {name: tuple(map(int, found)) for name, found in known.get("pixels", {}).items()}
-            return cls(**known)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(str(error)) from error
+        return read_record(cls, text)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.cluster import tasks
 from pipeline.datasets.prepared import shards, splits
 from pipeline.datasets.prepared.dataset import IGNORE_INDEX, SCHEMA_VERSION, SUBSETS, DatasetInfo
-from pipeline.datasets.prepared.shards import Part, Row, Slot
+from pipeline.datasets.prepared.shards import Folder, Part, Row, Slot
 from pipeline.datasets.raw.layouts import RawSample
 from pipeline.datasets.raw.masks import canonical_mask, check_palette, class_lookup, mask_size
 from pipeline.datasets.raw.photos import BadSampleError, PhotoRules, canonical_photo
@@ -284,7 +284,7 @@ def plan_shards(
     seed: int,
     skip_bad: bool,
     mean_bytes: float,
-    folder: str,
+    folder: Folder,
 ) -> list[ShardPlan]:
     """Shuffles the samples by `seed` and cuts them into shards, train before val."""
     by_id = {sample.id: sample for sample in samples}

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.datasets.prepared.dataset import Dataset, read_group
 from pipeline.errors import UserError
+from pipeline.records import read_record
 from pipeline.storage import Patience
 
 LABELS_FILE = "labels.json"
@@ -55,9 +56,8 @@ def open_labels(root: str, dataset: Dataset) -> LabelsInfo:
     if not storage.exists(uri):
         raise UserError(f"{root}: no pseudo-labels there ({LABELS_FILE} is missing); `u2pl self_training` makes them")
     try:
-        values = json.loads(storage.read_bytes(uri))
-        info = LabelsInfo(**{**values, "shards": tuple(values["shards"])})
-    except (ValueError, TypeError, KeyError) as error:
+        info = read_record(LabelsInfo, storage.read_bytes(uri))
+    except ValueError as error:
         raise UserError(f"{uri}: not readable ({error}); make the pseudo-labels again") from error
     if info.index_hash != dataset.info.index_hash:
         raise UserError(f"{root}: pseudo-labels of other images than {dataset.root} holds; make them again")

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,7 @@ from pipeline.datasets.prepared.dataset import (
 )
 from pipeline.datasets.specs import DatasetSpec
 from pipeline.errors import UserError
+from pipeline.records import read_record
 
 T = TypeVar("T")
 GROUP_BYTES = 4 << 20
@@ -44,7 +45,8 @@ SHARD_ROWS = 512
 TRAIN_GROUPS = 64
 """Small sets get at least so many row groups, since a batch takes its rows from different ones."""
 MIN_SHARDS = {"train": 8, "val": 2}
-FOLDERS = ("shards", "shards-2")
+Folder = Literal["shards", "shards-2"]
+FOLDERS: tuple[Folder, ...] = ("shards", "shards-2")
 """Where shards lie; a dataset that replaces another one takes the folder that is free."""
 _OURS = re.compile(r"(train|val)-\d{5,}\.(parquet|json)")
 """Names that prepare writes into these."""
@@ -89,6 +91,16 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """The content of prepare.json: what is about to be made."""
+
+    plan: str
+    """Digest of all that it depends on."""
+    folder: Folder
+    """Where its shards are."""
+
+
+@dataclass(frozen=True)
 class Slot:
     """The place of one shard in a dataset."""
 
@@ -96,8 +108,8 @@ class Slot:
     number: int
     group_rows: int
     """Rows per row group; the last one of the shard may hold fewer."""
-    folder: str = FOLDERS[0]
-    """Out of `FOLDERS`."""
+    folder: Folder = FOLDERS[0]
+    """Below the root."""
 
     @property
     def shard(self) -> str:
@@ -106,7 +118,7 @@ class Slot:
 
 
 def cut(
-    members: Mapping[str, Sequence[T]], mean_bytes: float, folder: str = FOLDERS[0]
+    members: Mapping[str, Sequence[T]], mean_bytes: float, folder: Folder = FOLDERS[0]
 ) -> list[tuple[Slot, Sequence[T]]]:
     """Cuts each subset into shards of whole row groups.
 
@@ -138,11 +150,11 @@ def read_part(root: str, shard: str, digest: str) -> Part | None:
     uri = storage.join(root, _part_file(shard))
     if not storage.exists(uri):
         return None
-    values = json.loads(storage.read_bytes(uri))
-    if values.get("digest") != digest:
+    try:
+        part = read_record(Part, storage.read_bytes(uri))
+    except ValueError:  # of another version, or damaged: made anew
         return None
-    palette = {key: (color, uri) for key, (color, uri) in values["palette"].items()}
-    return Part(**{**values, "unknown": tuple(values["unknown"]), "palette": palette})
+    return part if part.digest == digest else None
 
 
 def write_shard(root: str, slot: Slot, rows: Sequence[Row], digest: str = "", **facts: Any) -> Part:
@@ -204,7 +216,9 @@ def refuse_existing(root: str, overwrite: bool) -> DatasetInfo | None:
     return open_dataset(root).info
 
 
-def begin(root: str, plan: str, *, overwrite: bool, inputs: Sequence[str] = (), protocols: Sequence[str] = ()) -> str:
+def begin(
+    root: str, plan: str, *, overwrite: bool, inputs: Sequence[str] = (), protocols: Sequence[str] = ()
+) -> Folder:
     """Makes sure that nothing is lost at `root`, and clears what an interrupted attempt by another plan left there.
 
     Args:
@@ -222,17 +236,17 @@ def begin(root: str, plan: str, *, overwrite: bool, inputs: Sequence[str] = (), 
     """
     old = refuse_existing(root, overwrite)
     uri = storage.join(root, ATTEMPT_FILE)
-    attempt = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
-    if attempt and attempt["plan"] == plan:
-        return attempt["folder"]
+    attempt = _read_attempt(uri)
+    if attempt and attempt.plan == plan:
+        return attempt.folder
     if attempt:
-        left = [f"{attempt['folder']}/{file}" for file in storage.list_files(storage.join(root, attempt["folder"]))]
+        left = [f"{attempt.folder}/{file}" for file in storage.list_files(storage.join(root, attempt.folder))]
         ours = [file for file in left if _OURS.fullmatch(file.rpartition("/")[2])]
         _delete(root, set(ours) - set(old.shards if old else ()))
     elif old is None:
         _refuse_foreign(root, inputs)
     used = {shard.rpartition("/")[0] for shard in old.shards} if old else set()
-    folder = next(name for name in FOLDERS if name not in used)
+    folder: Folder = next(name for name in FOLDERS if name not in used)
     there = storage.list_files(storage.join(root, folder))
     lists = [f"splits/{name}/{file}" for name in protocols for file in storage.list_files(f"{root}/splits/{name}")]
     foreign = [f"{folder}/{file}" for file in there if not is_junk(file)]
@@ -240,8 +254,17 @@ def begin(root: str, plan: str, *, overwrite: bool, inputs: Sequence[str] = (), 
         foreign += sorted(set(lists) - set(old.lists if old else ()))
     if foreign:
         raise UserError(f"{root}/{foreign[0]}: was not written by prepare and is in the way; move it, or choose --out")
-    storage.write_bytes(uri, json.dumps({"plan": plan, "folder": folder}).encode())
+    storage.write_bytes(uri, json.dumps(asdict(Attempt(plan, folder))).encode())
     return folder
+
+
+def _read_attempt(uri: str) -> Attempt | None:
+    if not storage.exists(uri):
+        return None
+    try:
+        return read_record(Attempt, storage.read_bytes(uri))
+    except ValueError as error:
+        raise UserError(f"{uri}: not readable ({error}); if it is not yours, remove it and prepare again") from error
 
 
 def _refuse_foreign(root: str, inputs: Sequence[str]) -> None:

@@ -61,8 +61,8 @@ def test_what_happens_when(shapes, tmp_path):
     ]  # fmt: skip
     assert all(r["worker_seconds"] > 0 for r in _records(tmp_path))
     meta = checkpoint.read_meta(f"{tmp_path}/{checkpoint.name(6)}")
-    assert meta["config"]["data"]["background"] == "0", "the class that the dataset calls background"
-    about = meta["about"]
+    assert meta.config["data"]["background"] == "0", "the class that the dataset calls background"
+    about = meta.about
     assert (about["dataset"], about["protocol"], about["labeled"], about["unlabeled"]) == ("shapes", "random", 100, 300)
     assert (about["workers"], about["device"], about["torch"]) == (1, "cpu", torch.__version__)
     folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
@@ -120,7 +120,7 @@ def test_other_pools_are_refused(shapes, tmp_path):
         return _config(shapes, tmp_path, "mean_teacher", data=data, optim={"steps": 2})
 
     _train(config(unlabeled_pools=[shapes]))
-    pools = checkpoint.read_meta(checkpoint.find(str(tmp_path)))["data"]["pools"]
+    pools = checkpoint.read_meta(checkpoint.find(str(tmp_path))).data["pools"]
     assert [generations for _, generations in pools] == [1]
     assert _train(config(unlabeled_pools=[shapes])).step == 2
     with pytest.raises(UserError, match=r"was trained on other images or another split; use --fresh"):

@@ -15,6 +15,7 @@ from pipeline.datasets.raw.photos import BadSampleError, PhotoRules, canonical_p
 from pipeline.datasets.specs import voc_palette
 
 SIZE = (24, 32)
+UPRIGHT = (32, 24)
 LOOKUP = class_lookup(3)
 RULES = PhotoRules()
 
@@ -89,7 +90,7 @@ def test_a_further_band_is_told_unless_it_says_nothing():
 
 
 def test_an_image_is_turned_where_its_mask_only_fits_then():
-    upright = SIZE[::-1]
+    upright = UPRIGHT
     photo = canonical_photo(turned(6), upright, RULES)
     assert (photo.size, photo.notes) == (upright, ("images turned as their EXIF rotation says",))
     assert np.array_equal(decode_image(photo.data), np.rot90(pixels(), -1))
@@ -104,8 +105,8 @@ def test_what_no_size_tells_is_said_by_the_user():
     assert half.notes == ("images with a mask and an EXIF rotation that is not applied (--exif apply turns them)",)
     applied = canonical_photo(turned(3), SIZE, PhotoRules("apply"))
     assert np.array_equal(decode_image(applied.data), pixels()[::-1, ::-1])
-    assert canonical_photo(turned(6), SIZE[::-1], PhotoRules("ignore")).size == SIZE
-    assert canonical_photo(turned(6), None, PhotoRules("apply")).size == SIZE[::-1]
+    assert canonical_photo(turned(6), UPRIGHT, PhotoRules("ignore")).size == SIZE
+    assert canonical_photo(turned(6), None, PhotoRules("apply")).size == UPRIGHT
 
 
 # ---- masks ------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def test_a_palette_that_contradicts_is_refused():
     known = voc_palette(3)
 
     def palette(*order: int) -> dict[int, int]:
-        image = Image.frombytes("P", SIZE[::-1], ids().tobytes())
+        image = Image.frombytes("P", (32, 24), ids().tobytes())
         image.putpalette([channel for index in order for channel in voc_palette(4)[index]])
         return dict(canonical_mask(encoded(image, "PNG"), SIZE, LOOKUP).palette)
 
