@@ -18,7 +18,7 @@ import pytest
 from pipeline import storage
 from tests.docs import PAGES, ROOT, blocks
 from tests.s3 import S3Server
-from tests.unit.datasets.conftest import Trees
+from tests.unit.datasets.conftest import SIZE, Trees
 
 SHORT = "--preset demo --data.crop 64 64 --optim.steps 2 --eval.every 2 --run.tensorboard false"
 SHORT += " --optim.batch_labeled 2 --optim.batch_unlabeled 4 --scaling.workers 1"
@@ -51,12 +51,41 @@ def checkout(tmp_path: Path, shapes: str) -> Path:
     (tmp_path / ".venv/installed").touch()  # a newer one, so that make leaves the environment of this very test alone
     for number in range(20):
         subset = "val" if number < 4 else "train"
-        Trees.put(tmp_path / f"photos/images/{subset}/{number:02d}.jpg", Trees.image())
+        Trees.put(tmp_path / f"photos/images/{subset}/{number:02d}.jpg", noise(number))
         if number < 16:
             Trees.put(tmp_path / f"photos/masks/{subset}/{number:02d}.png", Trees.mask(number))
     Trees.put(tmp_path / "photo.jpg", Trees.image())
+    exports(tmp_path)
     shutil.copytree(shapes, tmp_path / "data/shapes")
     return tmp_path
+
+
+def exports(folder: Path) -> None:
+    """What other tools give: labelme's tree, CVAT's export, scans of 16 bits, photos of a phone."""
+    colors = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
+    for number in range(10):
+        ids = Trees.ids(number) % 3
+        for tool, masks, mask in (
+            ("labelme", "SegmentationClassPNG", Trees.encode(ids, mode="P")),
+            ("cvat", "SegmentationClass", Trees.encode(colors[ids])),
+        ):
+            Trees.put(folder / tool / f"JPEGImages/{number:02d}.jpg", noise(100 + number))
+            Trees.put(folder / tool / masks / f"{number:02d}.png", mask)
+        subset = "val" if number < 3 else "train"
+        deep = np.random.default_rng(number).integers(0, 1 << 16, SIZE, np.uint16)
+        Trees.put(folder / f"scans/images/{subset}/{number}.tif", Trees.encode(deep, "TIFF"))
+        Trees.put(folder / f"scans/masks/{subset}/{number}.png", Trees.encode((ids > 0).astype(np.uint8) * 255))
+        Trees.put(folder / f"phone/images/{subset}/{number}.jpg", Trees.turned(6 if number % 2 else 1))
+        upright = np.ascontiguousarray(ids.T) if number % 2 else ids
+        Trees.put(folder / f"phone/masks/{subset}/{number}.png", Trees.encode((upright > 0).astype(np.uint8)))
+    Trees.put(folder / "phone/images/train/live.heic", b"x")
+    Trees.put(folder / "labelme/labels.txt", "__ignore__\n_background_\ndisk\nsquare\n")
+    Trees.put(
+        folder / "cvat/labelmap.txt",
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\ndisk:128,0,0::\nsquare:0,128,0::\n",
+    )
+    for name, numbers in (("Train", range(8)), ("Validation", range(8, 10))):
+        Trees.put(folder / f"cvat/ImageSets/Segmentation/{name}.txt", "".join(f"{number:02d}\n" for number in numbers))
 
 
 def noise(seed: int) -> bytes:

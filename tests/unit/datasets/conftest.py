@@ -36,6 +36,16 @@ class Trees:
         pixels = np.random.default_rng(0).integers(0, 255, (*SIZE, channels), np.uint8)
         return cls.encode(pixels.squeeze(), form, mode)
 
+    @classmethod
+    def turned(cls, orientation: int) -> bytes:
+        """A picture of noise as a phone stores it; `orientation` is that of EXIF."""
+        image = Image.fromarray(np.random.default_rng(orientation).integers(0, 255, (*SIZE, 3), np.uint8))
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", exif=exif)
+        return buffer.getvalue()
+
     @staticmethod
     def ids(seed: int = 0) -> np.ndarray:
         """A mask of 0, 1, 2 and 255."""
