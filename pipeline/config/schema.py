@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from pipeline import storage
 from pipeline.config.parse import parse_yaml, require_positive, require_share, suggest
+from pipeline.datasets.files import read_text
 from pipeline.errors import UserError
 
 Options = TypeVar("Options")
@@ -273,10 +273,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def read_file(uri: str) -> dict[str, Any]:
     """The values of a YAML file at `uri`."""
-    try:
-        return parse_yaml(storage.read_bytes(uri).decode(), uri)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{uri}: not a text file") from error
+    return parse_yaml(read_text(uri), uri)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_round_trips():
 
 def test_a_binary_file_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not a text file"):
+    with pytest.raises(UserError, match="no UTF-8 text"):
         configs.read_file(str(tmp_path / "c.yaml"))
 
 
