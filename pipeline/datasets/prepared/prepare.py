@@ -91,7 +91,7 @@ def read_row(sample: RawSample, spec: DatasetSpec, rules: PhotoRules, facts: _Fa
     facts = facts or _Facts()
     image = storage.retried(partial(storage.read_bytes, sample.image_uri))
     raw = None if sample.mask_uri is None else storage.retried(partial(storage.read_bytes, sample.mask_uri))
-    uri = sample.image_uri
+    uri, photo = sample.image_uri, None
     try:
         photo = canonical_photo(image, None if raw is None else mask_size(raw), rules)
         mask = None
@@ -105,7 +105,8 @@ def read_row(sample: RawSample, spec: DatasetSpec, rules: PhotoRules, facts: _Fa
                 _same_palette(facts.palette, mask.palette, uri)
     except BadSampleError as error:
         facts.unknown.update(getattr(error, "values", ()))
-        raise BadSampleError(f"{uri}: {error}") from error
+        exif = "; the image carries an EXIF rotation, see --exif" if photo and "EXIF" in " ".join(photo.notes) else ""
+        raise BadSampleError(f"{uri}: {error}{exif}") from error
     facts.notes.update(photo.notes)
     pixels = () if mask is None else tuple(mask.pixels.tolist())
     return Row(sample.id, photo.data, mask.data if mask else None, *photo.size, pixels)
@@ -189,7 +190,7 @@ def prepare(
         raise UserError(f"{bad[0]}{values}{more}; fix them or pass --skip_bad")
     for text in bad:
         print(f"skipped {text}", file=sys.stderr)
-    _check_pixels(parts)
+    check_pixels(parts)
     palette: dict[str, tuple[int, str]] = {}
     try:
         for part in parts:
@@ -202,7 +203,7 @@ def prepare(
     return shards.finish(root, parts, name=name, spec=spec, seed=seed, release=release)
 
 
-def _check_pixels(parts: Sequence[Part]) -> None:
+def check_pixels(parts: Sequence[Part]) -> None:
     """Refuses masks in which nothing can be learnt or scored.
 
     Raises:

@@ -14,7 +14,7 @@ from pipeline.config.schema import EvalConfig
 from pipeline.datasets.prepared.dataset import INDEX_SCHEMA, SHARD_SCHEMA, Dataset, DatasetInfo
 from pipeline.errors import UserError
 from pipeline.inference import evaluate as module
-from pipeline.inference.evaluate import ahead, batches, eval_mode, evaluate, read_samples, val_groups
+from pipeline.inference.evaluate import ahead, batches, counted, eval_mode, evaluate, read_samples, val_groups
 
 CPU = torch.device("cpu")
 SIZES = [(20, 24)] * 5 + [(24, 20)] * 2 + [(20, 24)] * 4
@@ -188,3 +188,8 @@ def test_ahead_keeps_the_order_and_reads_one_ahead():
 def test_ahead_raises_what_loading_raised():
     with pytest.raises(ZeroDivisionError):
         list(ahead(lambda item: 1 // item, [1, 0]))
+
+
+def test_a_mean_over_fewer_classes_says_so():
+    assert counted([0.5, 0.25]) == ""
+    assert counted([1.0, None]) == " over 1 of 2 classes"

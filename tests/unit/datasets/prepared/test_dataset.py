@@ -1,8 +1,10 @@
 """Checks of single files, shards as they are written and read, and what is said about damage. No Ray."""
 
+import dataclasses
 import io
 import json
 import pickle
+import re
 import struct
 import sys
 import zlib
@@ -16,11 +18,11 @@ from PIL import Image
 from pipeline import storage
 from pipeline.datasets.prepared import shards, splits
 from pipeline.datasets.prepared.dataset import SHARD_SCHEMA, DatasetInfo, open_dataset, read_group
-from pipeline.datasets.prepared.prepare import ShardPlan, carry_out, read_row
+from pipeline.datasets.prepared.prepare import ShardPlan, carry_out, check_pixels, read_row, summary, warnings
 from pipeline.datasets.raw.layouts import Folders, read_voc
 from pipeline.datasets.raw.masks import canonical_mask, class_lookup
 from pipeline.datasets.raw.photos import BadSampleError, PhotoRules, check_image
-from pipeline.datasets.specs import KNOWN, voc_palette
+from pipeline.datasets.specs import KNOWN, voc_palette, with_values
 from pipeline.errors import UserError
 
 LOOKUP = class_lookup(3)
@@ -387,6 +389,74 @@ def test_the_bad_file_is_named(trees, tmp_path):
     trees.put(tree / "SegmentationClass/a0.png", b"x")
     with pytest.raises(BadSampleError, match=r"SegmentationClass/a0.png: unreadable mask"):
         read_row(read_voc(Folders(str(tree)))[0], trees.spec, PhotoRules())
+
+
+def test_a_rotation_that_a_mask_does_not_fit_is_named(trees, tmp_path):
+    tree = trees.voc(tmp_path / "voc")
+    trees.put(tree / "JPEGImages/a0.jpg", trees.turned(6))
+    trees.put(tree / "SegmentationClass/a0.png", trees.encode(trees.ids()[:, :20]))
+    with pytest.raises(BadSampleError, match=r"mask is 20x24, its image 32x24; the image carries an EXIF rotation"):
+        read_row(read_voc(Folders(str(tree)))[0], trees.spec, PhotoRules())
+
+
+def test_palettes_of_masks_that_differ_are_refused(trees, tmp_path):
+    """Of classes that nobody knows the colours of, two masks must agree; --values says what counts instead."""
+    tree = trees.voc(tmp_path / "voc", train=3)
+    image = Image.frombytes("P", (32, 24), trees.ids(1).tobytes())
+    image.putpalette([1, 2, 3] * 256)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    trees.put(tree / "SegmentationClass/a1.png", buffer.getvalue())
+    samples = tuple(each for each in read_voc(Folders(str(tree))) if each.subset == "train")
+    slot = shards.Slot("train", 0, 2)
+    part = carry_out(ShardPlan(str(tmp_path / "out"), slot, samples, trees.spec, PhotoRules(), skip_bad=False))
+    assert list(part.bad) == ["a1"]
+    assert re.search(r"a1\.png: its palette gives 0 the colour #010203, that of \S+a0\.png #000000", part.bad["a1"])
+    chosen = tuple(dataclasses.replace(each, label_ids=True) for each in samples)
+    spec = with_values(trees.spec, "0=0,1=1,2=2")
+    assert not carry_out(ShardPlan(str(tmp_path / "out"), slot, chosen, spec, PhotoRules(), skip_bad=False)).bad
+
+
+def test_classes_that_no_mask_shows_are_told():
+    known = {
+        "name": "x",
+        "palette": ((0, 0, 0),) * 2,
+        "evaluation": "whole",
+        "protocol": "",
+        "index_hash": "",
+        "shards": {},
+    }
+    info = DatasetInfo(
+        classes=("bg", "polyp"), counts={"train": 3, "val": 1}, masked={"train": 2, "val": 1}, skipped=1,
+        pixels={"train": (67, 0, 33), "val": (67, 0, 33)}, **known,
+    )  # fmt: skip
+    assert (info.unseen("val"), info.ignored("train", "val")) == (("polyp",), 0.33)
+    (line,) = warnings(info)
+    assert line.startswith("no mask has a pixel of class polyp; 33 % of the pixels are 255, which is ignored; if 255 ")
+    assert line.endswith("--values 0=0,255=1")
+    assert summary(info, {}) == "3 train (2 with a mask), 1 val, 1 skipped"
+    assert summary(info, {".heic": 2, ".gif": 1}).endswith("of kinds that are not read: 1 .gif, 2 .heic")
+    full = dataclasses.replace(info, pixels={"train": (60, 1, 33), "val": (67, 0, 33)})
+    assert (full.unseen("val"), full.unseen("train", "val"), warnings(full)) == (("polyp",), (), [])
+    assert dataclasses.replace(info, pixels={}).unseen("val") == ()  # made by an older version: not counted
+
+
+def test_masks_without_a_pixel_to_learn_from_are_refused(trees, tmp_path):
+    tree = trees.voc(tmp_path / "voc", train=2)
+    for name in ("a0", "a1"):
+        trees.put(tree / f"SegmentationClass/{name}.png", trees.encode(np.full((24, 32), 255, np.uint8)))
+    samples = read_voc(Folders(str(tree)))
+    slots = {"train": shards.Slot("train", 0, 2), "val": shards.Slot("val", 0, 2)}
+    parts = [
+        carry_out(ShardPlan(str(tmp_path / "out"), slot, tuple(each for each in samples if each.subset == name),
+                            trees.spec, PhotoRules(), skip_bad=False))
+        for name, slot in slots.items()
+    ]  # fmt: skip
+    with pytest.raises(
+        UserError, match="every pixel of the train masks is 255, which is ignored: .* nothing to learn"
+    ):
+        check_pixels(parts)
+    check_pixels(parts[1:])
 
 
 def test_the_background_is_the_class_of_that_name():
