@@ -258,7 +258,7 @@ def test_background_has_a_queue_of_its_own_size(u2pl):
 
 OPTIONS = {
     "upstream": {"variant": "upstream"},
-    "upstream with its epochs and thresholds": {"variant": "upstream", "epoch_steps": 2, "thresholds": "rank"},
+    "upstream with its epochs and thresholds": {"variant": "upstream", "epoch_steps": 2, "thresholds": "worker"},
     "binary": {"loss": "binary"},
     "reliable negatives": {"negative_pixels": "reliable"},
     "all negatives": {"negative_pixels": "all"},
