@@ -1,4 +1,4 @@
-"""Class scores at native size: of the whole image at once, or window by window."""
+"""Logits at native size: of the whole image at once, or window by window."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.network import MEAN_COLOUR
+from pipeline.batch import PADDING_COLOUR
 from pipeline.ops.grid import upsample
 
 
@@ -97,7 +97,7 @@ def _padded(image: Tensor, window: tuple[int, int]) -> Tensor:
     size = (max(height, window[0]), max(width, window[1]))
     if size == (height, width):
         return image
-    colour = torch.tensor(MEAN_COLOUR, device=image.device).round().to(torch.uint8)
+    colour = torch.tensor(PADDING_COLOUR, dtype=torch.uint8, device=image.device)
     padded = colour.view(1, 3, 1, 1).repeat(batch, 1, *size)
     padded[..., :height, :width] = image
     return padded

@@ -198,7 +198,7 @@ class U2PL(TeacherMethod):
             supervised = self.supervised(prediction, labeled, step.world)
             return Losses({"supervised": supervised + untouched(prediction)}, {})
         targets = self.targets(labeled, unlabeled, step)
-        student = self.together(self.student, labeled.image, targets.images)
+        student = self.forward_all(self.student, labeled.image, targets.images)
         with torch.autocast(labeled.image.device.type, enabled=False):
             return self.losses(student, targets, labeled, step)
 
@@ -227,7 +227,7 @@ class U2PL(TeacherMethod):
 
     def _look(self, labeled: Tensor, unlabeled: Tensor) -> Prediction:
         """The teacher with batch statistics, which also moves its running ones."""
-        return self.together(self.teacher.train(), labeled, unlabeled)
+        return self.forward_all(self.teacher.train(), labeled, unlabeled)
 
     def _change(self, label: Tensor, step: Step) -> Augmentation | None:
         """This step's strong augmentation; on steps without it, its mask is empty."""
