@@ -26,7 +26,9 @@ _SHORT = {"data.root": ["--data"]}
 """Flags that have a short form beside their dotted name."""
 _FIELDS = tuple(item.name for item in dataclasses.fields(Config) if item.name != "options")
 Sections = Mapping[str, Mapping[str, type]]
-"""Sections of options by method name, each a dataclass by its name: `pipeline.methods.OPTIONS`."""
+"""Sections of options by method name, each a dataclass by its name: `pipeline.methods.OPTIONS`.
+
+A dataclass may list keys of other sections that its method does not read, as a class variable `ignored`."""
 COMMON = (
     *("method", "split", "seed", "out", "data.root", "data.unlabeled_pools", "data.protocol", "data.crop"),
     *("model.backbone", "model.weights", "optim.lr", "optim.steps", "optim.batch_labeled", "optim.batch_unlabeled"),
@@ -152,12 +154,17 @@ def _values_of(args: argparse.Namespace, options: Sections) -> dict[str, Any]:
 
 
 def _refuse_foreign(args: argparse.Namespace, methods: Sequence[str], options: Sections) -> None:
-    """Refuses flags of methods that are not run. A preset or file may hold sections of many methods."""
-    read = {section for method in methods for section in options.get(method, {})}
+    """Refuses flags that none of the methods reads. A preset or file may hold sections of many methods."""
     for key in _flags_of(args, options):
         section = key.partition(".")[0]
-        if section in _sections(options) and section not in read:
+        if section in _sections(options) and not any(_reads(options.get(method, {}), key) for method in methods):
             raise UserError(f"--{key}: method {', '.join(methods)} has no such option; see --help, or leave it out")
+
+
+def _reads(own: Mapping[str, type], key: str) -> bool:
+    """Whether a method with these sections of options reads the option `key` of a method."""
+    ignored = [each for kind in own.values() for each in getattr(kind, "ignored", ())]
+    return key.partition(".")[0] in own and key not in ignored
 
 
 def layered(values: Mapping[str, Any], *, preset: str | None = None, file: str | None = None) -> dict[str, Any]:

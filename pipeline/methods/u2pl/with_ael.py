@@ -6,7 +6,7 @@ which options of `u2pl` are read, and where we differ from the release.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +30,16 @@ from pipeline.ops.world import World
 class U2PLAELOptions:
     """U2PL on AEL: its contrast joins AEL's losses.
 
-    The defaults are the release's. Of the section u2pl it reads alpha_0, thresholds and the options of the contrast
-    (docs/methods.md lists them); the others have no effect.
+    The defaults are the release's. Of the section u2pl it reads alpha_0, thresholds and the options of the contrast;
+    docs/methods.md lists them.
     """
 
+    ignored: ClassVar[tuple[str, ...]] = (
+        *("u2pl.variant", "u2pl.warmup", "u2pl.epoch_steps", "u2pl.ema_decay", "u2pl.teacher_passes", "u2pl.mix"),
+        *("u2pl.mix_share", "u2pl.lambda_u", "u2pl.negative_pixels", "u2pl.prototype_ema", "u2pl.parts"),
+        "u2pl.batch_norm",
+    )
+    """Keys of the section u2pl that have no effect here; a flag that sets one is refused."""
     contrast_start: float = 0.25
     """When the contrast joins: a number of steps, or below 1 a share of the run (release: 20 of 80 epochs; Cityscapes
     0.1)."""
