@@ -13,7 +13,7 @@ from pipeline.ops.grid import upsample
 
 
 def whole(model: nn.Module, image: Tensor, scale: float = 1.0) -> Tensor:
-    """Scores images at once.
+    """Logits of whole images, at their own size.
 
     Args:
         model: maps uint8 images [B,3,H,W] to logits [B,C,h,w] of any resolution.
@@ -28,7 +28,7 @@ def whole(model: nn.Module, image: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], scale: float = 1.0) -> Tensor:
-    """Scores images window by window and averages where windows overlap.
+    """Logits of images window by window, averaged where windows overlap.
 
     Windows start every two thirds of their size; the last ones are moved back to end at the border. An image that
     is smaller than a window is padded with the mean colour below and to the right, for the network only.

@@ -155,7 +155,7 @@ class CCTOptions:
 
 
 class CCT(Method):
-    """A network and K small decoders that are thrown away after training."""
+    """A network, and K small auxiliary decoders that are used in training alone."""
 
     Options = CCTOptions
     views = ViewSpec(unlabeled=True)

@@ -44,7 +44,7 @@ class UniMatchOptions:
 
 
 class UniMatch(Method):
-    """One network, four streams: labeled, perturbed features, two strong views."""
+    """One network and five batches of predictions: labeled, weak, weak with dropped channels, two strong views."""
 
     Options = UniMatchOptions
     views = ViewSpec(unlabeled=True, strong=2)

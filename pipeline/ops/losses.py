@@ -23,7 +23,7 @@ from pipeline.ops.world import World
 
 
 def mean_count(mask: Tensor, world: World) -> Tensor:
-    """True entries per rank, averaged over the ranks and at least 1: float32, 0-dim."""
+    """Number of True entries, averaged over the ranks and at least 1: float32, 0-dim."""
     return (world.sum(mask.sum()).float() / world.size).clamp_min(1.0)
 
 
@@ -104,11 +104,11 @@ def pixel_count(kept: Tensor, valid: Tensor, over: Normaliser, world: World) -> 
 
 
 def masked_cross_entropy(logits: Tensor, target: Tensor, valid: Tensor, world: World, over: Normaliser) -> Tensor:
-    """Mean cross entropy, 0-dim float32; 0 with a graph where nothing is kept.
+    """Mean cross entropy, 0-dim float32; where no pixel has a label it is 0 and still has a gradient.
 
     Args:
         logits: float [B,C,H,W].
-        target: int64 [B,H,W]; 255 is not kept.
+        target: int64 [B,H,W]; pixels that are not 255 are the kept ones.
         valid: bool [B,H,W], pixels that are not padding.
         world: ranks that share the mean.
         over: the normaliser.

@@ -25,7 +25,7 @@ class Boxes(NamedTuple):
 
 
 def inside(boxes: Boxes, size: tuple[int, int]) -> Tensor:
-    """Which pixels of images of `size` lie in each box, which may reach beyond: [...] -> bool [...,H,W]."""
+    """Which pixels of images of `size` lie in each box; boxes may reach beyond the image: [...] -> bool [...,H,W]."""
     rows = _within(boxes.top, boxes.height, size[0])
     columns = _within(boxes.left, boxes.width, size[1])
     return rows[..., :, None] & columns[..., None, :]

@@ -113,11 +113,11 @@ class U2PLOptions:
 
     @property
     def groups(self) -> int:
-        """Sets of negatives per class."""
+        """Number of sets of negatives per class and step."""
         return self.negative_groups or self.anchors
 
     def keys_of(self, workers: int) -> int:
-        """New keys per class and step of each of so many workers."""
+        """New keys per class and step of each worker, if there are `workers` of them."""
         return max(1, min(self.keys, self.keys_in_all // workers))
 
 
@@ -226,11 +226,14 @@ class U2PL(TeacherMethod):
         return UnlabeledTargets(image, label, shown, look or self._look(labeled.image, image))
 
     def _look(self, labeled: Tensor, unlabeled: Tensor) -> Prediction:
-        """The teacher with batch statistics, which also moves its running ones."""
+        """The teacher's prediction in training mode, by batch statistics; moves its running ones too."""
         return self.forward_all(self.teacher.train(), labeled, unlabeled)
 
     def _change(self, label: Tensor, step: Step) -> Augmentation | None:
-        """This step's strong augmentation; on steps without it, its mask is empty."""
+        """This step's strong augmentation of images with these labels [B,H,W]; None if `mix` is none.
+
+        In the steps that go without it, its mask is False everywhere.
+        """
         kind, count, size = self.options.mix, len(label), (label.shape[1], label.shape[2])
         if kind == "none":
             return None
@@ -319,7 +322,7 @@ class U2PL(TeacherMethod):
         return upstream.mispaired(found, self._smoothed(upstream.positives(found), step))
 
     def _smoothed(self, positive: Positives, step: Step) -> Positives:
-        """The positives, or their moving average with the release's decay, min(1 - 1/i, 0.999)."""
+        """The positives, or with `prototype_ema` their moving average, by the release's decay min(1 - 1/i, 0.999)."""
         if not self.options.prototype_ema:
             return positive
         decay = torch.full((), ema_decay(step.index, self.warmup, 0.999), device=positive.mean.device)

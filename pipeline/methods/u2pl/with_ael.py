@@ -34,17 +34,17 @@ class U2PLAELOptions:
     docs/methods.md lists them.
     """
 
+    # keys of the section u2pl that have no effect here; a flag that sets one is refused
     ignored: ClassVar[tuple[str, ...]] = (
         *("u2pl.variant", "u2pl.warmup", "u2pl.epoch_steps", "u2pl.ema_decay", "u2pl.teacher_passes", "u2pl.mix"),
         *("u2pl.mix_share", "u2pl.lambda_u", "u2pl.negative_pixels", "u2pl.prototype_ema", "u2pl.parts"),
         "u2pl.batch_norm",
     )
-    """Keys of the section u2pl that have no effect here; a flag that sets one is refused."""
     contrast_start: float = 0.25
     """When the contrast joins: a number of steps, or below 1 a share of the run (release: 20 of 80 epochs; Cityscapes
     0.1)."""
     low: float = 0.2
-    """Share of unlabeled pixels, the surest ones, that may be anchors and positives."""
+    """Share of unlabeled pixels, those of the lowest entropy, that may be anchors and positives."""
     high: float = 0.8
     """From this quantile of the entropy on, unlabeled pixels may be negatives."""
 
@@ -112,6 +112,7 @@ class U2PLAEL(AEL):
         return self.teacher.eval()(torch.cat([task.labeled.image, task.mixed]))
 
     def _thresholds(self, values: Tensor, known: Tensor, step: Step) -> _Thresholds:
+        """The quantiles of the entropies `values` [B,H,W] where `known` [B,H,W] holds."""
         labeled = 1.0 - unreliable_share(step.index, step.total, self.u2pl.alpha_0)
         # a copy of a host tensor would wait
         shares = [torch.full((), share, device=values.device) for share in (self.own.low, self.own.high, labeled)]

@@ -118,8 +118,8 @@ class _ByBrightness(nn.Module):
 
     def forward(self, image: torch.Tensor) -> Prediction:
         label = (image[:, 0].long() // 40).clamp_max(CLASSES - 1)
-        scores = nn.functional.one_hot(label, CLASSES).movedim(-1, 1).float()
-        return Prediction(scores, scores, None)
+        logits = nn.functional.one_hot(label, CLASSES).movedim(-1, 1).float()
+        return Prediction(logits, logits, None)
 
 
 def test_cutmix_moves_image_and_label_together(build):
