@@ -21,7 +21,7 @@ from pipeline.methods.base import BatchNorm, Losses, Step, untouched
 from pipeline.methods.teacher import TeacherMethod
 from pipeline.methods.u2pl import fast, reference, upstream
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Rule, averaged
+from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Reliability, Rule, averaged
 from pipeline.models import Prediction
 from pipeline.ops import mixing
 from pipeline.ops.entropy import IGNORE
@@ -272,11 +272,7 @@ class U2PL(TeacherMethod):
             step.world if options.thresholds == "global" else World(),
         )
         may_be_anchor = split.surest if options.variant == "upstream" else split.reliable
-        may_be_negative = {
-            "unreliable": lambda: split.unreliable,
-            "reliable": lambda: split.surest,
-            "all": lambda: split.known,
-        }[options.negative_pixels]()
+        may_be_negative = _negative_pixels(split, options.negative_pixels)
         pixels = make_pixels(student, targets.teacher, truth, targets.label, may_be_anchor, may_be_negative)
         draws = make_draws(options, step, self.num_classes, truth.device)
         found, positive = self._candidates(pixels, draws, step)
@@ -337,6 +333,13 @@ def _mixed_outputs(teacher: Prediction, count: int, change: Augmentation) -> Pre
         torch.cat([output[:count], change.apply_small(output[count:])]) for output in (teacher.logits, teacher.features)
     )
     return Prediction(logits, features, None)
+
+
+def _negative_pixels(split: Reliability, kind: Literal["unreliable", "reliable", "all"]) -> Tensor:
+    """Which pixels of unlabeled images may be negatives, bool [B_u,h,w]; `kind` as `U2PLOptions.negative_pixels`."""
+    if kind == "unreliable":
+        return split.unreliable
+    return split.surest if kind == "reliable" else split.known
 
 
 def _histogram(label: Tensor) -> Tensor:
