@@ -58,10 +58,9 @@ class U2PLOptions:
     alpha_0: float = 0.2
     """Share of unlabeled pixels that is unreliable at step 0; it falls linearly to 0."""
     thresholds: Literal["global", "worker"] = "global"
-    """Pixels that the entropy threshold is a quantile of: global, those of all workers; worker, of each by itself
-    (release)."""
+    """global: the entropy threshold is a quantile over all workers' pixels; worker: over each worker's (release)."""
     lambda_u: float = 1.0
-    """eta of eq. 8: base weight of L_u; the paper's lambda_u is eta x shown pixels / reliable pixels (release: 1)."""
+    """Base weight of L_u: eta of equation 8; the paper's lambda_u is eta x shown / reliable pixels (release: 1)."""
     loss: Literal["contrastive", "binary"] = "contrastive"
     """contrastive: L_c, InfoNCE; binary: L_b, our derivation, as the release calls it without defining it."""
     lambda_c: float = 0.1
