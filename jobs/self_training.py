@@ -1,4 +1,4 @@
-"""Trains a teacher, labels the pool with it, trains a student on both: python jobs/self_training.py --split 1_8."""
+"""Trains a teacher, labels the unlabeled images with it, trains a student: python jobs/self_training.py --split 1_8."""
 
 from _run import run
 

@@ -5,18 +5,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MEAN_COLOUR = (123.675, 116.28, 103.53)
+"""ImageNet's mean colour in RGB, 0..255; networks subtract it."""
+PADDING_COLOUR = (124, 116, 104)
+"""Colour of padding in RGB: the mean colour in bytes, so padding is about 0 after normalisation."""
+
 
 @dataclass(frozen=True)
 class Views:
     """The images of one side of the batch."""
 
     image: Tensor
-    """uint8 [B,3,H,W], weak view (resize, crop, flip); padding has the mean colour."""
+    """uint8 [B,3,H,W], weak view (resize, crop, flip); padding has `PADDING_COLOUR`."""
     mask: Tensor | None
     """int64 [B,H,W] class ids, 255 ignored; None on the unlabeled side."""
     valid: Tensor
-    """bool [B,H,W], False where padded or where the image was damaged."""
+    """bool [B,H,W], False on padding, and everywhere if the image was damaged."""
     ids: tuple[str, ...]
+    """Id of each image."""
     strong: tuple[Tensor, ...] = ()
     """Strong views, each uint8 [B,3,H,W]: `image` in other colours, with the same geometry."""
     pseudo: Tensor | None = None

@@ -99,7 +99,7 @@ def train(argv: list[str]) -> None:
 
 
 def self_training(argv: list[str]) -> None:
-    """Trains a teacher, labels the pool with it, trains a student on both: u2pl self_training --split 1_8."""
+    """Trains a teacher, labels the unlabeled images with it, trains a student: u2pl self_training --split 1_8."""
 
     def flags(parser: cli.Parser) -> None:
         parser.add_argument("--fresh", action="store_true", help="delete what earlier stages left and start anew")

@@ -25,8 +25,10 @@ from pipeline.errors import RunError, UserError
 _SHORT = {"data.root": ["--data"]}
 """Flags that have a short form beside their dotted name."""
 _FIELDS = tuple(item.name for item in dataclasses.fields(Config) if item.name != "options")
-Options = Mapping[str, Mapping[str, type]]
-"""Sections of options by method name, each a dataclass by its name: `pipeline.methods.OPTIONS`."""
+Sections = Mapping[str, Mapping[str, type]]
+"""Sections of options by method name, each a dataclass by its name: `pipeline.methods.OPTIONS`.
+
+A dataclass may list keys of other sections that its method does not read, as a class variable `ignored`."""
 COMMON = (
     *("method", "split", "seed", "out", "data.root", "data.unlabeled_pools", "data.protocol", "data.crop"),
     *("model.backbone", "model.weights", "optim.lr", "optim.steps", "optim.batch_labeled", "optim.batch_unlabeled"),
@@ -84,7 +86,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
 
 def parse_config(
-    argv: Sequence[str], description: str, options: Options, extra: Callable[[Parser], None] | None = None
+    argv: Sequence[str], description: str, options: Sections, extra: Callable[[Parser], None] | None = None
 ) -> tuple[Config, argparse.Namespace]:
     """Reads a run's config; takes and raises what `parse_values` does.
 
@@ -98,7 +100,7 @@ def parse_config(
 def parse_values(
     argv: Sequence[str],
     description: str,
-    options: Options,
+    options: Sections,
     extra: Callable[[Parser], None] | None = None,
     methods: Callable[[argparse.Namespace], Sequence[str]] | None = None,
 ) -> tuple[dict[str, Any], argparse.Namespace]:
@@ -138,26 +140,31 @@ def parse_values(
     return values, args
 
 
-def _flags_of(args: argparse.Namespace, options: Options) -> dict[str, Any]:
+def _flags_of(args: argparse.Namespace, options: Sections) -> dict[str, Any]:
     """The flags that are keys of the config; the others are the command's own."""
     places = {*_FIELDS, *_sections(options)}
     return {key: value for key, value in vars(args).items() if value is not None and key.partition(".")[0] in places}
 
 
-def _values_of(args: argparse.Namespace, options: Options) -> dict[str, Any]:
+def _values_of(args: argparse.Namespace, options: Sections) -> dict[str, Any]:
     """The values of the flags, with those of the file and preset below them."""
     flags = _flags_of(args, options)
     preset = args.preset or (None if args.config or "data.root" in flags else "demo")
     return layered(flags, preset=preset, file=args.config)
 
 
-def _refuse_foreign(args: argparse.Namespace, methods: Sequence[str], options: Options) -> None:
-    """Refuses flags of methods that are not run. A preset or file may hold sections of many methods."""
-    read = {section for method in methods for section in options.get(method, {})}
+def _refuse_foreign(args: argparse.Namespace, methods: Sequence[str], options: Sections) -> None:
+    """Refuses flags that none of the methods reads. A preset or file may hold sections of many methods."""
     for key in _flags_of(args, options):
         section = key.partition(".")[0]
-        if section in _sections(options) and section not in read:
+        if section in _sections(options) and not any(_reads(options.get(method, {}), key) for method in methods):
             raise UserError(f"--{key}: method {', '.join(methods)} has no such option; see --help, or leave it out")
+
+
+def _reads(own: Mapping[str, type], key: str) -> bool:
+    """Whether a method with these sections of options reads the option `key` of a method."""
+    ignored = [each for kind in own.values() for each in getattr(kind, "ignored", ())]
+    return key.partition(".")[0] in own and key not in ignored
 
 
 def layered(values: Mapping[str, Any], *, preset: str | None = None, file: str | None = None) -> dict[str, Any]:
@@ -178,12 +185,12 @@ def layered(values: Mapping[str, Any], *, preset: str | None = None, file: str |
     return merged
 
 
-def _sections(options: Options) -> dict[str, type]:
+def _sections(options: Sections) -> dict[str, type]:
     """All sections of options, of whatever method."""
     return {name: kind for read in options.values() for name, kind in read.items()}
 
 
-def resolve(values: Mapping[str, Any], options: Options) -> Config:
+def resolve(values: Mapping[str, Any], options: Sections) -> Config:
     """A config of plain values, with the options of its method.
 
     Args:
@@ -208,7 +215,7 @@ def resolve(values: Mapping[str, Any], options: Options) -> Config:
     return build(Config, {**values, "options": chosen})
 
 
-def _parser(description: str, options: Options) -> Parser:
+def _parser(description: str, options: Sections) -> Parser:
     usage = "%(prog)s [--preset NAME] [--split SPLIT] [--SECTION.KEY VALUE ...]"
     parser = Parser(description=description, usage=usage, add_help=False)
     parser.add_argument("-h", "--help", nargs="?", metavar="[all]", help="this text; `--help all` shows every key")
@@ -237,7 +244,7 @@ def _add_fields(parser: Any, kind: Any, prefix: str) -> None:
         parser.add_argument(f"--{path}", *_SHORT.get(path, []), dest=path, metavar=_type_name(hint), help=text, **bare)
 
 
-def _print_help(parser: Parser, argv: Sequence[str], options: Options) -> None:
+def _print_help(parser: Parser, argv: Sequence[str], options: Sections) -> None:
     """Help that fits on two screens, with this command line's values; or, if `all` is asked for, every key.
 
     Raises:

@@ -17,15 +17,15 @@ from pipeline.config.parse import parse_yaml, require_positive, require_share, s
 from pipeline.datasets.files import read_text
 from pipeline.errors import UserError
 
-Options = TypeVar("Options")
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and how they are cut into training views."""
+    """The images, and how training views are made of them."""
 
     root: str | None = None
-    """Prepared dataset: a local path or s3://bucket/prefix; `generated`: the demo set, made on first use."""
+    """Prepared dataset: a local path or s3://bucket/prefix; `generated`: the shapes dataset, made on first use."""
     unlabeled_pools: tuple[str, ...] = ()
     """More unlabeled images: pools or prepared datasets, by path or URI."""
     pool_weights: tuple[float, ...] = ()
@@ -106,7 +106,7 @@ class OptimConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has momentum 0.9."""
     lr: float = 1e-3
-    """Learning rate of the encoder at step 0; it falls as (1 - step/steps)^power."""
+    """Base learning rate of the encoder, reached after the warm-up; it falls as (1 - step/steps)^power."""
     head_lr_mult: float = 10.0
     """Learning rate of decoder and heads, relative to the encoder's."""
     weight_decay: float = 1e-4
@@ -114,7 +114,7 @@ class OptimConfig:
     power: float = 0.9
     """Exponent of the poly schedule."""
     warmup: float = 0.0
-    """Over which the learning rate first rises linearly from 0: steps, or below 1 a share of the run."""
+    """Length of the learning rate's linear rise from lr / warmup: steps, or below 1 a share of the run; 0: none."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0: no limit."""
     steps: int = 45600
@@ -130,7 +130,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The supervised loss L_s, the same for every method."""
+    """The supervised loss L_s, of every method."""
 
     supervised: Literal["ce", "ohem"] = "ce"
     """ce: cross entropy; ohem: only hard pixels (threshold 0.7, at least 100000 kept per worker)."""
@@ -225,7 +225,8 @@ class Config:
     method: str = "u2pl"
     """Which system to train."""
     split: str = "1_2"
-    """Labeled share: 1_16, 1_8, 1_4, 1_2, full, or the name of a list folder of the protocol."""
+    """Labeled images: 1_16, 1_8, 1_4, 1_2, full, or the name of a list folder of the protocol. 1_8 is an eighth of the
+    train images that have a mask."""
     seed: int = 0
     """Seed of everything random."""
     out: str | None = None
@@ -241,7 +242,7 @@ class Config:
     """Options of the chosen method by section: its own, and those of the methods that it builds on. Each is a frozen
     dataclass that the method's file defines; in files and flags the sections stand beside `data` and `optim`."""
 
-    def options_of(self, kind: type[Options]) -> Options:
+    def options_of(self, kind: type[Section]) -> Section:
         """The section of one type.
 
         Raises:

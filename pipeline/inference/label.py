@@ -1,4 +1,4 @@
-"""Labels a pool of images with a trained network, in parallel on Ray Data: each task reads and labels one shard."""
+"""Labels the unlabeled images of a dataset with a trained network, on Ray Data: each task labels one shard."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from pipeline.ops.entropy import entropy
 from pipeline.storage import Patience
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
-"""Of the averaged looks (ST++ release, base.py)."""
+"""Scales that probabilities are averaged over (ST++ release, base.py)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class ShardJob(NamedTuple):
     """Its row groups, with the images to label alone."""
 
 
-def label_pool(recipe: Labeling, split: Split, out: str) -> LabelsInfo:
-    """Labels the unlabeled images of a split; nothing is done if they are labeled already.
+def label_unlabeled(recipe: Labeling, split: Split, out: str) -> LabelsInfo:
+    """Labels the unlabeled images of a split, and writes the labels; nothing is done if they are labeled already.
 
     Interrupted, it goes on with the shards that are missing.
 
@@ -96,7 +96,7 @@ def label_pool(recipe: Labeling, split: Split, out: str) -> LabelsInfo:
 
 
 def _label(task: tuple[Labeling, ShardJob]) -> None:
-    """Runs in a Ray worker."""
+    """Labels one shard; runs in a Ray worker."""
     recipe, job = task
     _labeler(recipe).label(job)
 
@@ -131,6 +131,7 @@ class Labeler:
         pseudo.write_labels(job.out, shard, tables, job.digest, self._patience)
 
     def _table(self, group: Group) -> pa.Table:
+        """The labels of one row group, as PNG files beside the images' ids."""
         images = read_rows(group, None, self._patience)["image"]
         labels = [encode_png(self.classes(memoryview(image.as_buffer()))) for image in images]
         return pa.table([pa.array(group.ids, pa.string()), pa.array(labels, pa.binary())], LABEL_SCHEMA)
@@ -156,8 +157,8 @@ class Labeler:
             probability = averaged(self._logits, image, scales, mirror=self._recipe.tta)
         label = probability.argmax(1)
         if self._recipe.keep < 1:
-            doubt = entropy(probability.clamp_min(1e-30).log())
-            label[doubt > _quantile(doubt, self._recipe.keep)] = IGNORE_INDEX
+            values = entropy(probability.clamp_min(1e-30).log())
+            label[values > _quantile(values, self._recipe.keep)] = IGNORE_INDEX
         return label[0].byte().cpu().numpy()
 
 

@@ -35,8 +35,8 @@ class Model:
         self._sliding = (config.eval.mode if config.eval.mode != "dataset" else about["evaluation"]) == "sliding"
         self._device = next(method.parameters()).device
 
-    def scores(self, image: str | Path | Image.Image | np.ndarray) -> Tensor:
-        """Class scores of one image, computed as the run's evaluation does: whole or window by window.
+    def logits(self, image: str | Path | Image.Image | np.ndarray) -> Tensor:
+        """Logits of one image, computed as the run's evaluation does: whole or window by window.
 
         Args:
             image: path or URI of a JPEG or PNG, a Pillow image, or RGB as uint8 [H,W,3].
@@ -55,8 +55,8 @@ class Model:
             return whole(self.network, pixels, config.scale)[0]
 
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-        """The most likely class of each pixel: uint8 [H,W]. Takes and raises what `scores` does."""
-        return self.scores(image).argmax(0).to(torch.uint8).cpu().numpy()
+        """The most likely class of each pixel: uint8 [H,W]. Takes and raises what `logits` does."""
+        return self.logits(image).argmax(0).to(torch.uint8).cpu().numpy()
 
 
 def load_model(run: str | Path, device: str = "cpu") -> Model:
@@ -141,5 +141,5 @@ def score(uri: str, data: str | None, device: torch.device) -> tuple[Dataset, di
 
 
 def autocast(device: torch.device, config: RunConfig) -> torch.autocast:
-    """The precision of a forward pass."""
+    """A context in which forward passes have the precision of `run.precision`: bfloat16 autocast, or float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")

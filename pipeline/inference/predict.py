@@ -1,4 +1,4 @@
-"""Class scores at native size: of the whole image at once, or window by window."""
+"""Logits at native size: of the whole image at once, or window by window."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.network import MEAN_COLOUR
+from pipeline.batch import PADDING_COLOUR
 from pipeline.ops.grid import upsample
 
 
 def whole(model: nn.Module, image: Tensor, scale: float = 1.0) -> Tensor:
-    """Scores images at once.
+    """Logits of whole images, at their own size.
 
     Args:
         model: maps uint8 images [B,3,H,W] to logits [B,C,h,w] of any resolution.
@@ -28,7 +28,7 @@ def whole(model: nn.Module, image: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], scale: float = 1.0) -> Tensor:
-    """Scores images window by window and averages where windows overlap.
+    """Logits of images window by window, averaged where windows overlap.
 
     Windows start every two thirds of their size; the last ones are moved back to end at the border. An image that
     is smaller than a window is padded with the mean colour below and to the right, for the network only.
@@ -97,7 +97,7 @@ def _padded(image: Tensor, window: tuple[int, int]) -> Tensor:
     size = (max(height, window[0]), max(width, window[1]))
     if size == (height, width):
         return image
-    colour = torch.tensor(MEAN_COLOUR, device=image.device).round().to(torch.uint8)
+    colour = torch.tensor(PADDING_COLOUR, dtype=torch.uint8, device=image.device)
     padded = colour.view(1, 3, 1, 1).repeat(batch, 1, *size)
     padded[..., :height, :width] = image
     return padded

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from pipeline.batch import Views
+from pipeline.batch import PADDING_COLOUR, Views
 from pipeline.config.schema import DataConfig
 from pipeline.datasets.images import DecodeError, decode_mask, decode_reduced, decode_rgb, read_header, reduce
 from pipeline.datasets.prepared.dataset import IGNORE_INDEX as IGNORE
 from pipeline.ingest.order import generator
 from pipeline.ingest.read import Sample
 
-MEAN_COLOUR = np.array([124, 116, 104], np.uint8)
-"""Padding: ImageNet's mean, so it is about 0 after normalisation."""
+PADDING = np.array(PADDING_COLOUR, np.uint8)
+"""Pixels outside of the image."""
 
 
 # ---- where a view lies ------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def cut_image(part: np.ndarray, window: Window, out: np.ndarray) -> None:
         pixels = resized.squeeze(0)
     rows, columns = shown(window, out.shape[2])
     if size != out.shape[1:]:
-        out[:] = MEAN_COLOUR[:, None, None]
+        out[:] = PADDING[:, None, None]
     out[:, rows, columns] = pixels.numpy()[:, :, ::-1] if window.flip else pixels.numpy()
 
 
@@ -239,7 +239,7 @@ def fill(sample: Sample, recipe: ViewRecipe, views: Views, place: int) -> Outcom
         problem = str(error)
         valid[:] = False
         for view in (image, *strong):
-            view[:] = MEAN_COLOUR[:, None, None]
+            view[:] = PADDING[:, None, None]
         for mask in masks:
             mask[:] = IGNORE
     return Outcome(time.thread_time() - began, problem)

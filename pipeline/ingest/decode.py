@@ -111,7 +111,7 @@ class ClusterDecoder:
 
 
 def _decode(samples: Sequence[Sample], recipe: ViewRecipe) -> tuple[list[np.ndarray], list[Outcome]]:
-    """Runs in a Ray task."""
+    """The views of samples as arrays, and what became of each sample; runs in a Ray task."""
     views = empty_views(samples, recipe, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     outcomes = [fill(sample, recipe, views, place) for place, sample in enumerate(samples)]
     return [tensor.numpy() for tensor in _tensors(views)], outcomes

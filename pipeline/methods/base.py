@@ -32,21 +32,23 @@ class Losses(NamedTuple):
     """What a forward pass returns."""
 
     terms: dict[str, Tensor]
-    """0-dim losses, already weighted; the trainer minimises their sum."""
+    """0-dim losses by name, already weighted; the trainer minimises their sum."""
     logs: dict[str, Tensor]
-    """Detached numbers worth a look: 0-dim, or [C] by class."""
+    """Detached values for the run's records, by name: 0-dim, or [C] with one value a class."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where the run stands. Everything random in a step is a function of (seed, index) and so survives a resume."""
+    """One step of the run. Everything random in it is a function of (seed, index), so a resumed run draws the same."""
 
     index: int
     """0-based step of the run."""
     total: int
     """Steps of the whole run."""
     seed: int
+    """Seed of the run."""
     world: World
+    """The processes that share the global batch, and the rank of this one."""
 
     def uniform(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Numbers in [0,1), float32 of `shape`, different for every (seed, step, rank, name)."""
@@ -67,12 +69,15 @@ class Step:
 
 
 def _length(group: Tensor | FeatureMaps) -> int:
-    """Number of images."""
+    """Number of images in a group of images or feature maps."""
     return len(group) if isinstance(group, Tensor) else len(group.high)
 
 
 def untouched(prediction: Prediction) -> Tensor:
-    """0 with a gradient for the representation head: DDP waits for every parameter, also where no loss needs it."""
+    """A loss of 0, 0-dim, that gives the representation head a gradient of 0.
+
+    DDP waits for a gradient of every parameter, also in steps in which no loss uses the head.
+    """
     if prediction.features is None:
         return torch.zeros((), device=prediction.logits.device)
     return 0.0 * prediction.features.float().sum()
@@ -86,24 +91,25 @@ class Predictor(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits at the network's own resolution."""
+        """uint8 [B,3,H,W] to logits float [B,C,h,w] at the network's own resolution."""
         return self.model(image).logits
 
 
 class Method(nn.Module, ABC):
     """One system of the comparison: its networks, losses and state. The trainer wraps it in DDP as a whole.
 
-    Rules: a loss is this rank's share of a global mean (see `ops.losses`); every loss term set touches every trainable
-    parameter in every step; nothing in `forward` waits for the device; all state is parameters and buffers.
+    Rules: a loss is this rank's share of a global mean (see `ops.losses`); the losses of every step must give every
+    trainable parameter a gradient; nothing in `forward` waits for the device; all state is parameters and buffers.
     """
 
     Options: ClassVar[type]
-    """Frozen dataclass of the method's own knobs."""
+    """Frozen dataclass of the method's own options."""
     views: ClassVar[ViewSpec]
+    """Which views of the images the method needs."""
     builds_on: ClassVar[tuple[str, ...]] = ()
-    """Other methods whose options it reads, too."""
+    """Names of other methods whose options it reads, too."""
     durations: ClassVar[tuple[str, ...]] = ()
-    """Options, such as `u2pl.warmup`, that are steps or, below 1, a share of the run, and must end before it does."""
+    """Keys of options, such as `u2pl.warmup`, that are steps or, below 1, a share of the run; must end before it."""
 
     def __init__(self, config: Config, num_classes: int, batch_norm: BatchNorm = "joint") -> None:
         super().__init__()
@@ -112,28 +118,33 @@ class Method(nn.Module, ABC):
         self.batch_norm: BatchNorm = batch_norm
         given = config.data.background
         self.background = int(given) if given.isdigit() else None
-        """Class of what is no object, or None; the trainer asks the dataset."""
+        """The background class, or None if there is none; the trainer has already asked the dataset for `auto`."""
         if self.background is not None and self.background >= num_classes:
             raise UserError(f"data.background {given}: there are classes 0 to {num_classes - 1}")
 
     def steps(self, duration: float) -> int:
-        """Of an option that is steps or, below 1, a share of the run."""
+        """The steps of a duration: an option's value that is steps or, below 1, a share of the run."""
         return steps_of(duration, self.config.optim.steps)
 
     @abstractmethod
     def forward(self, batch: Batch, step: Step) -> Losses:
-        """Losses of one batch."""
+        """The losses of one training step.
+
+        Args:
+            batch: this rank's images, on the device of the networks.
+            step: which step of the run it is, for schedules and random numbers.
+        """
 
     @abstractmethod
     def networks(self) -> dict[str, SegmentationModel]:
-        """The networks to score, by name; the first one is the method's result."""
+        """The networks that are scored, by name; the first one is the method's result."""
 
     def trained(self) -> list[SegmentationModel]:
-        """The networks that the optimiser moves."""
+        """The networks that the optimiser trains: the one called `student`, unless a method overrides this."""
         return [self.networks()["student"]]
 
     def after_step(self, step: Step) -> None:
-        """Updates that follow the optimiser's step (EMA); no gradient."""
+        """Updates the method's state after the optimiser's step, such as an EMA teacher; without gradient."""
         del step
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -168,20 +179,22 @@ class Method(nn.Module, ABC):
             freeze_batchnorm(network.encoder)
         return network
 
-    def passes(self, network: Callable[[In], Out], *groups: In) -> list[Out]:
-        """What a network makes of each group of images; `batch_norm` says whether they share batch statistics.
+    def forward_groups(self, network: Callable[[In], Out], *groups: In) -> list[Out]:
+        """The outputs of a network for several groups of images, one output a group.
+
+        `batch_norm` says whether the groups share batch statistics: `joint` passes them as one batch.
 
         Args:
             network: a network, or its `encode` or `decode`.
-            groups: images uint8 [B,3,H,W], or what the encoder made of them; labeled ones first.
+            groups: images uint8 [B,3,H,W], or their feature maps; labeled ones first.
         """
         if self.batch_norm != "joint":
             return [network(group) for group in groups]
         outputs, ends = network(joined(groups)), list(accumulate(map(_length, groups)))
         return [outputs.of(slice(end - _length(group), end)) for end, group in zip(ends, groups, strict=True)]
 
-    def together(self, network: Callable[[Tensor], Prediction], *groups: Tensor) -> Prediction:
-        """As `passes`, for losses over all images: what the network makes of them as one batch, in order."""
+    def forward_all(self, network: Callable[[Tensor], Prediction], *groups: Tensor) -> Prediction:
+        """As `forward_groups`, with one prediction for the images of all groups, in order."""
         if self.batch_norm == "joint":
             return network(torch.cat(groups))
         return joined([network(group) for group in groups])
@@ -190,7 +203,7 @@ class Method(nn.Module, ABC):
         """The labeled side with its masks, and the unlabeled one with the views that the method asks for.
 
         Raises:
-            ValueError: they are not there.
+            ValueError: the batch lacks masks, unlabeled images, or views.
         """
         labeled, unlabeled, spec = batch.labeled, batch.unlabeled, self.views
         if labeled.mask is None or unlabeled is None or len(unlabeled.strong) < spec.strong:

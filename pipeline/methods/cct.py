@@ -1,8 +1,8 @@
-"""CCT (Ouali et al., CVPR 2020): decoders that see perturbed features shall agree with the main one.
+"""CCT (Ouali et al., CVPR 2020): auxiliary decoders of perturbed features agree with the main decoder.
 
-L = L_s + w(t) / K sum_k MSE(aux_k(P_k(f_u)), sg main(f_u)). f_u is the encoder's last feature map of an unlabeled
-image, P_k one of seven perturbations (section 3.3); their random numbers are given from outside, so that a step is a
-function of its seed. Code: yassouali/CCT; `docs/methods.md` says where we differ.
+L = L_s + w(t) / K sum_k MSE(aux_k(P_k(f_u)), sg main(f_u)), both after a softmax; sg stops the gradient. f_u is the
+encoder's last feature map of an unlabeled image, P_k one of seven perturbations (section 3.3). Their random numbers are
+arguments, so that a step is a function of its seed. Code: yassouali/CCT; `docs/methods.md` says where we differ.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,18 @@ from pipeline.ops.schedules import sigmoid_ramp
 
 
 def scale_noise(features: Tensor, draws: Tensor, reach: float) -> Tensor:
-    """F-Noise: f (1 + n) with n uniform in -reach..reach, drawn from float [c,h,w] and shared by the batch."""
+    """F-Noise: f (1 + n) with n uniform in -reach..reach; `draws` float [c,h,w] in [0,1) are shared by the batch."""
     return features * (1.0 + reach * (2.0 * draws - 1.0))
 
 
 def drop_salient(features: Tensor, draws: Tensor, low: float, high: float) -> Tensor:
-    """F-Drop: keeps the cells whose channel mean is below a threshold, hiding the most active ones.
+    """F-Drop: zeroes the most active cells, those whose mean over the channels reaches a threshold.
 
     Args:
         features: float [B,c,h,w].
-        draws: float [1], place of the threshold between `low` and `high` times the image's largest mean.
-        low: at least.
-        high: at most.
+        draws: float [1] in [0,1), place of the threshold between `low` and `high`.
+        low: least threshold, relative to the image's largest mean.
+        high: largest threshold, relative to the same.
     """
     attention = features.mean(1, keepdim=True)
     threshold = attention.amax((2, 3), keepdim=True) * (low + (high - low) * draws)
@@ -48,9 +48,10 @@ def drop_salient(features: Tensor, draws: Tensor, low: float, high: float) -> Te
 
 
 def guided_cutout(label: Tensor, foreground: Tensor, draws: Tensor, share: float) -> Tensor:
-    """G-Cutout: which cells stay, bool [B,h,w], when a part of each foreground class's box is cut out.
+    """G-Cutout: a part of the box around each foreground class is cut out; True where cells stay, bool [B,h,w].
 
-    The release cuts a part of the box of every connected contour, which needs the CPU. One box a class does without.
+    The release cuts a part of the box of every connected contour, which it finds on the CPU. One box a class is found
+    on the device.
 
     Args:
         label: int64 [B,h,w], predicted classes.
@@ -99,14 +100,14 @@ def _unit(x: Tensor) -> Tensor:
 
 
 KINDS = ("dropout", "feature_noise", "feature_drop", "cutout", "context", "objects", "adversarial")
-"""The perturbations; each has an option that counts its decoders."""
+"""The perturbations; each has an option of that name, the number of its decoders."""
 Draw = Callable[..., Tensor]
-"""name, shape -> uniform numbers."""
+"""Called with a shape, and `shared=True` for the same numbers on all ranks: uniform numbers in [0,1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CCTOptions:
-    """CCT: decoders that see perturbed features agree with the main one.
+    """CCT: auxiliary decoders of perturbed features agree with the main one.
 
     One auxiliary decoder per perturbation; other defaults as in the release's config or the paper (said).
     """
@@ -114,7 +115,7 @@ class CCTOptions:
     weight: float = 30.0
     """Weight of the consistency loss after its rise (release: unsupervised_w)."""
     ramp: float = 0.1
-    """Over which the weight rises: steps, or below 1 a share of the run (release: rampup_ends)."""
+    """Length of the weight's rise: steps, or below 1 a share of the run (release: rampup_ends)."""
     dropout: int = 1
     """Decoders that see spatial dropout (release: 6)."""
     feature_noise: int = 1
@@ -124,15 +125,15 @@ class CCTOptions:
     cutout: int = 1
     """Decoders that miss a part of every object (release: 6)."""
     context: int = 1
-    """Decoders that see objects alone (release: 2)."""
+    """Decoders that see objects alone, without their context (release: 2)."""
     objects: int = 1
-    """Decoders that see the background alone (release: 2)."""
+    """Decoders that see the background alone, without objects (release: 2)."""
     adversarial: int = 1
     """Decoders that see the most harmful shift, VAT (release: 2)."""
     dropout_rate: float = 0.5
     """Share of channels that dropout zeroes."""
     noise: float = 0.3
-    """Largest relative noise."""
+    """Largest noise of feature_noise, relative to the feature."""
     drop_low: float = 0.7
     """Least threshold of feature_drop, relative to the highest activity (paper; the release has 0.6)."""
     drop_high: float = 0.9
@@ -154,7 +155,7 @@ class CCTOptions:
 
 
 class CCT(Method):
-    """A network and K small decoders that are thrown away after training."""
+    """A network, and K small auxiliary decoders that are used in training alone."""
 
     Options = CCTOptions
     views = ViewSpec(unlabeled=True)
@@ -181,24 +182,24 @@ class CCT(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s + w(t) L_u (paper eq. 1 and 2)."""
         labeled, unlabeled = self.sides(batch)
-        known, taps = self.passes(self.student.encode, labeled.image, unlabeled.image)
-        prediction = self.student.decode(known)
+        of_labeled, maps = self.forward_groups(self.student.encode, labeled.image, unlabeled.image)
+        prediction = self.student.decode(of_labeled)
         with torch.no_grad():
-            target = self.student.decode(taps).logits.float().softmax(1)
+            target = self.student.decode(maps).logits.float().softmax(1)
         valid = shrink(unlabeled.valid, (target.shape[2], target.shape[3]))
-        heard = [
+        distances = [
             probability_mse(logits, target, valid, step.world, "valid") / self.num_classes
-            for logits in self._auxiliary_logits(taps.high, target, step)
+            for logits in self._auxiliary_logits(maps.high, target, step)
         ]
         weight = self.options.weight * sigmoid_ramp(step.index, self.steps(self.options.ramp))
         terms = {
             "supervised": self.supervised(prediction, labeled, step.world),
-            "consistency": weight * torch.stack(heard).mean(),
+            "consistency": weight * torch.stack(distances).mean(),
         }
-        return Losses(terms, {"disagreement": torch.stack(heard).detach()})
+        return Losses(terms, {"disagreement": torch.stack(distances).detach()})
 
     def _auxiliary_logits(self, features: Tensor, target: Tensor, step: Step) -> list[Tensor]:
-        """What each decoder makes of its perturbed features, at the target's size."""
+        """The logits of every auxiliary decoder for its perturbed features, at the target's size: float [B,C,h,w]."""
         small = (features.shape[2], features.shape[3])
         label = shrink(target.argmax(1), small)
         foreground = self.foreground(len(features), step, features.device)
@@ -216,7 +217,16 @@ class CCT(Method):
     def perturb(
         self, kind: str, features: Tensor, label: Tensor, foreground: Tensor, head: nn.Module, draw: Draw
     ) -> Tensor:
-        """P_k of the features [B,c,h,w] (paper section 3.3)."""
+        """The perturbed features P_k(f), float [B,c,h,w] (paper section 3.3).
+
+        Args:
+            kind: one of `KINDS`.
+            features: float [B,c,h,w].
+            label: int64 [B,h,w], predicted classes.
+            foreground: bool [B,C], which classes are objects.
+            head: the auxiliary decoder, for the adversarial kind.
+            draw: makes the random numbers.
+        """
         options, (count, channels) = self.options, features.shape[:2]
         if kind == "dropout":
             return mixing.drop_channels(features, draw(count, channels), options.dropout_rate)
@@ -236,7 +246,7 @@ class CCT(Method):
     def foreground(self, count: int, step: Step, device: torch.device) -> Tensor:
         """Which classes are objects in each image, bool [B,C]: all but the background (the release's rule, for VOC).
 
-        In data without a background each class is one with probability 1/2.
+        In data without a background class every class is an object with probability 1/2.
         """
         if self.background is None:
             return step.uniform_per_image("cct/foreground", (count, self.num_classes), device) < 0.5
@@ -244,5 +254,5 @@ class CCT(Method):
 
 
 def _doublings(config: ModelConfig) -> int:
-    """From the stride of the last feature map to that of the logits: 8 to 2 (tiny), 8 or 16 to 4."""
+    """Doublings from the stride of the last feature map to that of the logits: 8 to 2 (tiny), 8 or 16 to 4."""
     return 1 if config.backbone != "tiny" and config.output_stride == 8 else 2

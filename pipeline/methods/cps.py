@@ -18,8 +18,9 @@ from pipeline.ops.losses import masked_cross_entropy
 from pipeline.ops.mixing import box_masks
 
 BOXES = 3
+"""Boxes per image (release: cutmix_boxmask_num)."""
 AREA = (0.25, 0.5)
-"""Boxes per image, and the share of the image that they take together (release: cutmix_boxmask_num, _prop_range)."""
+"""Smallest and largest share of the image that the boxes take together (release: cutmix_boxmask_prop_range)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +60,21 @@ class CPS(Method):
         """L_s1 + L_s2 + lambda_cps (CE(S_1(x), y_2) + CE(S_2(x), y_1)), y_k = argmax S_k(x) (paper section 3)."""
         labeled, unlabeled = self.sides(batch)
         mixed = self._mixed(unlabeled, step) if self.options.cutmix else None
-        pool = unlabeled.image if mixed is None else mixed[0]
-        seen = [self.passes(network, labeled.image, pool) for network in self.trained()]
+        image = unlabeled.image if mixed is None else mixed[0]
+        predictions = [self.forward_groups(network, labeled.image, image) for network in self.trained()]
         if mixed is None:
             valid = torch.cat([labeled.valid, unlabeled.valid])
-            logits = [torch.cat([known.logits, other.logits]) for known, other in seen]
-            scores = [upsample(each.float(), unlabeled.size) for each in logits]
-            labels = [_labels(score, valid) for score in scores]
+            small = [torch.cat([of_labeled.logits, other.logits]) for of_labeled, other in predictions]
+            logits = [upsample(each.float(), unlabeled.size) for each in small]
+            labels = [_labels(each, valid) for each in logits]
         else:
-            labels, scores = mixed[1], [upsample(other.logits.float(), unlabeled.size) for _, other in seen]
-        # labels hold 255 where there is no image, so kept and valid pixels are the same
+            labels, logits = mixed[1], [upsample(other.logits.float(), unlabeled.size) for _, other in predictions]
+        # labels are 255 on padding alone, so the pixels with a label are the valid ones
         cross = [
-            masked_cross_entropy(score, label, label != IGNORE, step.world, "valid")
-            for score, label in zip(scores, reversed(labels), strict=True)
+            masked_cross_entropy(own, label, label != IGNORE, step.world, "valid")
+            for own, label in zip(logits, reversed(labels), strict=True)
         ]
-        one, two = (self.supervised(known, labeled, step.world) for known, _ in seen)
+        one, two = (self.supervised(of_labeled, labeled, step.world) for of_labeled, _ in predictions)
         terms = {"supervised": one, "supervised_2": two, "cross": self.options.lambda_cps * (cross[0] + cross[1])}
         agree = (labels[0] == labels[1]) & (labels[0] != IGNORE)
         return Losses(terms, {"agreement": agree.sum() / (labels[0] != IGNORE).sum().clamp_min(1)})
@@ -89,10 +90,10 @@ class CPS(Method):
         box = box_masks(step.uniform_per_image("cutmix", (count, BOXES, 4), device), size, AREA)
         partner = mixing.partners(count, device)
         clean = [upsample(network(unlabeled.image).logits.float(), size) for network in self.trained()]
-        labels = [mixing.mix(_labels(score, unlabeled.valid), box, partner) for score in clean]
+        labels = [mixing.mix(_labels(logits, unlabeled.valid), box, partner) for logits in clean]
         return mixing.mix(unlabeled.image, box, partner), labels
 
 
-def _labels(scores: Tensor, valid: Tensor) -> Tensor:
-    """Hard labels of scores [B,C,H,W], 255 where there is no image: int64 [B,H,W]."""
-    return scores.argmax(1).masked_fill(~valid, IGNORE)
+def _labels(logits: Tensor, valid: Tensor) -> Tensor:
+    """Hard labels of logits [B,C,H,W], 255 on padding: int64 [B,H,W]."""
+    return logits.argmax(1).masked_fill(~valid, IGNORE)

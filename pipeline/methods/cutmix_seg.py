@@ -1,6 +1,7 @@
-"""CutMix-Seg (French et al., BMVC 2020): a mixed image is to be seen as the mixture of what its parts are seen as.
+"""CutMix-Seg (French et al., BMVC 2020): the prediction of a mixed image agrees with the mixture of two predictions.
 
-L = L_s + lambda_u L_u with soft targets of an EMA teacher, and one confidence for the whole batch.
+L = L_s + lambda_u L_u. The targets are probabilities of an EMA teacher; L_u is weighted by one number for the whole
+batch, the share of its pixels with a confident target.
 """
 
 from dataclasses import dataclass
@@ -65,12 +66,12 @@ class CutMixSeg(TeacherMethod):
         view = unlabeled.strong[0] if options.strong else unlabeled.image
         image, target, valid = (mixing.mix(part, box, partner) for part in (view, clean, unlabeled.valid))
 
-        known, student = self.passes(self.student, labeled.image, image)
-        scores = upsample(student.logits.float(), size)
+        of_labeled, student = self.forward_groups(self.student, labeled.image, image)
+        logits = upsample(student.logits.float(), size)
         confident = confident_share(target.amax(1), valid, options.threshold, step.world)
-        distance = probability_mse(scores, target, valid, step.world, "all")
+        distance = probability_mse(logits, target, valid, step.world, "all")
         terms = {
-            "supervised": self.supervised(known, labeled, step.world),
+            "supervised": self.supervised(of_labeled, labeled, step.world),
             "consistency": options.lambda_u * confident * distance,
         }
         return Losses(terms, {"confident": confident})

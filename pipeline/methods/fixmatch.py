@@ -1,6 +1,7 @@
-"""FixMatch (Sohn et al., NeurIPS 2020) for segmentation, as UniMatch's authors run it: weak labels strong.
+"""FixMatch (Sohn et al., NeurIPS 2020) for segmentation, as UniMatch's authors run it.
 
-L = (L_s + lambda_u L_u) / 2. No teacher: the network's confident labels of the weak view supervise the strong one.
+L = (L_s + lambda_u L_u) / 2. No teacher: the network's own confident labels of the weak view supervise its prediction
+of the strong view.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pipeline.ops.mixing import small_box_masks
 
 @dataclass(frozen=True, kw_only=True)
 class FixMatchOptions:
-    """FixMatch: confident labels of a weak view teach the strong one. The defaults are UniMatch's for PASCAL VOC."""
+    """FixMatch: confident labels of the weak view supervise the strong one. The defaults are UniMatch's for VOC."""
 
     lambda_u: float = 1.0
     """Weight of L_u (release: 1)."""
@@ -37,14 +38,14 @@ class FixMatchOptions:
 
 
 class Pseudo(NamedTuple):
-    """Images and what they are to be seen as."""
+    """Images and their pseudo-labels."""
 
     image: Tensor
     """uint8 [B,3,H,W]."""
     label: Tensor
-    """int64 [B,H,W]; 255 where unsure or where there is no image."""
+    """int64 [B,H,W], pseudo-labels; 255 where the network was not confident, and on padding."""
     valid: Tensor
-    """bool [B,H,W], where there is an image: the pixels that the loss is a mean over."""
+    """bool [B,H,W], the pixels that are not padding; the loss is a mean over them."""
 
 
 class FixMatch(Method):
@@ -66,13 +67,13 @@ class FixMatch(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_u = mean_valid [max q >= threshold] CE(S(strong), argmax q), q = softmax S(weak) (paper eq. 4)."""
         (labeled, unlabeled), options = self.sides(batch), self.options
-        known, weak = self.passes(self.student, labeled.image, unlabeled.image)
-        scores = upsample(weak.logits.float(), unlabeled.size)
-        label = confident_labels(scores, unlabeled.valid, options.threshold)
+        of_labeled, weak = self.forward_groups(self.student, labeled.image, unlabeled.image)
+        logits = upsample(weak.logits.float(), unlabeled.size)
+        label = confident_labels(logits, unlabeled.valid, options.threshold)
         mixed = cutmixed(Pseudo(unlabeled.strong[0], label, unlabeled.valid), step, "cutmix", options.cutmix)
         strong = upsample(self.student(mixed.image).logits.float(), unlabeled.size)
         terms = {
-            "supervised": self.supervised(known, labeled, step.world) / 2,
+            "supervised": self.supervised(of_labeled, labeled, step.world) / 2,
             "strong": options.lambda_u
             * masked_cross_entropy(strong, mixed.label, mixed.valid, step.world, "valid")
             / 2,

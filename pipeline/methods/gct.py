@@ -1,8 +1,8 @@
-"""GCT (Ke et al., ECCV 2020): two networks, and a detector of flaws that tells them which one to believe.
+"""GCT (Ke et al., ECCV 2020): two networks, and a flaw detector that says which of them is right at a pixel.
 
-Of each network L_s + L_fc + L_dc; of the detector L_D. Code: ZHKKKe/PixelSSL (ssl_gct.py, the official one). Where it
-alternates between networks and detector, one backward does: the networks see the detector with detached parameters,
-the detector sees detached predictions, so each loss reaches its own parameters alone.
+Each network has the loss L_s + L_fc + L_dc, the detector L_D. Code: ZHKKKe/PixelSSL (ssl_gct.py, the official one).
+It alternates between networks and detector. Here one backward does both: the networks see the detector with detached
+parameters, the detector sees detached predictions, so each loss reaches its own parameters alone.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from pipeline.ops.world import World
 
 
 class FlawDetector(nn.Module):
-    """Eight 4x4 convolutions that see an image and its prediction; five of them halve the size.
+    """Eight 4x4 convolutions over an image and its prediction; five of them halve the size.
 
     Each pads by 2 (release: 1), so that crops below 60 pixels do not shrink to nothing.
 
@@ -65,7 +65,7 @@ class HalfInstanceNorm(nn.Module):
         self.instance = nn.InstanceNorm2d(channels // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,c,h,w] to the same."""
+        """Normalises float [B,c,h,w]; the shape stays."""
         half = self.batch.num_features
         return torch.cat([self.batch(x[:, :half]), self.instance(x[:, half:])], 1)
 
@@ -88,17 +88,17 @@ def gaussian_blur(x: Tensor, size: int) -> Tensor:
 
 
 def min_max(x: Tensor) -> Tensor:
-    """Each image of float [B,1,H,W] stretched to 0..1; a constant one becomes 0."""
+    """Each image of float [B,1,H,W], scaled to 0..1; a constant image becomes 0."""
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     return (x - low) / (high - low + 1e-9)
 
 
 def flaw_target(probability: Tensor, truth: Tensor, mu: float, nu: int) -> Tensor:
-    """What the detector shall say: the error of a prediction, spread out and stretched to 0..1 (release, pipeline C).
+    """The detector's target: the error of a prediction, blurred and scaled to 0..1 (pipeline C of the release).
 
     Args:
         probability: float [B,C,H,W].
-        truth: int64 [B,H,W]; 255 has no flaw (the release calls the whole probability there one).
+        truth: int64 [B,H,W]; the error is 0 where it is 255 (in the release the whole probability counts as error).
         mu: weight of sum_c |onehot - p|, which is at most 2.
         nu: how often the blurred error is dilated and blurred again.
 
@@ -117,34 +117,34 @@ def flaw_target(probability: Tensor, truth: Tensor, mu: float, nu: int) -> Tenso
 
 
 def handled(flaw: Tensor, clip: float = 0.1) -> Tensor:
-    """A detector's raw output made comparable: positive part, blurred, 0..1; all 0 where no flaw exceeds `clip`.
+    """The detector's output prepared for comparison: positive part, blurred, scaled to 0..1; detached, [B,1,H,W].
 
     Args:
-        flaw: float [B,1,H,W].
-        clip: of the release.
+        flaw: float [B,1,H,W], output of the detector.
+        clip: an image whose largest blurred flaw does not exceed it has no flaw: all 0 (release: 0.1).
     """
     smooth = gaussian_blur(flaw.detach().clamp_min(0.0), flaw.shape[2] // 16)
     return torch.where(smooth.amax((1, 2, 3), keepdim=True) > clip, min_max(smooth), 0.0)
 
 
 class Exchange(NamedTuple):
-    """What two networks learn from each other."""
+    """The targets of the two networks."""
 
     targets: tuple[Tensor, Tensor]
-    """float [B,C,H,W] each, detached: a network's own probabilities where it is the better, else the other's."""
+    """float [B,C,H,W] each, detached: a network's own probabilities where its flaw is lower, else the other's."""
     both_bad: Tensor
-    """bool [B,1,H,W], pixels that neither can teach."""
+    """bool [B,1,H,W], pixels at which both flaws are above the limit."""
 
 
 def exchange(left: Tensor, right: Tensor, left_flaw: Tensor, right_flaw: Tensor, limit: float) -> Exchange:
-    """Dynamic consistency (paper eq. 5): per pixel, the prediction with the lower flaw is right.
+    """Dynamic consistency (paper eq. 5): at each pixel the prediction with the lower flaw is the target of both.
 
     Args:
         left: float [B,C,H,W], probabilities.
         right: likewise.
-        left_flaw: float [B,1,H,W] in 0..1, handled.
+        left_flaw: float [B,1,H,W] in 0..1, from `handled`.
         right_flaw: likewise.
-        limit: xi; flaws above count as 1, so two bad predictions leave each other alone.
+        limit: xi; flaws above it count as 1, so at a pixel where both are bad each keeps its own prediction.
     """
     left_bad, right_bad = left_flaw > limit, right_flaw > limit
     one, two = left_flaw.masked_fill(left_bad, 1.0), right_flaw.masked_fill(right_bad, 1.0)
@@ -157,12 +157,12 @@ def exchange(left: Tensor, right: Tensor, left_flaw: Tensor, right_flaw: Tensor,
 
 @dataclass(frozen=True, kw_only=True)
 class GCTOptions:
-    """GCT: two networks and a detector of flaws that picks between them. The defaults are the release's for VOC."""
+    """GCT: two networks and a flaw detector that picks between them. The defaults are the release's for VOC."""
 
     consistency: float = 100.0
     """Weight of the dynamic consistency after its rise (dc_ssl_scale)."""
     ramp: float = 0.11
-    """Over which it rises: steps, or below 1 a share of the run (5 of 45 epochs)."""
+    """Length of that rise: steps, or below 1 a share of the run (5 of 45 epochs)."""
     correction: float = 1.0
     """Weight of the flaw correction (fc_ssl_scale)."""
     detector: float = 10.0
@@ -174,7 +174,7 @@ class GCTOptions:
     nu: int = 1
     """How often the target is dilated and blurred."""
     detector_lr: float = 1e-4
-    """Learning rate of the detector's Adam at step 0; it follows the schedule of the run."""
+    """Base learning rate of the detector's Adam, reached after the warm-up; it follows the schedule of the run."""
     detector_width: int = 64
     """Channels of the detector's first layer; the last has eight times as many."""
     batch_norm: BatchNorm = "joint"
@@ -201,7 +201,7 @@ class GCT(Method):
         self.detector = FlawDetector(3 + num_classes, self.options.detector_width)
 
     def networks(self) -> dict[str, SegmentationModel]:
-        """Both; the release reports the left one first."""
+        """Both networks; the left one is the result, as the release reports it first."""
         return {"left": self.left, "right": self.right}
 
     def trained(self) -> list[SegmentationModel]:
@@ -209,7 +209,7 @@ class GCT(Method):
         return [self.left, self.right]
 
     def param_groups(self) -> list[dict[str, object]]:
-        """The detector has an Adam of its own: with SGD at the networks' rate it would hardly learn."""
+        """Those of the networks, and the detector with an Adam of its own: SGD at the networks' rate diverges."""
         detector = {
             "params": list(self.detector.parameters()),
             "lr_mult": self.options.detector_lr / max(self.config.optim.lr, 1e-12),
@@ -220,12 +220,12 @@ class GCT(Method):
         return [*super().param_groups(), detector]
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        """Both networks' losses and the detector's; unlabeled images count in L_fc and L_dc alone."""
+        """The losses of both networks and of the detector; unlabeled images count in L_fc and L_dc alone."""
         labeled, unlabeled = self.sides(batch)
         count, size = len(labeled.image), labeled.size
         images = torch.cat([labeled.image, unlabeled.image])
         valid = torch.cat([labeled.valid, unlabeled.valid])
-        predictions = [self.together(network, labeled.image, unlabeled.image) for network in self.trained()]
+        predictions = [self.forward_all(network, labeled.image, unlabeled.image) for network in self.trained()]
         normal = self.left.normalise(images)
         pair = [upsample(prediction.logits.float(), size).softmax(1) for prediction in predictions]
         flaws = [self._frozen_detector(normal, probability) for probability in pair]
@@ -251,11 +251,11 @@ class GCT(Method):
         return functional_call(self.detector, frozen, (normal, probability)).float()
 
     def _detector_loss(self, labeled: Views, normal: Tensor, probability: Tensor, world: World) -> Tensor:
-        """MSE between flaw map and the real flaws of the labeled images (paper eq. 2); for the detector alone."""
+        """L_D: MSE between flaw maps and `flaw_target` of labeled images (paper eq. 2); for the detector alone."""
         target = flaw_target(probability, labeled.truth, self.options.mu, self.options.nu)
         return squared_error(self.detector(normal, probability.detach()), target, labeled.valid, world, "valid")
 
 
 def _correction(flaw: Tensor, both_bad: Tensor, valid: Tensor, world: World) -> Tensor:
-    """L_fc: mean of the squared flaw, 0 but for pixels that both networks get wrong (paper eq. 4)."""
+    """L_fc: mean over valid pixels of the squared flaw where both networks are bad, 0 elsewhere (paper eq. 4)."""
     return squared_error(flaw * both_bad, torch.zeros_like(flaw), valid, world, "valid")

@@ -1,6 +1,6 @@
-"""Mean Teacher (Tarvainen and Valpola, NeurIPS 2017) for segmentation: the student agrees with its own average.
+"""Mean Teacher (Tarvainen and Valpola, NeurIPS 2017) for segmentation: the student agrees with its moving average.
 
-L = L_s + lambda_u w(t) L_c. No public recipe is the recipe: TorchSemiSeg compares probabilities of all images and tests
+L = L_s + lambda_u w(t) L_cons. The public recipes differ: TorchSemiSeg compares probabilities of all images and tests
 the student, PixelSSL compares logits of the unlabeled ones. `docs/methods.md` says what we chose.
 """
 
@@ -21,12 +21,12 @@ from pipeline.ops.schedules import sigmoid_ramp
 
 @dataclass(frozen=True, kw_only=True)
 class MeanTeacherOptions:
-    """Mean Teacher: the student agrees with its own average. The defaults: TorchSemiSeg's weight, PixelSSL's ramp."""
+    """Mean Teacher: the student agrees with its moving average. The weight is TorchSemiSeg's, the ramp PixelSSL's."""
 
     lambda_u: float = 100.0
     """Weight of the consistency loss (TorchSemiSeg 100 on probabilities; PixelSSL 1 on logits)."""
     ramp: float = 0.0625
-    """Over which the weight rises: steps, or below 1 a share of the run (PixelSSL: 5 epochs, here of 80); 0: none."""
+    """Length of the weight's rise: steps, or below 1 a share of the run (PixelSSL: 5 epochs, here of 80); 0: none."""
     ema_decay: float = 0.99
     """Largest decay of the EMA teacher (TorchSemiSeg, PixelSSL)."""
     on_logits: bool = False
@@ -55,17 +55,17 @@ class MeanTeacher(TeacherMethod):
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s + lambda_u w(t) mean_{pixels, classes} (softmax S(x) - softmax T(x))^2 (paper section 2)."""
         (labeled, unlabeled), options = self.sides(batch), self.options
-        known, student = self.passes(self.student, labeled.image, self._noisy(unlabeled.image, step))
+        of_labeled, student = self.forward_groups(self.student, labeled.image, self._noisy(unlabeled.image, step))
         with torch.no_grad():
             target = upsample(self.teacher.eval()(unlabeled.image).logits.float(), unlabeled.size)
-        scores = upsample(student.logits.float(), unlabeled.size)
+        logits = upsample(student.logits.float(), unlabeled.size)
         if options.on_logits:
-            distance = squared_error(scores, target, unlabeled.valid, step.world, "valid")
+            distance = squared_error(logits, target, unlabeled.valid, step.world, "valid")
         else:
-            distance = probability_mse(scores, target.softmax(1), unlabeled.valid, step.world, "valid")
+            distance = probability_mse(logits, target.softmax(1), unlabeled.valid, step.world, "valid")
         weight = options.lambda_u * sigmoid_ramp(step.index, self.steps(options.ramp))
         terms = {
-            "supervised": self.supervised(known, labeled, step.world),
+            "supervised": self.supervised(of_labeled, labeled, step.world),
             "consistency": weight / self.num_classes * distance,
         }
         return Losses(terms, {"consistency_weight": torch.full((), weight)})

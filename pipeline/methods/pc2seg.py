@@ -27,7 +27,7 @@ from pipeline.ops.world import World
 
 
 class PairViews(NamedTuple):
-    """Features of one side of the batch, seen twice."""
+    """The features of unlabeled images in two views."""
 
     strong: Tensor
     """float [B,D,h,w], gets the gradient."""
@@ -42,11 +42,12 @@ class PairViews(NamedTuple):
 def pair_contrast(
     views: PairViews, anchors: Tensor, keys: Tensor, negatives: int, temperature: float, world: World
 ) -> Tensor:
-    """-log of exp(z z'/tau) over exp(z z'/tau) + N mean_j exp(z z'_j/tau), as share of the mean over all anchors.
+    """L_ctr: the mean over anchors of -log(exp(z z'/tau) / (exp(z z'/tau) + N mean_j exp(z z'_j/tau))), 0-dim.
 
-    z is a pixel of the strong view, z' the same pixel of the weak one, z'_j the drawn pixels of other images (of all
-    ranks) with another predicted class: same-class pixels would be false negatives. The mean stands for a draw of
-    exactly N, so the loss does not depend on how many of the drawn pixels qualify.
+    z is the unit feature of a pixel in the strong view, z' that of the same pixel in the weak view, and z'_j are those
+    of the drawn pixels of other images (of all ranks) with another predicted class: pixels of the same class would be
+    false negatives. The mean stands for a draw of exactly N, so the loss does not depend on how many of the drawn
+    pixels qualify. It is this rank's share of the mean over the anchors of all ranks.
 
     Args:
         views: of this rank's images.
@@ -57,18 +58,18 @@ def pair_contrast(
         world: ranks whose pixels are negatives and that share the mean.
     """
     members = Members(views.valid.flatten(1))
-    known = members.count > 0  # [B]
+    any_valid = members.count > 0  # [B]
     area = views.valid[0].numel()
-    offset = area * torch.arange(len(known), device=known.device)[:, None]
+    offset = area * torch.arange(len(any_valid), device=any_valid.device)[:, None]
     anchor, key = members.draw(anchors) + offset, members.draw(keys) + offset  # [B,M], [B,K]
     label = views.label.flatten()
     z = F.normalize(take(rows(views.strong), anchor).float(), dim=-1).flatten(0, 1)  # [B*M,D]
     same = F.normalize(take(rows(views.weak.detach()), anchor).float(), dim=-1).flatten(0, 1)
     others = world.gather(F.normalize(take(rows(views.weak.detach()), key).float(), dim=-1)).flatten(0, 2)  # [W*B*K,D]
-    other_label = world.gather(torch.where(known[:, None], label[key], -1)).flatten()  # -1: nothing there
+    other_label = world.gather(torch.where(any_valid[:, None], label[key], -1)).flatten()  # -1: nothing there
 
-    image = world.rank * len(known) + torch.arange(len(known), device=known.device)
-    owner = torch.arange(len(others), device=known.device) // keys.shape[1]
+    image = world.rank * len(any_valid) + torch.arange(len(any_valid), device=any_valid.device)
+    owner = torch.arange(len(others), device=any_valid.device) // keys.shape[1]
     apart = owner != image.repeat_interleave(anchors.shape[1])[:, None]
     fits = apart & (other_label >= 0) & (other_label != label[anchor].view(-1, 1))  # [B*M,W*B*K]
     count = fits.sum(1)
@@ -76,7 +77,7 @@ def pair_contrast(
     total = (z @ others.t() / temperature).masked_fill(~fits, -1e9).logsumexp(1)
     mean = total - count.clamp_min(1).log() + math.log(negatives)
     losses = torch.logaddexp(positive, mean) - positive
-    active = known.repeat_interleave(anchors.shape[1]) & (count > 0)
+    active = any_valid.repeat_interleave(anchors.shape[1]) & (count > 0)
     return torch.where(active, losses, 0.0).sum() / mean_count(active, world)
 
 
@@ -98,7 +99,7 @@ class PC2SegOptions:
     keys: int = 64
     """Pixels per image that others may take as negatives."""
     negatives: int = 256
-    """N: how many negatives an anchor has, in the weight of their mean."""
+    """N: number of negatives that an anchor's mean negative stands for."""
     batch_norm: BatchNorm = "separate"
     """Whether labeled and strong unlabeled images share batch statistics (ours: separate)."""
 
@@ -127,11 +128,11 @@ class PC2Seg(Method):
         labeled, unlabeled = self.sides(batch)
         with torch.no_grad():
             weak = self.student(unlabeled.image)
-        known, strong = self.passes(self.student, labeled.image, unlabeled.strong[0])
+        of_labeled, strong = self.forward_groups(self.student, labeled.image, unlabeled.strong[0])
         with torch.autocast(strong.logits.device.type, enabled=False):
             consistency, contrast = self._consistencies(strong, weak, unlabeled, step)
         terms = {
-            "supervised": self.supervised(known, labeled, step.world),
+            "supervised": self.supervised(of_labeled, labeled, step.world),
             "consistency": self.options.consistency * consistency,
             "contrast": self.options.contrast * contrast,
         }
@@ -140,7 +141,7 @@ class PC2Seg(Method):
     def _consistencies(
         self, strong: Prediction, weak: Prediction, unlabeled: Views, step: Step
     ) -> tuple[Tensor, Tensor]:
-        """L_cons: mean over pixels of ||softmax S(x') - sg softmax S(x)||^2; L_ctr: see `ops.pixel_pairs`."""
+        """L_cons, mean over pixels of ||softmax S(x') - sg softmax S(x)||^2, and L_ctr, see `pair_contrast`."""
         assert strong.features is not None
         assert weak.features is not None
         options, count = self.options, len(unlabeled.image)

@@ -1,8 +1,8 @@
 """PseudoSeg (Zou et al., ICLR 2021): pseudo-labels from the decoder and from refined class activation maps.
 
 L = L_s + L_att + L_cls + L_u. A classifier of whole images, trained on the labeled ones, localises classes by its
-activation maps (CAM); self-attention over the encoder's features spreads them; fused with the decoder's scores of the
-weak view they are the soft labels of the strong view. Code: googleinterns/wss.
+activation maps (CAM), and self-attention over the encoder's features spreads them. Fused with the decoder's logits of
+the weak view they are the soft labels of the strong view. Code: googleinterns/wss.
 """
 
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class PseudoSegOptions:
 
 
 class PseudoSeg(Method):
-    """One network, a classifier of images, and an attention; the last two are not needed after training."""
+    """A segmentation network, an image classifier and an attention; the last two are used in training alone."""
 
     Options = PseudoSegOptions
     views = ViewSpec(unlabeled=True, strong=1)
@@ -97,14 +97,16 @@ class PseudoSeg(Method):
         labeled, unlabeled = self.sides(batch)
         target = self.pseudo_labels(unlabeled, step.world)
         strong, valid = self.strong(unlabeled, step)
-        taps = self.passes(self.student.encode, labeled.image, strong)
-        known, prediction = self.passes(self.student.decode, *taps)
+        maps = self.forward_groups(self.student.encode, labeled.image, strong)
+        of_labeled, prediction = self.forward_groups(self.student.decode, *maps)
         with torch.autocast(strong.device.type, enabled=False):
-            attention, classifier = self._labeled_losses(FeatureMaps(*(tap.float() for tap in taps[0])), labeled, step)
+            attention, classifier = self._labeled_losses(
+                FeatureMaps(*(each.float() for each in maps[0])), labeled, step
+            )
             grid = (target.shape[2], target.shape[3])
             consistency = soft_cross_entropy(prediction.logits, target, shrink(valid, grid), step.world)
         terms = {
-            "supervised": self.supervised(known, labeled, step.world),
+            "supervised": self.supervised(of_labeled, labeled, step.world),
             "attention": self.options.head_weight * attention,
             "classifier": self.options.head_weight * classifier,
             "consistency": self.options.weight * consistency,
@@ -114,12 +116,12 @@ class PseudoSeg(Method):
     @torch.no_grad()
     def pseudo_labels(self, unlabeled: Views, world: World) -> Tensor:
         """Soft labels of the weak view at the size of the logits: float32 [B,C,h,w] (paper eq. 4)."""
-        taps = self.student.encode(unlabeled.image)
-        logits = self.student.decode(taps).logits.float()
+        maps = self.student.encode(unlabeled.image)
+        logits = self.student.decode(maps).logits.float()
         with torch.autocast(logits.device.type, enabled=False):
-            taps = FeatureMaps(*(tap.float() for tap in taps))
-            present = self.cam.scores(taps.high).sigmoid() >= self.options.present
-            refined = self.cam(taps, present, unlabeled.valid)
+            maps = FeatureMaps(*(each.float() for each in maps))
+            present = self.cam.logits(maps.high).sigmoid() >= self.options.present
+            refined = self.cam(maps, present, unlabeled.valid)
         refined = upsample(refined, (logits.shape[2], logits.shape[3]))
         return calibrated_fusion(logits, refined, self.options.temperature, world)
 
@@ -131,32 +133,32 @@ class PseudoSeg(Method):
         blank = self.student.mean.round().to(image.dtype)  # about 0 after normalisation, as in padding
         return torch.where(hole.unsqueeze(1), blank, image), unlabeled.valid & ~hole
 
-    def _labeled_losses(self, taps: FeatureMaps, labeled: Views, step: Step) -> tuple[Tensor, Tensor]:
-        """L_att: cross entropy of the maps of the classes that are there; L_cls: which ones are there."""
+    def _labeled_losses(self, maps: FeatureMaps, labeled: Views, step: Step) -> tuple[Tensor, Tensor]:
+        """L_att, cross entropy of the refined maps of the classes that are present; L_cls, of the image classifier."""
         truth = labeled.truth
         classes = torch.arange(self.num_classes, device=truth.device).view(1, -1, 1, 1)
         present = (truth.unsqueeze(1) == classes).flatten(2).any(2)
         if self.background is not None:
             present = torch.cat([present[:, : self.background], present[:, self.background + 1 :]], 1)
-        refined = upsample(self.cam(taps, present, labeled.valid), (truth.shape[1], truth.shape[2]))
-        scores = self.cam.scores(taps.high)
+        refined = upsample(self.cam(maps, present, labeled.valid), (truth.shape[1], truth.shape[2]))
+        logits = self.cam.logits(maps.high)
         return (
             cross_entropy(refined, truth, step.world),
-            F.binary_cross_entropy_with_logits(scores, present.float()),
+            F.binary_cross_entropy_with_logits(logits, present.float()),
         )
 
 
 class AttentiveCAM(nn.Module):
-    """Classifier of images and self-attention that refines its activation maps.
+    """An image classifier, and self-attention that refines its activation maps.
 
-    K classes are objects: all C, or C-1 beside a background, whose map is what the others leave.
+    K classes are objects: all C, or C-1 where one is the background, whose map is computed from those of the others.
 
     Args:
         mid: channels of `FeatureMaps.mid`.
         high: channels of `FeatureMaps.high`.
         classes: C.
         dim: channels of queries and keys.
-        background: its class, or None.
+        background: the background class, or None.
     """
 
     def __init__(self, mid: int, high: int, classes: int, dim: int, background: int | None) -> None:
@@ -167,39 +169,39 @@ class AttentiveCAM(nn.Module):
         self.key = nn.Conv2d(mid + high, dim, 1, bias=False)
         self.merge = nn.Sequential(nn.Conv2d(classes, classes, 1, bias=False), nn.BatchNorm2d(classes))
 
-    def scores(self, high: Tensor) -> Tensor:
-        """Which objects an image shows: float [B,c,h,w] -> logits [B,K]."""
+    def logits(self, high: Tensor) -> Tensor:
+        """The image classifier: float [B,c,h,w] to logits [B,K], positive where an object is likely present."""
         return self.classifier(high.mean((2, 3)))
 
     def activation(self, high: Tensor, present: Tensor) -> Tensor:
         """Activation maps of the objects that are present, 0..1, detached: [B,K,h,w].
 
-        The release's Grad-CAM takes K gradients of the scores; behind mean pooling and a linear layer they are that
-        layer's weights (over h*w, which the division by the largest value takes out).
+        The release's Grad-CAM takes K gradients of the logits. Behind mean pooling and a linear layer they are that
+        layer's weights, divided by h*w; the division by the largest value removes that factor.
 
         Args:
             high: float [B,c,h,w].
-            present: bool [B,K].
+            present: bool [B,K], which objects an image shows.
         """
         maps = F.conv2d(high.detach(), self.classifier.weight.detach()[:, :, None, None]).relu()
         maps = maps * present[..., None, None]
         return maps / maps.amax((2, 3), keepdim=True).clamp_min(1e-5)
 
-    def forward(self, taps: FeatureMaps, present: Tensor, valid: Tensor) -> Tensor:
-        """Refined maps as logits [B,C,h,w]; the gradient goes to attention and merge alone (paper eq. 2).
+    def forward(self, maps: FeatureMaps, present: Tensor, valid: Tensor) -> Tensor:
+        """Refined activation maps as logits [B,C,h,w]; the gradient goes to attention and merge alone (paper eq. 2).
 
         Args:
-            taps: float32 feature maps.
-            present: bool [B,K].
-            valid: bool [B,H,W]; cells without an image are not attended to.
+            maps: float32 feature maps.
+            present: bool [B,K], which objects an image shows.
+            valid: bool [B,H,W]; padding is not attended to.
         """
-        maps = self.activation(taps.high, present)
-        size = (maps.shape[2], maps.shape[3])
-        column = torch.cat([upsample(taps.mid, size), taps.high], 1).detach()
-        query, key, value = (x.flatten(2).transpose(1, 2) for x in (self.query(column), self.key(column), maps))
+        activation = self.activation(maps.high, present)
+        size = (activation.shape[2], activation.shape[3])
+        column = torch.cat([upsample(maps.mid, size), maps.high], 1).detach()
+        query, key, value = (x.flatten(2).transpose(1, 2) for x in (self.query(column), self.key(column), activation))
         hidden = torch.where(shrink(valid, size).flatten(1), 0.0, -1e9)[:, None, :]  # finite: all may be hidden
         spread = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
-        refined = spread.transpose(1, 2).unflatten(2, size) + maps
+        refined = spread.transpose(1, 2).unflatten(2, size) + activation
         if self.background is None:
             return self.merge(refined)
         rest = 2.0 - refined.amax(1, keepdim=True)  # with the shortcut a map reaches 2

@@ -1,8 +1,8 @@
 """Naive self-training, the student: cross entropy over labeled images and pseudo-labeled ones alike.
 
-The last of three stages; `pipeline.training.recipe` runs them all. The first is SupOnly, whose network then
-labels the pool once. With strong views this is ST of the ST++ authors (Yang et al., CVPR 2022; main.py, dataset/semi.py
-of its release); without, the plain recipe.
+This is the last of three stages; `pipeline.training.recipe` runs them all. In the first SupOnly trains a network, which
+in the second labels the dataset's unlabeled images once. With strong views this is ST of the ST++ authors (Yang et al.,
+CVPR 2022; main.py, dataset/semi.py of its release); without, the plain recipe.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ class SelfTrainingOptions:
     cutout: float = 0.5
     """Probability of a hole in a strong view (release: 0.5)."""
     tta: bool = True
-    """Label with the mean of five scales, mirrored and not, as the release does; false: of the image as it is."""
+    """Label by probabilities averaged over five scales and mirror images, as the release does; false: of the image
+    as it is."""
     keep: float = 1.0
     """Share of each image's pixels that get a label, the most certain ones (release: all)."""
     batch_norm: BatchNorm = "joint"
@@ -40,7 +41,7 @@ class SelfTrainingOptions:
 
 
 class SelfTraining(Method):
-    """One network, initialised anew."""
+    """One network, trained from its initial weights on labels of another."""
 
     Options = SelfTrainingOptions
     views = ViewSpec(unlabeled=True, strong=1, pseudo=True)
@@ -56,7 +57,7 @@ class SelfTraining(Method):
         return {"student": self.student}
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        """L_s over the union, each pixel of either side with equal weight."""
+        """L_s over labeled and pseudo-labeled images, with the same weight for every pixel."""
         labeled, unlabeled = self.sides(batch)
         assert unlabeled.pseudo is not None  # `sides` has looked
         image, label = self.seen(unlabeled, unlabeled.pseudo, step)
@@ -66,20 +67,23 @@ class SelfTraining(Method):
             torch.cat([labeled.valid, unlabeled.valid]),
             labeled.ids + unlabeled.ids,
         )
-        loss = self.supervised(self.together(self.student, labeled.image, image), union, step.world)
+        loss = self.supervised(self.forward_all(self.student, labeled.image, image), union, step.world)
         return Losses({"supervised": loss}, {"kept": kept_share(label, unlabeled.valid)})
 
-    def seen(self, pool: Views, label: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """The view of pseudo-labeled images that is trained on, and its labels: none where a hole is, which is noise.
+    def seen(self, unlabeled: Views, label: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The view of the pseudo-labeled images that is trained on, with holes of noise, and its labels.
 
         Args:
-            pool: the unlabeled side.
-            label: int64 [B,H,W].
+            unlabeled: the unlabeled side.
+            label: int64 [B,H,W], pseudo-labels.
             step: decides where holes are.
+
+        Returns:
+            uint8 [B,3,H,W], and int64 [B,H,W], which is 255 inside holes.
         """
         if not self.options.strong:
-            return pool.image, label
+            return unlabeled.image, label
         draws = step.uniform_per_image("cutout", (len(label), 5), label.device)
-        hole = small_box_masks(draws[:, :4], pool.size) & (draws[:, 4] < self.options.cutout).view(-1, 1, 1)
-        noise = step.uniform_per_image("noise", tuple(pool.image.shape), label.device).mul(256).to(torch.uint8)
-        return torch.where(hole.unsqueeze(1), noise, pool.strong[0]), label.masked_fill(hole, IGNORE)
+        hole = small_box_masks(draws[:, :4], unlabeled.size) & (draws[:, 4] < self.options.cutout).view(-1, 1, 1)
+        noise = step.uniform_per_image("noise", tuple(unlabeled.image.shape), label.device).mul(256).to(torch.uint8)
+        return torch.where(hole.unsqueeze(1), noise, unlabeled.strong[0]), label.masked_fill(hole, IGNORE)

@@ -1,4 +1,4 @@
-"""SupOnly: the labeled images alone, the lower line of every comparison."""
+"""SupOnly: the supervised baseline, trained on the labeled images alone."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from pipeline.models import SegmentationModel
 
 @dataclass(frozen=True, kw_only=True)
 class SupOnlyOptions:
-    """SupOnly: the labeled images alone, the lower line of every comparison. It has no options of its own."""
+    """SupOnly: the supervised baseline, trained on the labeled images alone. It has no options of its own."""
 
 
 class SupOnly(Method):
-    """L = L_s."""
+    """One network and L = L_s."""
 
     Options = SupOnlyOptions
     views = ViewSpec(unlabeled=False)

@@ -1,4 +1,4 @@
-"""What methods with an EMA teacher share: a student, its teacher, and how the teacher follows."""
+"""What methods with an EMA teacher share: student, teacher, and the update of the teacher."""
 
 import copy
 
@@ -12,7 +12,7 @@ from pipeline.ops.schedules import ema_decay
 
 
 class TeacherMethod(Method):
-    """A student, and a teacher that is the exponential moving average of its parameters, and the method's result."""
+    """A student and its teacher, the moving average of the student's parameters; the teacher is the method's result."""
 
     def __init__(
         self,
@@ -48,11 +48,14 @@ class TeacherMethod(Method):
         return {"teacher": self.teacher, "student": self.student}
 
     def after_step(self, step: Step) -> None:
-        """theta_T <- d theta_T + (1 - d) theta_S."""
+        """Moves the teacher: theta_T <- d theta_T + (1 - d) theta_S."""
         follow(self.teacher, self.student, self.decay(step), buffers=self._statistics)
 
     def decay(self, step: Step) -> float:
-        """D = min(1 - 1/(t+1), decay), t counted from the end of the warm-up; until then 0, which copies."""
+        """The decay of this step, min(1 - 1/(t+1), decay) with t counted from the end of the warm-up.
+
+        Before that it is 0, which makes the teacher a copy of the student.
+        """
         return ema_decay(step.index, self.warmup, self._decay)
 
 

@@ -44,7 +44,7 @@ class UniMatchOptions:
 
 
 class UniMatch(Method):
-    """One network, four streams: labeled, perturbed features, two strong views."""
+    """One network and five batches of predictions: labeled, weak, weak with dropped channels, two strong views."""
 
     Options = UniMatchOptions
     views = ViewSpec(unlabeled=True, strong=2)
@@ -67,7 +67,7 @@ class UniMatch(Method):
         def loss(logits: Tensor, target: Pseudo) -> Tensor:
             return masked_cross_entropy(upsample(logits.float(), size), target.label, target.valid, step.world, "valid")
 
-        known, weak, perturbed = self.weak(labeled.image, unlabeled.image, step)
+        of_labeled, weak, perturbed = self.weak(labeled.image, unlabeled.image, step)
         label = confident_labels(upsample(weak.float(), size), unlabeled.valid, options.threshold)
         own = Pseudo(unlabeled.image, label, unlabeled.valid)
         one, two = (
@@ -76,26 +76,28 @@ class UniMatch(Method):
         )
         strong_1, strong_2 = self.student(torch.cat([one.image, two.image])).logits.chunk(2)
         terms = {
-            "supervised": self.supervised(known, labeled, step.world) / 2,
+            "supervised": self.supervised(of_labeled, labeled, step.world) / 2,
             "strong": options.lambda_s * (loss(strong_1, one) + loss(strong_2, two)) / 4,
             "features": options.lambda_fp * loss(perturbed, own) / 2,
         }
         return Losses(terms, {"kept": kept_share(label, unlabeled.valid)})
 
     def weak(self, labeled: Tensor, unlabeled: Tensor, step: Step) -> tuple[Prediction, Tensor, Tensor]:
-        """The labeled images' prediction, and the unlabeled ones' logits, as they are and with channels dropped.
+        """The prediction of the labeled images, and two logits of the unlabeled ones: plain, and with channels dropped.
 
         The encoder runs once. The decoder sees both versions in one batch, as in the release.
         """
-        known, taps = self.passes(self.student.encode, labeled, unlabeled)
+        of_labeled, maps = self.forward_groups(self.student.encode, labeled, unlabeled)
         dropped = FeatureMaps(
             *(
                 drop_channels(
-                    tap, step.uniform_per_image(f"drop/{name}", tuple(tap.shape[:2]), tap.device), self.options.dropout
+                    each,
+                    step.uniform_per_image(f"drop/{name}", tuple(each.shape[:2]), each.device),
+                    self.options.dropout,
                 )
-                for name, tap in zip(FeatureMaps._fields, taps, strict=True)
+                for name, each in zip(FeatureMaps._fields, maps, strict=True)
             )
         )
-        prediction, both = self.passes(self.student.decode, known, joined([taps, dropped]))
+        prediction, both = self.forward_groups(self.student.decode, of_labeled, joined([maps, dropped]))
         plain, perturbed = both.logits.chunk(2)
         return prediction, plain, perturbed

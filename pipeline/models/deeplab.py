@@ -12,7 +12,7 @@ RATES = {8: (12, 24, 36), 16: (6, 12, 18)}
 
 
 class SpatialPyramid(nn.Module):
-    """ASPP: [B,inputs,h,w] seen at five ranges and merged to [B,width,h,w].
+    """ASPP: five parallel branches of different receptive fields over [B,inputs,h,w], merged to [B,width,h,w].
 
     The image-wide branch has no batch norm. It has one cell per image, so its statistics would be those of B
     numbers: noise for few images, an error for one.
@@ -26,9 +26,9 @@ class SpatialPyramid(nn.Module):
         self.merge = nn.Sequential(conv_bn_relu(len(self.branches) * width, width), nn.Dropout2d(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs the branches side by side; the image-wide one is spread over all cells."""
-        seen = [branch(x).expand(-1, -1, *x.shape[2:]) for branch in self.branches]
-        return self.merge(torch.cat(seen, dim=1))
+        """[B,inputs,h,w] float to [B,width,h,w]; the image-wide branch is repeated over all cells."""
+        outputs = [branch(x).expand(-1, -1, *x.shape[2:]) for branch in self.branches]
+        return self.merge(torch.cat(outputs, dim=1))
 
 
 class DeepLabDecoder(nn.Module):
@@ -53,13 +53,13 @@ class DeepLabDecoder(nn.Module):
             conv_bn_relu(channels.mid, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1)
         ) if aux else None  # fmt: skip
 
-    def forward(self, taps: FeatureMaps) -> Prediction:
-        """Merges what is seen widely with what is seen sharply, and scores it."""
-        low = self.low(taps.low)
-        wide = upsample(self.pyramid(taps.high), (low.shape[2], low.shape[3]))
+    def forward(self, maps: FeatureMaps) -> Prediction:
+        """Upsamples the pyramid's output to the resolution of `low`, joins the two, and applies the heads."""
+        low = self.low(maps.low)
+        wide = upsample(self.pyramid(maps.high), (low.shape[2], low.shape[3]))
         x = torch.cat([low, wide], dim=1)
         features = None if self.representation is None else self.representation(x)
-        aux = None if self.auxiliary is None else self.auxiliary(taps.mid)
+        aux = None if self.auxiliary is None else self.auxiliary(maps.mid)
         return Prediction(self.classifier(x), features, aux)
 
 

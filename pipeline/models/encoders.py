@@ -18,18 +18,18 @@ Stages = tuple[nn.Sequential, nn.Sequential, nn.Sequential]
 
 @dataclass(frozen=True)
 class Backbone:
-    """How to make an encoder of one torchvision network."""
+    """How an encoder is made of one torchvision network."""
 
     unused: tuple[str, ...]
-    """Prefixes of the parameters that segmentation has no use for."""
+    """Prefixes of the parameters that segmentation does not need."""
     stages: Callable[[Any], Stages]
-    """Cuts it: up to stride 4, on to the stage before the last, the last."""
+    """Cuts the network into three parts: up to stride 4, up to the stage before the last, and the last stage."""
     channels: Channels
-    """What the stages give."""
+    """Channels of the outputs of these parts."""
 
 
 class Encoder(nn.Module):
-    """[B,3,H,W] normalised float image to `FeatureMaps`: stride 4, stage before the last, output stride."""
+    """Normalised float image [B,3,H,W] to `FeatureMaps` at stride 4, of the stage before the last, and of the last."""
 
     def __init__(self, low: nn.Module, mid: nn.Module, high: nn.Module) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ def build_encoder(config: ModelConfig) -> tuple[Encoder, Channels]:
 
 
 def dilate(encoder: nn.Module, output_stride: int) -> None:
-    """Replaces every stride beyond `output_stride` by dilation of all that follows ("a trous"), in place.
+    """Replaces every stride beyond `output_stride` by dilation of all later convolutions ("a trous"), in place.
 
-    The result equals the strided network wherever that has a cell. The layers must be registered in the order
-    in which they run; a 1x1 convolution with a stride is the shortcut beside one that was already seen.
+    At every cell of the strided network the result is the same. The layers must be registered in the order in which
+    they run. A 1x1 convolution with a stride must be the shortcut beside a strided one that comes before it.
     """
     stride, dilation = 1, 1
     for layer in encoder.modules():
@@ -104,4 +104,4 @@ BACKBONES = {
     "resnet50": _resnet(_BOTTLENECK),
     "resnet101": _resnet(_BOTTLENECK),
 }
-"""By torchvision's own name."""
+"""The torchvision networks, by torchvision's name."""

@@ -1,10 +1,11 @@
-"""The network of student and teacher: image in, class scores and features out."""
+"""The network of student and teacher: from an image to class logits and features."""
 
 import logging
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.batch import MEAN_COLOUR
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models.deeplab import DeepLabDecoder
@@ -13,16 +14,17 @@ from pipeline.models.parts import Channels, FeatureMaps, Prediction
 from pipeline.models.tiny import TINY_CHANNELS, TinyDecoder, TinyEncoder
 
 log = logging.getLogger(__name__)
-MEAN_COLOUR = (123.675, 116.28, 103.53)
-"""ImageNet mean in RGB, 0..255: what a pixel that says nothing looks like."""
 COLOUR_STD = (58.395, 57.12, 57.375)
+"""Standard deviation of ImageNet's colours in RGB, 0..255."""
 
 
 class SegmentationModel(nn.Module):
     """Normalisation, an encoder (Tensor -> FeatureMaps) and a decoder (FeatureMaps -> Prediction)."""
 
     mean: Tensor
+    """float32 [3,1,1], mean colour in RGB, 0..255."""
     std: Tensor
+    """float32 [3,1,1], its standard deviation."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, channels: Channels) -> None:
         super().__init__()
@@ -34,10 +36,11 @@ class SegmentationModel(nn.Module):
         self.register_buffer("std", torch.tensor(COLOUR_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores a batch.
+        """The prediction of a batch.
 
         Args:
-            image: [B,3,H,W] uint8 RGB of any size, normalised here because bytes cross to a device sooner.
+            image: uint8 [B,3,H,W], RGB, of any size. It is normalised here, on the device: bytes are a quarter of the
+                traffic of floats.
         """
         return self.decode(self.encode(image))
 
@@ -45,16 +48,16 @@ class SegmentationModel(nn.Module):
         """The encoder's feature maps of uint8 [B,3,H,W]; for methods that look at them or change them."""
         return self.encoder(self.normalise(image).contiguous(memory_format=torch.channels_last))
 
-    def decode(self, taps: FeatureMaps) -> Prediction:
-        """Scores what the encoder saw."""
-        return self.decoder(taps)
+    def decode(self, maps: FeatureMaps) -> Prediction:
+        """The prediction from feature maps of `encode`."""
+        return self.decoder(maps)
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 [B,3,H,W] as the encoder takes it: float of about zero mean and unit deviation."""
+        """uint8 [B,3,H,W], RGB, to the encoder's input: float32 of about zero mean and unit deviation."""
         return (image - self.mean) / self.std
 
     def encoder_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the encoder, which may be pretrained and then learn slower."""
+        """Parameters of the encoder; pretrained ones often get a lower learning rate (`optim.head_lr_mult`)."""
         return list(self.encoder.parameters())
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -63,9 +66,9 @@ class SegmentationModel(nn.Module):
 
 
 def build_model(config: ModelConfig, num_classes: int, *, features: bool, aux: bool = False) -> SegmentationModel:
-    """Makes a network with fresh heads; the random numbers are torch's global ones.
+    """Makes a network with freshly initialised decoder and heads, from torch's global random numbers.
 
-    Its parameters are in channels-last layout, which convolutions of CPUs and of tensor cores run faster in.
+    Its parameters are in channels-last layout, in which convolutions run faster on CPUs and tensor cores.
 
     Args:
         config: backbone, its weights and the sizes.
@@ -82,7 +85,7 @@ def build_model(config: ModelConfig, num_classes: int, *, features: bool, aux: b
 
 
 _Parts = tuple[nn.Module, nn.Module, Channels]
-"""Encoder, decoder, and what the one hands to the other."""
+"""Encoder, decoder, and the channels of the feature maps between them."""
 
 
 def _tiny(config: ModelConfig, num_classes: int, features: bool, aux: bool) -> _Parts:

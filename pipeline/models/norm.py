@@ -30,7 +30,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     """Batch norm that keeps the running statistics it has, in training too; its weight and bias learn."""
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
-        """Stays in evaluation mode."""
+        """Stays in evaluation mode, whatever `mode` says."""
         del mode
         return super().train(False)
 
@@ -62,7 +62,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises, and in training moves the running statistics; under no_grad too."""
+        """Normalises float [B,C,h,w]; in training it moves the running statistics, under no_grad too."""
         workers = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if not self.training or workers == 1:
             return super().forward(input)
@@ -117,13 +117,14 @@ class _Normalise(torch.autograd.Function):
         count: Tensor,
         eps: float,
     ) -> Tensor:
+        """y, [B,C,h,w]; saves x, weight, mean, var and count."""
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps = eps  # type: ignore[attr-defined]
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of all workers' losses for x; of the own loss for weight and bias, which DDP sums."""
+        """Gradient by x of the losses of all workers; by weight and bias of this worker's loss, which DDP averages."""
         x, weight, mean, var, count = ctx.saved_tensors  # type: ignore[attr-defined]
         eps: float = ctx.eps  # type: ignore[attr-defined]
         # as if mean and var were constants ...

@@ -1,4 +1,4 @@
-"""What encoders, decoders and the network share: the tensors between them and the smallest blocks."""
+"""What encoders, decoders and the network share: the types of the tensors between them, and small building blocks."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -8,40 +8,46 @@ from torch import Tensor, nn
 
 
 class FeatureMaps(NamedTuple):
-    """What an encoder hands to a decoder: float feature maps, finest first."""
+    """What an encoder hands to a decoder: three float feature maps. `low`, `mid` and `high` are levels of the network.
+
+    So `low` has the finest resolution, and `high` the coarsest.
+    """
 
     low: Tensor
-    """[B,c,h,w] at the stride of the logits: 4, tiny 2."""
+    """[B,c,h,w] of an early stage, at the resolution of the logits: stride 4, tiny 2."""
     mid: Tensor
-    """[B,c,h',w'], input of the auxiliary head: the stage before the last."""
+    """[B,c,h',w'] of the stage before the last, input of the auxiliary head: stride 8 or 16, tiny 4."""
     high: Tensor
-    """[B,c,h'',w''] at the output stride."""
+    """[B,c,h'',w''] of the last stage, at the output stride: 8 or 16, tiny 8."""
 
     def of(self, images: slice) -> "FeatureMaps":
-        """The same for some of the images."""
+        """The feature maps of some of the images."""
         return FeatureMaps(*(tensor[images] for tensor in self))
 
 
 class Channels(NamedTuple):
-    """Channel counts of `FeatureMaps`."""
+    """Numbers of channels of the three `FeatureMaps`."""
 
     low: int
+    """Of the map at the resolution of the logits."""
     mid: int
+    """Of the map before the last."""
     high: int
+    """Of the last map."""
 
 
 class Prediction(NamedTuple):
-    """What the network says about a batch, at low resolution: stride 4, tiny stride 2."""
+    """The network's output for a batch, at low resolution: stride 4, tiny stride 2."""
 
     logits: Tensor
-    """[B,C,h,w] float class scores."""
+    """[B,C,h,w] float."""
     features: Tensor | None
     """[B,D,h,w] float output of the representation head, not normalised; None if built without."""
     aux: Tensor | None
-    """[B,C,h',w'] float class scores of the auxiliary head; None if built without."""
+    """[B,C,h',w'] float logits of the auxiliary head; None if built without."""
 
     def of(self, images: slice) -> "Prediction":
-        """The same for some of the images."""
+        """The prediction of some of the images."""
         return Prediction(*(None if tensor is None else tensor[images] for tensor in self))  # type: ignore[arg-type]
 
 
@@ -49,7 +55,7 @@ Maps = TypeVar("Maps", Tensor, FeatureMaps, Prediction)
 
 
 def joined(parts: Sequence[Maps]) -> Maps:
-    """What belongs to several groups of images as that of one batch, in order."""
+    """Tensors, feature maps or predictions of several groups of images, joined to those of one batch, in order."""
     first: Any = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(list(parts))  # type: ignore[arg-type]

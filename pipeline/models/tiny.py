@@ -1,6 +1,6 @@
-"""A network of about .3 M parameters for CPUs and 64x64 images; it learns from scratch in a minute.
+"""A network of about 0.3 million parameters for CPUs and 64x64 images; it trains from scratch in a minute.
 
-24, 48 and 96 channels at strides 2, 4 and 8, dilated at the end, with skip connections; no dropout.
+It has 24, 48 and 96 channels at strides 2, 4 and 8, dilation in its last stage, skip connections, and no dropout.
 """
 
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from pipeline.models.parts import Channels, FeatureMaps, Prediction, conv_bn_rel
 from pipeline.ops.grid import upsample
 
 TINY_CHANNELS = Channels(low=24, mid=48, high=96)
+"""Channels of its feature maps."""
 
 
 class ResidualBlock(nn.Module):
-    """3x3 convolution around a shortcut: relu(x + bn(conv(x))), [B,c,h,w] to the same."""
+    """3x3 convolution with a shortcut: relu(x + bn(conv(x))), float [B,c,h,w] to the same shape."""
 
     def __init__(self, channels: int, dilation: int = 1) -> None:
         super().__init__()
@@ -21,12 +22,12 @@ class ResidualBlock(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds what the convolution sees."""
+        """Adds the convolution of `x` to `x`."""
         return F.relu(x + self.bn(self.conv(x)))
 
 
 class TinyEncoder(nn.Module):
-    """[B,3,H,W] normalised image to `FeatureMaps` at strides 2, 4 and 8."""
+    """Normalised float image [B,3,H,W] to `FeatureMaps` at strides 2, 4 and 8."""
 
     def __init__(self, channels: Channels) -> None:
         super().__init__()
@@ -59,17 +60,17 @@ class TinyDecoder(nn.Module):
         self.mid = conv_bn_relu(mid, low)
         self.low = conv_bn_relu(low, low)
         self.classifier = nn.Conv2d(low, num_classes, 1)
-        # a layer of its own: else the contrast would pull at the very features that classify
+        # with a hidden layer of its own: else the contrast would change the features that the classifier reads
         hidden = conv_bn_relu(low, low, 1)
         self.representation = nn.Sequential(hidden, nn.Conv2d(low, feature_dim, 1)) if feature_dim else None
         self.auxiliary = nn.Conv2d(mid, num_classes, 1) if aux else None
 
-    def forward(self, taps: FeatureMaps) -> Prediction:
-        """Scores and features at the resolution of `taps.low`."""
-        x = self.mid(_resized(self.high(taps.high), taps.mid) + taps.mid)
-        x = self.low(_resized(x, taps.low) + taps.low)
+    def forward(self, maps: FeatureMaps) -> Prediction:
+        """Logits and features at the resolution of `maps.low`."""
+        x = self.mid(_resized(self.high(maps.high), maps.mid) + maps.mid)
+        x = self.low(_resized(x, maps.low) + maps.low)
         features = None if self.representation is None else self.representation(x)
-        aux = None if self.auxiliary is None else self.auxiliary(taps.mid)
+        aux = None if self.auxiliary is None else self.auxiliary(maps.mid)
         return Prediction(self.classifier(x), features, aux)
 
 

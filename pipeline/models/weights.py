@@ -43,10 +43,10 @@ def load_weights(network: nn.Module, name: str, source: str, unused: tuple[str, 
 
 
 def read_state(uri: str) -> dict[str, Tensor]:
-    """The state dict in the file at `uri`; nothing in it is executed.
+    """The state dict in the file at `uri`; no code in it is executed.
 
     Raises:
-        UserError: not found, damaged, or no state dict.
+        UserError: the file is not there, is damaged, or holds no state dict.
     """
     data = storage.read_bytes(uri)
     named = _NAMED_HASH.search(uri)

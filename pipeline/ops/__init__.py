@@ -1,1 +1,1 @@
-"""What methods share: tensors in, tensors out. Imports nothing of the project."""
+"""Functions on tensors that methods share. They import nothing else of the project."""

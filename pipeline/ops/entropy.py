@@ -7,7 +7,7 @@ from pipeline.ops.kernel import kernel
 from pipeline.ops.world import World
 
 IGNORE = 255
-"""The label of pixels that take no part."""
+"""Label of pixels that are ignored; that of prepared masks (`datasets.prepared.dataset.IGNORE_INDEX`)."""
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -38,12 +38,12 @@ def masked_quantile(values: Tensor, mask: Tensor, q: Tensor, world: World) -> Te
 
     Args:
         values: float32 of any shape, >= 0; NaN is left out.
-        mask: bool of that shape; False is left out.
+        mask: bool of that shape, True where a value counts.
         q: float [K] in 0..1.
         world: ranks whose values count.
 
     Returns:
-        float32 [K]; NaN where no value is masked in, which every comparison answers with False.
+        float32 [K]; NaN if no value counts, with which every comparison is False.
     """
     flat, member = values.detach().float().flatten(), mask.flatten()
     cumulative = world.sum(_high_histogram(flat, member)).cumsum(0)
@@ -66,14 +66,14 @@ def _ordered_bits(values: Tensor) -> Tensor:
 
 @kernel()
 def _high_histogram(values: Tensor, mask: Tensor) -> Tensor:
-    """Masked values by their high bits: int32 [2^15]."""
+    """Number of values that count, by their high bits: int32 [2^15]."""
     counts = torch.zeros(_HIGH_BINS, dtype=torch.int32, device=values.device)
     return counts.index_add(0, _ordered_bits(values) >> _LOW, (mask & (values == values)).int())
 
 
 @kernel()
 def _low_histograms(values: Tensor, mask: Tensor, bins: Tensor) -> Tensor:
-    """Masked values by their low bits, among those whose high bits are `bins` [K,2]: int32 [K,2,2^16].
+    """Number of values that count and whose high bits are `bins` [K,2], by their low bits: int32 [K,2,2^16].
 
     The two bins of a row share one pass. All values add to a bin, most of them 0: one bin for the rest would be
     contended on a GPU.

@@ -1,8 +1,8 @@
-"""From the logits of a network to quantities of its label's pixels: entropy, pseudo-labels, cross entropy.
+"""Entropy, pseudo-labels and cross entropy at the pixels of a label, from logits of a coarser resolution.
 
-The network's logits are coarser than the labels. `FullGrid` resizes them (bilinear, corners aligned) and is right for
-every size. `QuarterGrid` gives the same numbers without ever having logits at full size, where labels are exactly four
-times finer: for crops of 4m+1 pixels, as U2PL's 513 and 769 are.
+`FullGrid` resizes the logits (bilinear, corners aligned) and serves every size. `QuarterGrid` gives the same numbers
+without making logits at full size. It serves labels that are exactly four times finer: crops of 4m+1 pixels, such as
+U2PL's 513 and 769.
 """
 
 import math
@@ -29,12 +29,13 @@ def shrink(values: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _sources(large: tuple[int, ...], small: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column that each row and column of the small map is taken from, int64 [h] and [w]: floor(i*H/h)."""
     rows, columns = (torch.arange(few, device=device) * many // few for many, few in zip(large, small, strict=True))
     return rows, columns
 
 
 class Grid(ABC):
-    """The pixels of labels [B,H,W] above logits [B,C,h,w], in an order of the grid's own: [B,...]."""
+    """The pixels of labels [B,H,W] whose logits are [B,C,h,w]. Values by pixel are [B,...], in the grid's own order."""
 
     def __init__(self, size: tuple[int, int], small: tuple[int, int]) -> None:
         """Args: size: H, W of labels; small: h, w of logits."""
@@ -46,7 +47,7 @@ class Grid(ABC):
 
     @abstractmethod
     def shrink(self, values: Tensor) -> Tensor:
-        """Values in the grid's order, any dtype, to [B,h,w]: the nearest pixel, as `shrink`."""
+        """Values in the grid's order, any dtype, at the resolution of the logits: [B,h,w], as the function `shrink`."""
 
     @abstractmethod
     def label(self, logits: Tensor) -> Tensor:
@@ -76,23 +77,23 @@ class FullGrid(Grid):
         return FullGrid(size, size)
 
     def arrange(self, label: Tensor) -> Tensor:
-        """Unchanged: the grid's order is that of the image."""
+        """`label` itself: the grid's order is that of the image."""
         return label
 
     def shrink(self, values: Tensor) -> Tensor:
-        """The nearest pixel."""
+        """[B,H,W] to [B,h,w] by the function `shrink`."""
         return shrink(values, self.small)
 
     def label(self, logits: Tensor) -> Tensor:
-        """Argmax of the resized logits."""
+        """Argmax over the classes of the resized logits: int64 [B,H,W]."""
         return self._full(logits).argmax(1)
 
     def entropy(self, logits: Tensor) -> Tensor:
-        """Of the resized logits: [B,H,W]."""
+        """Entropy of the softmax of the resized logits: float32 [B,H,W]."""
         return entropy(self._full(logits))
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Of the resized logits."""
+        """Cross entropy of the resized logits, summed over the pixels that are not 255: float32, 0-dim."""
         return F.cross_entropy(self._full(logits), target, ignore_index=IGNORE, reduction="sum")
 
     def _full(self, logits: Tensor) -> Tensor:
@@ -108,14 +109,14 @@ class QuarterGrid(Grid):
     """
 
     def arrange(self, label: Tensor) -> Tensor:
-        """float32 [B,h,16,w]."""
+        """Labels as float32 [B,h,16,w], 255 where a cell reaches beyond the image."""
         (h, w), batch = self.small, len(label)
         padded = label.new_full((batch, 4 * h, 4 * w), IGNORE, dtype=torch.float32)  # compared to floats: vectorises
         padded[:, : self.size[0], : self.size[1]] = label
         return padded.view(batch, h, 4, w, 4).transpose(3, 4).reshape(batch, h, 16, w)
 
     def shrink(self, values: Tensor) -> Tensor:
-        """The nearest pixel, looked up by cell and phase."""
+        """[B,h,16,w] to [B,h,w]: the pixels of the function `shrink`, looked up by cell and place in it."""
         rows, columns = _sources(self.size, self.small, values.device)
         row, phase = (rows // 4)[:, None], (rows % 4 * 4)[:, None] + columns % 4
         return values[:, row, phase, columns // 4]
@@ -127,16 +128,19 @@ class QuarterGrid(Grid):
         return cells.reshape(batch, 4 * h, 4 * w)[:, : self.size[0], : self.size[1]].long()
 
     def entropy(self, logits: Tensor) -> Tensor:
-        """[B,h,16,w], within 3e-6 of `FullGrid`."""
+        """Entropy, float32 [B,h,16,w], within 3e-6 of `FullGrid`."""
         return _entropy(_corners(logits))
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """As `FullGrid`, its gradient made in the same pass."""
+        """As `FullGrid`, with the gradient computed in the same pass."""
         return _QuarterCrossEntropy.apply(logits, target)  # type: ignore[no-any-return]
 
 
 def make_grid(size: tuple[int, int], small: tuple[int, int]) -> Grid:
-    """The fastest grid for these sizes: uncompiled, the quarter grid would be slower than the full one."""
+    """The fastest grid for labels of `size` and logits of `small`: the quarter grid where it serves and is compiled.
+
+    Uncompiled it would be slower than the full one.
+    """
     exact = all(large - 1 == 4 * (few - 1) for large, few in zip(size, small, strict=True))
     return (QuarterGrid if exact and is_active() else FullGrid)(size, small)
 
@@ -145,8 +149,8 @@ def make_grid(size: tuple[int, int], small: tuple[int, int]) -> Grid:
 
 _LN2 = math.log(2.0)
 _FLOOR = -120.0
-"""Least log2 probability: keeps the products of a cell's exponentials inside float32. Only pixels between corners that
-are surer than 2^120 of different classes notice."""
+"""Least log2 probability: keeps the products of a cell's exponentials inside float32. It has an effect
+only between corners that favour different classes, each by more than a factor of 2^120."""
 
 
 @torch.no_grad()
@@ -186,7 +190,7 @@ def _exponentials(x: Tensor) -> list[Tensor]:
 
 
 def _values(x: Tensor) -> list[Tensor]:
-    """X itself at the 16 pixels of each cell: 16 of float32 [B,h,C,w]."""
+    """The interpolated values of x at the 16 pixels of each cell: 16 of float32 [B,h,C,w]."""
     a, p, q, r = _plane(x)
     return [a + k * p + m * (q + k * r) for k in range(4) for m in range(4)]
 
@@ -203,7 +207,7 @@ def _entropy(x: Tensor) -> Tensor:
 
 @kernel(one_pass=True, contract=False)  # a maximum rounded otherwise would be found nowhere
 def _likeliest(x: Tensor) -> Tensor:
-    """Argmax over the classes: float32 [B,h,16,w]. A maximum and who has it vectorise better than an argmax."""
+    """Argmax over the classes: float32 [B,h,16,w]. A maximum and a comparison vectorise better than an argmax."""
     classes = torch.arange(x.shape[2], device=x.device, dtype=x.dtype).view(-1, 1)
     best = [torch.where(value >= value.amax(2, keepdim=True), classes, math.inf).amin(2) for value in _values(x)]
     return torch.stack(best, 2)
@@ -211,7 +215,7 @@ def _likeliest(x: Tensor) -> Tensor:
 
 @kernel(one_pass=True)
 def _normalisers(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """1/s of the pixels that count, 0 of the others, float32 [B,h,16,w]; and the sum of log2 s over the former."""
+    """1/s, s the sum of a pixel's exponentials, or 0 where the target is 255: float32 [B,h,16,w]; and sum of log2 s."""
     total = torch.stack([e.sum(2) for e in _exponentials(x)], 2)
     counts = (target != IGNORE).float()
     return counts / total, (counts * total.log2()).sum()
@@ -219,9 +223,10 @@ def _normalisers(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 @kernel(one_pass=True)
 def _corner_gradients(x: Tensor, target: Tensor, inverse: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Softmax minus one-hot, weighed bilinearly to the four corners of each cell: 4 of float32 [B,h,C,w].
+    """Softmax minus one-hot, weighted bilinearly to the four corners of each cell: 4 of float32 [B,h,C,w].
 
-    Also the log2 probability (not yet normalised by s) that each cell gives to its targets of each class.
+    The last output, float32 [B,h,C,w], is the sum over the pixels of a cell of the log2 probability, not yet normalised
+    by s, of their target class.
     """
     classes = torch.arange(x.shape[2], device=x.device, dtype=x.dtype).view(-1, 1)
     found, scored = [torch.zeros((), device=x.device)] * 4, torch.zeros((), device=x.device)
@@ -245,10 +250,11 @@ def _corner_gradients(x: Tensor, target: Tensor, inverse: Tensor) -> tuple[list[
 
 
 class _QuarterCrossEntropy(torch.autograd.Function):
-    """Loss and gradient in one go; the gradient already holds the adjoint of the resize."""
+    """Loss and gradient in one pass; the gradient already includes the adjoint of the resize."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        """Summed cross entropy, 0-dim. Saves its gradient for the logits, [B,C,h,w] in their dtype."""
         x = _corners(logits)
         inverse, log_total = _normalisers(x, target)
         (top_left, top_right, low_left, low_right), scored = _corner_gradients(x, target, inverse)
@@ -262,5 +268,6 @@ class _QuarterCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The saved gradient times that of the loss; the target gets none."""
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0], None

@@ -1,7 +1,7 @@
-"""Pure tensor functions that run compiled where a compiler is at hand, and as they stand elsewhere.
+"""Pure tensor functions that run compiled if compilation was switched on (`activate`), and eagerly otherwise.
 
-Compiled, a chain of small operations becomes one pass over memory. It is one switch for the process, as compilation
-pays at some sizes and not at others: see `activate`.
+Compiled, a chain of small operations becomes one pass over memory. There is one switch for the process, as compilation
+pays at some sizes and not at others.
 """
 
 import functools
@@ -28,8 +28,9 @@ def kernel(*, one_pass: bool = False, contract: bool = True) -> Callable[[Callab
     """Marks a function of tensors and constants, without side effects, as worth compiling as a whole.
 
     Args:
-        one_pass: whether intermediate results are better computed anew for each use than kept in memory.
-        contract: whether a x b + c may be rounded once, here and not there.
+        one_pass: whether to compute intermediate results anew for each use instead of storing them.
+        contract: whether a * b + c may be one instruction that rounds once. Then equal expressions of a function may
+            differ in the last bit.
     """
 
     def mark(function: Callable[P, R]) -> Callable[P, R]:
@@ -51,7 +52,11 @@ def kernel(*, one_pass: bool = False, contract: bool = True) -> Callable[[Callab
 
 
 def activate(device: torch.device) -> bool:
-    """Switches compilation on for this process, if `device` has a compiler; else says so and changes nothing."""
+    """Switches compilation on for this process if `device` has a compiler; else warns and changes nothing.
+
+    Returns:
+        Whether kernels run compiled now.
+    """
     global _active
     if not _active:
         _active = compiles(device)
@@ -65,7 +70,7 @@ def is_active() -> bool:
 
 @functools.cache
 def compiles(device: torch.device) -> bool:
-    """Whether the smallest of functions compiles on `device`; the first time, a warning says why it does not."""
+    """Whether a trivial function compiles on `device`; if it does not, a warning says why, the first time."""
     try:
         torch.compile(torch.square, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:

@@ -4,9 +4,9 @@ A share is the local sum divided by the mean count per rank: DDP's averaging of 
 over the global batch, whatever the number of ranks and wherever the ignored pixels lie. Only counts are reduced, never
 a loss that is differentiated.
 
-Means over pixels of which some do not count have three normalisers in the literature. They differ by up to one over the
-kept share and are the commonest silent divergence between re-implementations: `kept` divides by the pixels that carry
-the loss, `valid` by all that show an image, `all` by every pixel.
+A loss over a part of the pixels has three normalisers in the literature: `kept` divides by the pixels that carry the
+loss, `valid` by all pixels that are not padding, `all` by every pixel. The results differ by factors of up to one over
+the share of kept pixels; it is the commonest silent difference between re-implementations.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ from pipeline.ops.world import World
 
 
 def mean_count(mask: Tensor, world: World) -> Tensor:
-    """True entries per rank, averaged over the ranks and at least 1: float32, 0-dim."""
+    """Number of True entries, averaged over the ranks and at least 1: float32, 0-dim."""
     return (world.sum(mask.sum()).float() / world.size).clamp_min(1.0)
 
 
@@ -34,7 +34,7 @@ def cross_entropy(logits: Tensor, target: Tensor, world: World, grid: Grid | Non
         logits: float [B,C,H,W]; with a grid, at the network's resolution.
         target: int64 [B,H,W], 255 ignored; with a grid, in its order.
         world: ranks that share the mean.
-        grid: how the logits lie below the pixels; None: they are of the same size.
+        grid: relates logits of a coarser resolution to the pixels; None: they are of the same size.
     """
     total = (grid or FullGrid.of(target)).cross_entropy(logits, target)
     return total / mean_count(target != IGNORE, world)
@@ -45,8 +45,14 @@ def ohem_cross_entropy(
 ) -> Tensor:
     """Cross entropy of the hard pixels: those whose true class has probability <= `threshold`.
 
-    If fewer than `min_kept` are that hard, the `min_kept` hardest count; with fewer valid pixels, all (per rank).
-    Logits and target are of the same size.
+    If fewer than `min_kept` pixels of a rank are that hard, its `min_kept` hardest count; with fewer valid pixels, all.
+
+    Args:
+        logits: float [B,C,H,W].
+        target: int64 [B,H,W], 255 ignored.
+        world: ranks that share the mean; the selection is of each rank.
+        threshold: in 0..1.
+        min_kept: least number of pixels that count, per rank.
     """
     valid = target != IGNORE
     with torch.no_grad():
@@ -60,20 +66,21 @@ def ohem_cross_entropy(
 def unsupervised_cross_entropy(
     logits: Tensor, pseudo_label: Tensor, shown: Tensor, world: World, grid: Grid | None = None
 ) -> Tensor:
-    """L_u: mean cross entropy over the kept pixels, times shown pixels / kept pixels (the paper's lambda_u, eq. 8).
+    """L_u of U2PL: mean cross entropy over the reliable pixels, times shown pixels / reliable pixels (eq. 8, eta = 1).
 
-    The paper counts B x H x W, as the release labels padding, too; here padding is neither kept nor shown.
+    The paper's eq. 8 counts all B x H x W pixels. Here padding is neither reliable nor shown. The release labels
+    padding too, so there it makes no difference.
 
     Args:
         logits: as for `cross_entropy`.
-        pseudo_label: as its target; dropped pixels are 255.
-        shown: bool [B,H,W], pixels that show an image, in any order.
+        pseudo_label: as its target; unreliable pixels are 255.
+        shown: bool [B,H,W], pixels that are not padding, in any order.
         world: ranks that share the mean.
         grid: as for `cross_entropy`.
     """
     grid = grid or FullGrid.of(pseudo_label)
-    kept = mean_count(pseudo_label != IGNORE, world)
-    return grid.cross_entropy(logits, pseudo_label) * mean_count(shown, world) / kept.square()
+    reliable = mean_count(pseudo_label != IGNORE, world)
+    return grid.cross_entropy(logits, pseudo_label) * mean_count(shown, world) / reliable.square()
 
 
 # ---- over pixels of which some do not count ---------------------------------------------------------------------
@@ -83,12 +90,12 @@ Normaliser = Literal["kept", "valid", "all"]
 
 
 def pixel_count(kept: Tensor, valid: Tensor, over: Normaliser, world: World) -> Tensor:
-    """What a sum over pixels is divided by: float32, 0-dim, the mean over the ranks and at least 1.
+    """The divisor of a sum over pixels: their number, averaged over the ranks and at least 1; float32, 0-dim.
 
     Args:
         kept: bool [B,H,W], pixels that carry the loss.
-        valid: bool [B,H,W], pixels that show an image.
-        over: which of them are counted.
+        valid: bool [B,H,W], pixels that are not padding.
+        over: which pixels are counted.
         world: ranks that share the mean; each has B images.
     """
     if over == "all":
@@ -97,12 +104,12 @@ def pixel_count(kept: Tensor, valid: Tensor, over: Normaliser, world: World) -> 
 
 
 def masked_cross_entropy(logits: Tensor, target: Tensor, valid: Tensor, world: World, over: Normaliser) -> Tensor:
-    """Mean cross entropy, 0-dim float32; 0 with a graph where nothing is kept.
+    """Mean cross entropy, 0-dim float32; where no pixel has a label it is 0 and still has a gradient.
 
     Args:
         logits: float [B,C,H,W].
-        target: int64 [B,H,W]; 255 is not kept.
-        valid: bool [B,H,W], pixels that show an image.
+        target: int64 [B,H,W]; pixels that are not 255 are the kept ones.
+        valid: bool [B,H,W], pixels that are not padding.
         world: ranks that share the mean.
         over: the normaliser.
     """
@@ -124,7 +131,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor, valid: Tensor, world: Wor
 
 
 def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, world: World) -> Tensor:
-    """sum_i w_i CE_i / sum_i w_i, 0 if all weights are.
+    """sum_i w_i CE_i / sum_i w_i, float32, 0-dim; 0 if all weights are 0.
 
     Args:
         logits: float [B,C,H,W], get the gradient.
@@ -145,7 +152,7 @@ def squared_error(one: Tensor, two: Tensor, valid: Tensor, world: World, over: N
     Args:
         one: float [B,C,H,W].
         two: float [B,C,H,W].
-        valid: bool [B,H,W]: kept and valid are the same here.
+        valid: bool [B,H,W], the pixels that carry the loss: `kept` and `valid` are the same normaliser here.
         world: ranks that share the mean.
         over: the normaliser.
     """

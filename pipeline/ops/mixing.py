@@ -1,6 +1,6 @@
-"""Parts of images and features that are replaced or dropped: boxes, CutMix, ClassMix, CutOut, channel dropout.
+"""Regions of images and channels of features that are replaced or dropped: CutMix, ClassMix, CutOut, channel dropout.
 
-All on the device. Random numbers in [0,1) are given from outside, so that a step is a function of its seed.
+All of it runs on the device. Random numbers in [0,1) are arguments, so that a step is a function of its seed.
 """
 
 from typing import NamedTuple
@@ -12,16 +12,20 @@ from torch import Tensor
 
 
 class Boxes(NamedTuple):
-    """Rectangles in whole pixels; integers or floats of one shape. Height and width are 0 where there is none."""
+    """Rectangles in whole pixels: integers or floats, all four of one shape. Height and width are 0 where none is."""
 
     top: Tensor
+    """First row."""
     left: Tensor
+    """First column."""
     height: Tensor
+    """Number of rows."""
     width: Tensor
+    """Number of columns."""
 
 
 def inside(boxes: Boxes, size: tuple[int, int]) -> Tensor:
-    """Which pixels of images of `size` lie in each box, which may reach beyond: [...] -> bool [...,H,W]."""
+    """Which pixels of images of `size` lie in each box; boxes may reach beyond the image: [...] -> bool [...,H,W]."""
     rows = _within(boxes.top, boxes.height, size[0])
     columns = _within(boxes.left, boxes.width, size[1])
     return rows[..., :, None] & columns[..., None, :]
@@ -33,7 +37,7 @@ def _within(start: Tensor, length: Tensor, size: int) -> Tensor:
     return (pixel >= start[..., None]) & (pixel < (start + length)[..., None])
 
 
-# ---- around what is seen ----------------------------------------------------------------------------------------
+# ---- boxes around classes ---------------------------------------------------------------------------------------
 
 
 def class_boxes(label: Tensor, classes: int) -> Boxes:
@@ -50,7 +54,7 @@ def class_boxes(label: Tensor, classes: int) -> Boxes:
 
 
 def _extent(hit: Tensor) -> tuple[Tensor, Tensor]:
-    """First index and length of what is hit along the last axis of a bool tensor; (0, 0) if nothing is."""
+    """First index, and length up to the last, of the True entries along the last axis; 0 and 0 where there are none."""
     length = hit.shape[-1]
     index = torch.arange(length, device=hit.device)
     first = torch.where(hit, index, length).amin(-1)
@@ -58,7 +62,7 @@ def _extent(hit: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(last < 0, 0, first), (last - first + 1).clamp_min(0)
 
 
-# ---- drawn: bool [B,H,W], True inside ---------------------------------------------------------------------------
+# ---- drawn boxes: bool [B,H,W], True inside ---------------------------------------------------------------------
 
 
 def box_masks(draws: Tensor, size: tuple[int, int], area: tuple[float, float]) -> Tensor:
@@ -94,7 +98,7 @@ def small_box_masks(draws: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _placed(height: Tensor, width: Tensor, place: Tensor, size: tuple[int, int]) -> Boxes:
-    """Boxes that lie inside the image.
+    """Boxes of given sizes, placed inside the image.
 
     Args:
         height: float [...], share of the image's height in 0..1; rounded to whole pixels.
@@ -111,7 +115,7 @@ def _placed(height: Tensor, width: Tensor, place: Tensor, size: tuple[int, int])
 
 
 def cutout(draws: Tensor, size: tuple[int, int], share: float) -> Tensor:
-    """CutOut: one box around any pixel; what lies outside the image is lost.
+    """CutOut: one box centred at any pixel, bool [B,H,W]; the part outside the image is cut off.
 
     Args:
         draws: float [B,2] in [0,1), centre of the box: y and x.
@@ -128,10 +132,10 @@ def cutout(draws: Tensor, size: tuple[int, int], share: float) -> Tensor:
 
 
 def partners(count: int, device: torch.device) -> Tensor:
-    """Who lends pixels to whom inside the batch: int64 [count].
+    """The partner of each image in the batch, whose pixels it takes: int64 [count].
 
-    Neighbours swap (0 with 1, 2 with 3), so a pair stays together however the global batch is cut over ranks; an odd
-    batch shifts by one instead, as upstream does.
+    Neighbours swap (0 with 1, 2 with 3), so the pairs do not depend on how the global batch is cut over ranks. In an
+    odd batch each image takes from the next one instead, as in the release of U2PL.
     """
     index = torch.arange(count, device=device)
     return index ^ 1 if count % 2 == 0 else (index + 1) % count
@@ -158,7 +162,7 @@ def cutmix_masks(draws: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def classmix_masks(draws: Tensor, label: Tensor) -> Tensor:
-    """The pixels of a random half of the classes in each image stay, the others are replaced.
+    """ClassMix: the pixels of a random half of the classes in each image stay, the others are replaced.
 
     Args:
         draws: float [B,C] in [0,1): the classes with the smallest numbers stay.
@@ -196,8 +200,8 @@ def drop_channels(features: Tensor, draws: Tensor, rate: float) -> Tensor:
 
     Args:
         features: float [B,c,h,w].
-        draws: float [B,c].
-        rate: share that is dropped, below 1.
+        draws: float [B,c] in [0,1).
+        rate: share of the channels that is dropped, below 1.
     """
-    kept = (draws >= rate).to(features.dtype) / (1.0 - rate)
-    return features * kept[..., None, None]
+    factor = (draws >= rate).to(features.dtype) / (1.0 - rate)
+    return features * factor[..., None, None]

@@ -9,18 +9,18 @@ def steps_of(duration: float, total: int) -> int:
 
 
 def poly(step: int, steps: int, power: float, warmup: int = 0) -> float:
-    """Poly learning-rate factor (1 - step/steps)^power, after a linear rise over `warmup` steps.
+    """Factor of the learning rate: (1 - step/steps)^power, times a linear rise from 1/warmup to 1 over `warmup` steps.
 
-    Computed from the step alone, so a resumed run cannot freeze it (upstream's scheduler does).
+    It is a function of the step alone, so a resumed run has the right one; in the release of U2PL a resume freezes it.
     """
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     return rise * max(0.0, 1.0 - step / steps) ** power
 
 
 def ema_decay(step: int, start: int, cap: float) -> float:
-    """Decay of the EMA teacher, min(1 - 1/(step - start + 1), cap), and 0 until `start`.
+    """Decay of the EMA teacher: min(1 - 1/(step - start + 1), cap), and 0 before `start`.
 
-    0 copies the student: the teacher begins as its exact copy, once, and warms up from there.
+    A decay of 0 copies the student. So the teacher is an exact copy at `start`, and averages from there.
     """
     return min(1.0 - 1.0 / (step - start + 1), cap) if step >= start else 0.0
 

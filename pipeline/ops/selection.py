@@ -7,9 +7,9 @@ from torch import Tensor
 from pipeline.ops.kernel import kernel
 
 _BLOCK = 128
-"""Pixels whose members are counted together: a lookup searches the blocks, then one block."""
+"""Number of pixels in a block: a lookup searches the counts of the blocks, then one block."""
 _CHUNK = 512
-"""Rows summed by one bag: many bags keep a GPU busy."""
+"""Largest number of rows that one bag sums: many bags keep a GPU busy."""
 
 
 class Members:
@@ -27,7 +27,7 @@ class Members:
         self.count = self._ends[:, -1].long()
 
     def lookup(self, rank: Tensor) -> Tensor:
-        """Pixel index of the `rank`-th member: int64 [C,K] -> int64 [C,K]; any index in range if there is none."""
+        """Pixel index of the `rank`-th member (from 0): int64 [C,K] -> int64 [C,K]; any index if there is none."""
         block = torch.searchsorted(self._ends, (rank + 1).int()).clamp_max(self._ends.shape[1] - 1)
         before = torch.where(block > 0, self._ends.gather(1, (block - 1).clamp_min(0)), 0)
         classes = torch.arange(len(rank), device=rank.device)[:, None]

@@ -1,4 +1,4 @@
-"""The ranks of a run: sums over them, and random numbers that do not depend on their number."""
+"""The ranks of a run: sums and gathers over them, and random numbers by name."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,10 +12,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True)
 class World:
-    """Rank and size of the process group; all operations are no-ops at size 1 and carry no gradient."""
+    """Rank and size of the process group. No operation carries a gradient; at size 1 none communicates."""
 
     rank: int = 0
+    """Number of this process, from 0."""
     size: int = 1
+    """Number of processes."""
 
     @staticmethod
     def current() -> "World":
@@ -44,12 +46,12 @@ class World:
 
 
 def uniform(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers in [0,1), float32 of `shape`, the same for the same name on one kind of device."""
+    """Numbers in [0,1), float32 of `shape`: the same for the same name and shape, on one kind of device."""
     return _uniform(_seed(name), list(shape), device)
 
 
 def _seed(name: str) -> int:
-    """63 bits of a hash."""
+    """A seed of 63 bits, by a hash of the name."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from pipeline.config.cli import Options
+from pipeline.config.cli import Sections
 from pipeline.config.schema import Config, identity
 from pipeline.datasets.prepared.splits import FRACTIONS
 from pipeline.report.runs import Run
@@ -213,7 +213,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def compare(runs: Sequence[Run], options: Options, baseline: str = BASELINE) -> list[Comparison]:
+def compare(runs: Sequence[Run], options: Sections, baseline: str = BASELINE) -> list[Comparison]:
     """Sorts runs into comparisons: what ran on different datasets or protocols never shares a table.
 
     Args:
@@ -227,7 +227,7 @@ def compare(runs: Sequence[Run], options: Options, baseline: str = BASELINE) -> 
     return [_comparison(group, options, baseline) for group in groups.values()]
 
 
-def _comparison(runs: Sequence[Run], options: Options, baseline: str) -> Comparison:
+def _comparison(runs: Sequence[Run], options: Sections, baseline: str) -> Comparison:
     kept, doubles = _distinct(runs)
     about = kept[0].about
     classes = next((run.about.classes for run in kept if run.about.classes), ())
@@ -242,7 +242,7 @@ def _distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     return [run for run in runs if run in best.values()], [run.uri for run in runs if run not in best.values()]
 
 
-def _rows(runs: Sequence[Run], options: Options) -> list[MethodRow]:
+def _rows(runs: Sequence[Run], options: Sections) -> list[MethodRow]:
     """One row for each method and set of options; those that differ least from the usual come first."""
     groups: dict[Key, list[Run]] = {}
     for run in runs:
@@ -278,7 +278,7 @@ def key(run: Run) -> Key:
     return (run.config.method, *map(repr, settings(run).items()))
 
 
-def usual(runs: Sequence[Run], options: Options) -> dict[str, Any]:
+def usual(runs: Sequence[Run], options: Sections) -> dict[str, Any]:
     """The usual value of each setting: a method's default if some run has it, else the commonest."""
     found: dict[str, Counter[str]] = {}
     values: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Progress, Score
 from pipeline.config import cli
-from pipeline.config.cli import Options
+from pipeline.config.cli import Sections
 from pipeline.config.schema import Config, read_file
 from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.datasets.prepared.splits import load_split
@@ -102,7 +102,7 @@ def find_runs(places: Sequence[str]) -> list[str]:
     return [uri for uri in found if by_place[storage.absolute(uri)] == uri]
 
 
-def read_run(uri: str, options: Options) -> Run:
+def read_run(uri: str, options: Sections) -> Run:
     """Reads a run directory.
 
     Args:
@@ -120,7 +120,7 @@ def read_run(uri: str, options: Options) -> Run:
     return Run(uri, config, _about(uri, config), records, progress, finished)
 
 
-def _config(uri: str, options: Options) -> Config:
+def _config(uri: str, options: Sections) -> Config:
     try:
         return cli.resolve(read_file(uri), options)
     except UserError as error:

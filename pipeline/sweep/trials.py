@@ -17,12 +17,13 @@ from pipeline.training.recipe import STUDENT, check_recipe
 TRIALS = "trials"
 """Folder of the run directories below a sweep."""
 DEFAULT_OUT = "runs/sweep"
+"""Directory of a sweep without `--out`."""
 GRIDS = {
     "ablation_reliability": ("u2pl.negative_pixels", ("unreliable", "reliable", "all")),
     "ablation_loss": ("u2pl.loss", ("contrastive", "binary")),
 }
 """Named grids: tables 4 and A2 of the U2PL paper, and its comparison of the two losses."""
-Grid = Mapping[str, Sequence[str]]
+OptionGrid = Mapping[str, Sequence[str]]
 """Values to try by dotted key, such as `optim.lr`."""
 
 
@@ -81,7 +82,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def make_trials(
-    base: Mapping[str, Any], methods: Sequence[str], splits: Sequence[str], seeds: int, grid: Grid
+    base: Mapping[str, Any], methods: Sequence[str], splits: Sequence[str], seeds: int, grid: OptionGrid
 ) -> list[Trial]:
     """All trials of a sweep, checked as far as can be without starting one.
 

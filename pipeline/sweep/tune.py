@@ -79,22 +79,22 @@ class LiveTable(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Tune."""
+        """Notes that a trial runs; called by Tune."""
         self._change(trial, "running")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Tune."""
+        """Notes that a trial has ended: done, stopped by a scheduler, or failed; called by Tune."""
         problem = trial.last_result.get("problem")  # said by a run that came to its end
         ended = "done" if self._found(trial).finished() else "stopped"  # a repeated search stops what is done, too
         self._change(trial, ended if problem is None else "failed" if problem else "done", problem or "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Tune."""
+        """Notes that a trial has failed, with the last line of its error; called by Tune."""
         text = Path(trial.error_file).read_text() if trial.error_file else "it ended without a word"
         self._change(trial, "failed", text.strip().splitlines()[-1])
 
     def failed(self) -> dict[str, str]:
-        """Why each failed trial did, by name."""
+        """The reason of each failed trial, by its name."""
         return {name: row.problem for name, row in self.rows.items() if row.state == "failed"}
 
     def _change(self, trial: Any, state: str, problem: str = "") -> None:
@@ -169,7 +169,7 @@ class ScoreReporter(TuneReportCallback):
     """Tells Tune of the evaluations of a run, not of its other checkpoints."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Called by Ray Train's controller."""
+        """Tells Tune of a report if it holds a score; called by Ray Train's controller."""
         if metrics[0]["score"] >= 0:
             super().after_report(run_context, metrics, checkpoint)
 

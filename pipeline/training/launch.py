@@ -39,7 +39,7 @@ def launch(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()
     """Runs a config on the cluster and prints the result; a run that was cut off goes on where it was.
 
     Args:
-        config: checked config; without a dataset the demo set is made first.
+        config: checked config; for `data.root` generated the shapes dataset is made first.
         fresh: delete what is in the run directory and start anew.
         callbacks: `ray.train.UserCallback`s that are told of checkpoints.
 

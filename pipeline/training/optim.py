@@ -21,17 +21,17 @@ class Chain:
         return [group for part in self.parts for group in part.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `torch.optim.Optimizer.zero_grad`, for all."""
+        """Sets the gradients of all parameters to None, or to 0 if `set_to_none` is False."""
         for part in self.parts:
             part.zero_grad(set_to_none)
 
     def step(self) -> None:
-        """One step of every optimiser."""
+        """Steps every optimiser once."""
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all, in order."""
+        """The states of all optimisers, as a list in order under `parts`."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

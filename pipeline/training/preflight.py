@@ -19,8 +19,8 @@ from pipeline.errors import UserError
 from pipeline.ingest.order import Source, open_sources, share_lanes
 from pipeline.methods import METHODS, OPTIONS, check_durations
 
-GENERATED = "generated"
-"""The `data.root` that means the demo set, made on first use."""
+SHAPES_ROOT = "generated"
+"""The `data.root` that means the shapes dataset, made on first use."""
 BUILT_IN_WEIGHTS = ("none", "torchvision")
 """The `model.weights` that are no file."""
 
@@ -61,7 +61,7 @@ def resolve_paths(config: Config) -> Config:
     root = config.data.root
     if root is None:
         raise UserError("no dataset named: pass --data PATH or s3://bucket/prefix (only --preset demo makes its own)")
-    if root == GENERATED:
+    if root == SHAPES_ROOT:
         root = str(default_root() / "data" / "shapes")
         if not storage.exists(storage.join(root, INFO_FILE)):
             prepare_shapes(root)

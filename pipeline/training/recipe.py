@@ -1,9 +1,9 @@
-"""Naive self-training, the three stages one after the other: train a teacher, label the pool, train a student anew.
+"""Naive self-training in three stages: train a teacher, label the dataset's unlabeled images, train a new student.
 
 Each stage leaves its result below the run directory, so a recipe that was cut off goes on where it was:
 
     RUN/teacher          a SupOnly run
-    RUN/pseudo_labels    what its last checkpoint sees in the unlabeled images
+    RUN/pseudo_labels    the labels that its last checkpoint gives the unlabeled images
     RUN/student          the run of method `self_training`: the result
 """
 
@@ -18,7 +18,7 @@ from pipeline.datasets.prepared import pseudo
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
-from pipeline.inference.label import Labeling, label_pool
+from pipeline.inference.label import Labeling, label_unlabeled
 from pipeline.methods.self_training import SelfTrainingOptions
 from pipeline.methods.suponly import SupOnlyOptions
 from pipeline.training.launch import delete_run, launch
@@ -38,6 +38,9 @@ def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] 
         fresh: delete what the stages left and start anew.
         callbacks: `ray.train.UserCallback`s that are told of the student's checkpoints.
 
+    Returns:
+        The scores of the student.
+
     Raises:
         UserError: as `launch`, or other pseudo-labels are in the way.
     """
@@ -50,12 +53,12 @@ def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] 
         delete_run(student)
         pseudo.delete_labels(labels)
     launch(teacher, fresh=fresh)
-    print("\nstage 2 of 3: the teacher's labels of the pool")
+    print("\nstage 2 of 3: the teacher's labels of the unlabeled images")
     options = config.options_of(SelfTrainingOptions)
     newest = checkpoint.find(str(teacher.out))
     dataset = open_dataset(str(config.data.root))
     split = load_split(dataset, config.split, config.data.protocol)
-    info = label_pool(Labeling(dataset.root, newest, options.tta, options.keep), split, labels)
+    info = label_unlabeled(Labeling(dataset.root, newest, options.tta, options.keep), split, labels)
     print(f"{info.images} images labeled in {labels}\n\nstage 3 of 3: the student")
     config = replace(config, out=student, data=replace(config.data, pseudo_labels=labels))
     return launch(config, callbacks=callbacks)

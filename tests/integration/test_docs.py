@@ -38,7 +38,7 @@ RUN = [page for page in PAGES if any(block.kind == "sh" for block in blocks(page
 def checkout(tmp_path: Path, shapes: str) -> Path:
     """A folder like the checkout, with photos of the reader's own beside it, in which a run leaves no trace in ours.
 
-    The generated set lies where commands that name no dataset would make it.
+    The shapes dataset lies where commands that name no dataset would make it.
     """
     if not (VENV / "installed").exists():
         pytest.skip("no .venv: the pages' commands take the environment that `make install` makes")

@@ -45,7 +45,7 @@ def proxy(server: S3Server) -> Iterator[FaultProxy]:
 
 @pytest.fixture(scope="module")
 def dataset(proxy: FaultProxy, shapes: str) -> Dataset:
-    """The demo set on the server."""
+    """The shapes dataset on the server."""
     for file in storage.list_files(shapes):
         storage.write_bytes(storage.join(ROOT, file), storage.read_bytes(storage.join(shapes, file)))
     return open_dataset(ROOT)

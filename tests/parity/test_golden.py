@@ -55,7 +55,7 @@ def test_unsupervised_loss(case: int, parts: Any):
     golden = _golden("unsup_loss")
     logits, alpha = golden["pred_student"].clone().requires_grad_(), (1 - golden["percents"][case] / 100).float()
     split = _split(parts, logits, golden["pred_teacher"], golden["label_u"], alpha)
-    assert _number(split.at[0]) == pytest.approx(_number(golden["thresholds"][case]), abs=1e-6)
+    assert _number(split.thresholds[0]) == pytest.approx(_number(golden["thresholds"][case]), abs=1e-6)
     assert torch.equal(split.label, golden["targets_after"][case])
     loss = split.loss
     loss.backward()
@@ -74,11 +74,11 @@ def test_entropy_masks(case: int, parts: Any):
     assert 100 * (1 - share) == pytest.approx(_number(golden["drop_percent"][case]))
     split = _split(parts, golden["pred_teacher"], golden["pred_teacher"], golden["label_u"], torch.tensor(share))
     torch.testing.assert_close(split.entropy, golden["entropy"], rtol=0, atol=1e-6)
-    assert _number(split.at[0]) == pytest.approx(_number(golden["high_thresh"][case]), abs=1e-6)
+    assert _number(split.thresholds[0]) == pytest.approx(_number(golden["high_thresh"][case]), abs=1e-6)
     assert torch.equal(split.unreliable, golden["high_mask_full"][case] > 0)
     assert torch.equal(split.known, golden["label_u"] != 255)
     assert torch.equal(split.reliable, split.known & ~split.unreliable)  # the paper's, not low_mask
-    assert _number(split.at[1]) == pytest.approx(_number(golden["low_thresh"][case]), abs=1e-6)
+    assert _number(split.thresholds[1]) == pytest.approx(_number(golden["low_thresh"][case]), abs=1e-6)
     assert torch.equal(split.surest, golden["low_mask_full"][case] > 0)
     truth = shrink(golden["label_l"] != 255, (9, 9))
     for mask, name in ((split.surest, "low"), (split.unreliable, "high")):
@@ -119,8 +119,8 @@ def _pixels(golden: dict[str, Tensor]) -> Pixels:
         teacher=golden["rep_teacher"],
         logits=golden["prob_teacher"].log(),
         label=shrink(torch.cat([golden["label_l"], golden["label_u"]]), (9, 9)),
-        reliable=golden["low_mask"][:, 0] > 0,
-        unreliable=golden["high_mask"][:, 0] > 0,
+        may_be_anchor=golden["low_mask"][:, 0] > 0,
+        may_be_negative=golden["high_mask"][:, 0] > 0,
         labeled=2,
     )
 

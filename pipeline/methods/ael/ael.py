@@ -1,7 +1,7 @@
-"""AEL (Hu et al., NeurIPS 2021): what the network knows badly it sees more often.
+"""AEL (Hu et al., NeurIPS 2021): classes that the network predicts with low confidence are trained on more often.
 
-L = L_s + L_c(labeled) + L_c(mixed). A running confidence by class steers three things: which classes are pasted into
-labeled images, which class' region is cut into unlabeled ones, and how often a pixel of a class is learned from.
+L = L_s + L_cons(labeled) + L_cons(mixed). A running confidence by class steers three things: which classes are pasted
+into labeled images, which class's region is cut into unlabeled ones, and how often a pixel of a class is learned from.
 Code: hzhupku/SemiSeg-AEL; `docs/methods.md` says where we differ.
 """
 
@@ -28,11 +28,11 @@ from pipeline.ops.mixing import Boxes, class_boxes, inside
 
 @dataclass(frozen=True, kw_only=True)
 class AELOptions:
-    """AEL: classes that are known badly are seen more often. The defaults are the release's for PASCAL VOC."""
+    """AEL: classes of low confidence are trained on more often. The defaults are the release's for PASCAL VOC."""
 
     warmup: float = 0.0
     """Supervised training with pastes before the teacher starts: steps, or below 1 a share of the run (release: none,
-    from ImageNet weights; a network from scratch is better with some)."""
+    from ImageNet weights; a network from scratch scores better with some)."""
     ema_decay: float = 0.99
     """Largest decay of the EMA teacher."""
     momentum: float = 0.999
@@ -50,7 +50,7 @@ class AELOptions:
     paste_exclude: str = ""
     """Classes that are never pasted, beside the background (the release: 0,1,2,8,10 of Cityscapes, for VOC too)."""
     paste_zoom: tuple[float, float] = (0.2, 1.0)
-    """Size of a paste relative to its crop; with crops at 0.5..2 that spans the release's 0.1..2."""
+    """Smallest and largest size of a paste, relative to its crop; with crops at 0.5..2 about the release's 0.1..2."""
     area: float = 0.03
     """Least share of a crop that a class must cover to be cut out (Cityscapes: 0.005)."""
     depth: int = 4
@@ -69,29 +69,29 @@ class AELOptions:
 
 
 class Targets(NamedTuple):
-    """What the teacher says of each pixel, for the student to learn."""
+    """The teacher's prediction of each pixel, which the student is to learn."""
 
     label: Tensor
-    """int64 [B,H,W]."""
+    """int64 [B,H,W], the likeliest class."""
     confidence: Tensor
-    """float32 [B,H,W]; 0 where there is no pixel."""
+    """float32 [B,H,W], its probability; 0 on padding."""
 
 
 class Task(NamedTuple):
-    """What the student is to learn."""
+    """The images of a step and their targets."""
 
     labeled: Views
-    """With pastes."""
+    """The labeled side, with pastes in images and masks."""
     of_labeled: Targets
-    """What the teacher says of them."""
+    """The teacher's targets of the labeled images."""
     mixed: Tensor
-    """uint8 [B_u,3,H,W]."""
+    """uint8 [B_u,3,H,W], unlabeled images with a region of an earlier crop each."""
     of_mixed: Targets
-    """What it says of their parts."""
+    """The teacher's targets of the two parts, mixed as the images are."""
 
 
 class AEL(TeacherMethod):
-    """Student, EMA teacher, class confidence, reservoir of unlabeled crops."""
+    """Student, EMA teacher, class confidence, and a reservoir of unlabeled crops."""
 
     Options: ClassVar[type] = AELOptions
     views = ViewSpec(unlabeled=True)
@@ -124,13 +124,13 @@ class AEL(TeacherMethod):
             supervised = self._labeled_loss(prediction, labeled, step)
             return Losses({"supervised": supervised + untouched(prediction)}, {})
         task = self.prepare(labeled, unlabeled, step)
-        student = self.together(self.student, labeled.image, task.mixed)
+        student = self.forward_all(self.student, labeled.image, task.mixed)
         with torch.autocast(labeled.image.device.type, enabled=False):
             return self.losses(student, task, step)
 
     @torch.no_grad()
     def prepare(self, labeled: Views, unlabeled: Views, step: Step) -> Task:
-        """Mixes unlabeled images with earlier crops; the teacher looks at all parts and the reservoir takes some in."""
+        """Makes the mixed images and all targets, and puts some of the unlabeled images into the reservoir."""
         partner = self.partners(len(unlabeled.image), step)
         seen = torch.cat([labeled.image, unlabeled.image, partner.crops[:, :3]])
         # evaluation mode: clean images have other batch statistics than those the student learns with
@@ -143,7 +143,7 @@ class AEL(TeacherMethod):
 
     @torch.no_grad()
     def paste(self, labeled: Views, step: Step) -> Views:
-        """Adaptive copy-paste: pixels of badly known classes of the batch's neighbour, zoomed (paper section 3.3)."""
+        """Adaptive copy-paste: pixels of low-confidence classes come from the batch's neighbour (paper section 3.3)."""
         options, count, device = self.options, len(labeled.image), labeled.image.device
         partner = mixing.partners(count, device)
         draws = step.uniform_per_image("ael/paste", (count, 5), device)
@@ -160,12 +160,12 @@ class AEL(TeacherMethod):
         )
 
     def partners(self, count: int, step: Step) -> DrawnCrops:
-        """For each unlabeled image an earlier crop that shows a badly known class."""
+        """An earlier crop for each of `count` unlabeled images, drawn by class: low confidence is drawn more often."""
         draws = step.uniform_per_image("ael/partner", (count, 2), self.confidence.value.device)
         return self.reservoir.draw(self.confidence.preference(), draws)
 
     def targets(self, prediction: Prediction, labeled: Views, unlabeled: Views, partner: DrawnCrops) -> list[Targets]:
-        """The teacher's labels and confidence of labeled, unlabeled and partner images; 0 confidence off the image."""
+        """The teacher's targets of labeled, unlabeled and partner images, in this order; confidence is 0 on padding."""
         confidence, label = upsample(prediction.logits.float(), labeled.size).softmax(1).max(1)
         valid = torch.cat([labeled.valid, unlabeled.valid, partner.crops[:, 3] > 0])
         counts = [len(labeled.image), len(unlabeled.image), len(partner.crops)]
@@ -174,8 +174,13 @@ class AEL(TeacherMethod):
     def boxes(self, label: Tensor, partner: DrawnCrops, step: Step) -> Tensor:
         """Adaptive CutMix: which pixels come from the partner, bool [B,H,W] (paper section 3.2).
 
-        The box around the drawn class, if the teacher still finds enough of it in the partner; else, or if that box is
-        more than half of the image, a random box of half the area.
+        The box around the class that the crop was drawn for, if the teacher still finds enough of it in the partner.
+        Else, or if that box covers more than half of the image, a random box of half the area.
+
+        Args:
+            label: int64 [B,H,W], the teacher's labels of the partners.
+            partner: the partners.
+            step: for the random boxes.
         """
         size, count = (label.shape[1], label.shape[2]), len(label)
         boxes = class_boxes(label, self.num_classes)
@@ -186,7 +191,7 @@ class AEL(TeacherMethod):
         return torch.where(fits.view(-1, 1, 1), inside(own, size), anywhere) & partner.found.view(-1, 1, 1)
 
     def remember(self, unlabeled: Views, label: Tensor, step: Step) -> None:
-        """Hands some of this step's crops to the reservoir, each for a class that covers enough of it."""
+        """Puts some of this step's unlabeled crops into the reservoir, each for a class that covers enough of it."""
         label = label.masked_fill(~unlabeled.valid, IGNORE)
         classes = torch.arange(self.num_classes, device=label.device).view(1, -1, 1, 1)
         shown = (label.unsqueeze(1) == classes).flatten(2).float().mean(2) > self.options.area
@@ -195,7 +200,13 @@ class AEL(TeacherMethod):
         self.reservoir.push(crops, shown, self.confidence.preference(), draws, step.world)
 
     def losses(self, student: Prediction, task: Task, step: Step) -> Losses:
-        """L_s and the two consistencies, of labeled and of mixed images."""
+        """L_s, and L_cons of labeled and of mixed images, weighted; L_s moves the class confidence first.
+
+        Args:
+            student: of labeled and mixed images; gets the gradient.
+            task: the images and their targets.
+            step: for the draws of pixels.
+        """
         labeled, count = task.labeled, len(task.labeled.image)
         logits = upsample(student.logits.float(), labeled.size)
         terms = {  # the first one moves the class confidence, which the others use
@@ -211,15 +222,22 @@ class AEL(TeacherMethod):
         return Losses(terms, logs)
 
     def _labeled_loss(self, prediction: Prediction, labeled: Views, step: Step) -> Tensor:
-        """L_s; what the student makes of the true classes moves the class confidence."""
+        """L_s; the student's probability of the true classes moves the class confidence."""
         logits = upsample(prediction.logits.detach().float(), labeled.size)
         self.confidence.update(logits, labeled.truth, step.world)
         return self.supervised(prediction, labeled, step.world)
 
     def consistency(self, logits: Tensor, teacher: Targets, name: str, step: Step) -> Tensor:
-        """Dynamic re-weighting: sum_i w_i CE_i / sum_i w_i, w_i = m_i^gamma Bernoulli(r of the student's class).
+        """L_cons by dynamic re-weighting: sum_i w_i CE_i / sum_i w_i, 0-dim (paper section 3.4, eq. 8 to 10).
 
-        Paper section 3.4, eq. 8-10; a pixel below the threshold has weight 0.
+        w_i = m_i^gamma Bernoulli(r), with m_i the teacher's confidence and r the sampling rate of the class that the
+        student predicts. A pixel below the threshold has weight 0.
+
+        Args:
+            logits: float [B,C,H,W] of the student; get the gradient.
+            teacher: targets of the same images.
+            name: key of the draws.
+            step: for the draws.
         """
         rate = self.confidence.sampling_rate()[logits.detach().argmax(1)]
         drawn = step.uniform_per_image(name, tuple(teacher.label.shape), logits.device) < rate
@@ -229,10 +247,10 @@ class AEL(TeacherMethod):
 
 
 def _class_ids(text: str) -> list[int]:
-    """The numbers in `0,1,2`.
+    """The class numbers in a text such as `0,1,2`.
 
     Raises:
-        UserError: something else is in there.
+        UserError: the text holds something else.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdecimal() for part in parts):

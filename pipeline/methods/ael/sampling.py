@@ -1,4 +1,4 @@
-"""What AEL samples by (Hu et al., NeurIPS 2021): how well each class is known, a reservoir of crops, and pastes."""
+"""The sampling of AEL (Hu et al., NeurIPS 2021): class confidence, a reservoir of crops, and pastes."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ from pipeline.ops.world import World
 class ClassConfidence(nn.Module):
     """Running mean of the probability of the true class, by class; the same on every rank.
 
-    State (buffer): `value` float32 [C]. It starts at 1/2, which favours no class; the release draws it from U(0,1).
+    State (buffer): `value` float32 [C], in 0..1. It starts at 1/2, which favours no class; the release draws it from
+    U(0,1).
     """
 
     value: Tensor
@@ -44,12 +45,12 @@ class ClassConfidence(nn.Module):
         self.value.copy_(torch.where(count > 0, moved, self.value))
 
     def sampling_rate(self) -> Tensor:
-        """r_k = (1 - c_k) / max_j (1 - c_j): the worst class is always learned from, float32 [C] (AEL eq. 8)."""
-        doubt = 1.0 - self.value
-        return doubt / doubt.amax().clamp_min(1e-12)
+        """r_k = (1 - c_k) / max_j (1 - c_j), 1 for the class of least confidence: float32 [C] (AEL eq. 8)."""
+        rest = 1.0 - self.value
+        return rest / rest.amax().clamp_min(1e-12)
 
     def preference(self, power: float = 1.0) -> Tensor:
-        """Shares by softmax of (1 - c)^power: weak classes are drawn more often, float32 [C] (AEL eq. 7)."""
+        """Weights to draw classes by, softmax of (1 - c)^power: float32 [C], summing to 1 (AEL eq. 7)."""
         return (1.0 - self.value).clamp_min(0.0).pow(power).softmax(0)
 
 
@@ -72,14 +73,14 @@ def draw_index(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 class DrawnCrops(NamedTuple):
-    """Crops taken from the reservoir."""
+    """Crops drawn from the reservoir."""
 
     crops: Tensor
     """uint8 [B,K,H,W]."""
     label: Tensor
-    """int64 [B], the class that each was drawn for."""
+    """int64 [B], the class that each crop was drawn for."""
     found: Tensor
-    """bool [B]; False: the reservoir is empty, and so is the crop."""
+    """bool [B]; False where the reservoir was empty, and the crop is all 0."""
 
 
 class Reservoir(nn.Module):
@@ -106,13 +107,13 @@ class Reservoir(nn.Module):
 
     @torch.no_grad()
     def push(self, crops: Tensor, shown: Tensor, weights: Tensor, uniform: Tensor, world: World) -> None:
-        """Takes up P crops of the global batch, each for a class drawn among those that it shows.
+        """Stores P crops of the global batch, each for a class drawn among those that it shows.
 
         Args:
             crops: uint8 [B,K,H,W] of this rank; B is the same on all ranks.
             shown: bool [B,C], which classes each crop can stand for.
-            weights: float [C], how much each class is wanted.
-            uniform: float [P,2] in [0,1), the same on all ranks: class and crop.
+            weights: float [C] >= 0, by which classes are drawn.
+            uniform: float [P,2] in [0,1), the same on all ranks; decide class and crop.
             world: ranks that share the crops.
         """
         everyone = world.gather(shown).flatten(0, 1).float()  # [W*B,C]
@@ -138,8 +139,8 @@ class Reservoir(nn.Module):
         """Crops of classes drawn by `weights` among those that have any.
 
         Args:
-            weights: float [C].
-            uniform: float [B,2] in [0,1): class and crop.
+            weights: float [C] >= 0, by which classes are drawn.
+            uniform: float [B,2] in [0,1); decide class and crop.
         """
         label = draw_index(weights * (self.count > 0), uniform[:, 0])
         held = self.count[label]
@@ -157,7 +158,7 @@ def zoomed(image: Tensor, mask: Tensor, draws: Tensor, zoom: tuple[float, float]
         image: uint8 [B,3,H,W].
         mask: int64 [B,H,W].
         draws: float [B,4] in [0,1): zoom, top, left, flip.
-        zoom: smallest and largest; below 1 the image shrinks, above it is cut.
+        zoom: smallest and largest size, relative to the canvas; below 1 the image shrinks, above 1 it is cut.
 
     Returns:
         uint8 [B,3,H,W] (bilinear, from an image of about the new size) and int64 [B,H,W] (nearest), which is 255

@@ -11,7 +11,7 @@ from pipeline.ops.world import World
 
 
 class MemoryBank(nn.Module):
-    """FIFO queues of L2-normalised keys, one per class; the same on every rank.
+    """FIFO queues of L2-normalised keys, one per class; the same on every worker.
 
     State (buffers, so checkpoints hold it): `keys` float [sum of sizes + 1, D] whose last row takes what is thrown
     away, `pointer` and `count` int64 [C].
@@ -35,21 +35,21 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor, valid: Tensor, world: World) -> None:
-        """Appends the keys of all ranks in rank order; the newest stay.
+        """Appends the keys of all workers, in their order; the newest stay.
 
         Args:
             keys: float [C,K,D], not normalised. A key that is not finite is left out: one would spoil the loss of
                 its class for as long as it stays.
-            valid: bool [C,K], which keys there are.
-            world: ranks to gather from: two collectives, whatever the number of classes.
+            valid: bool [C,K], which of them exist.
+            world: workers to gather from: two collectives, whatever the number of classes.
         """
         unit, finite = _unit(keys)
         given = world.gather(valid & finite)  # [W,C,K]
         gathered = world.gather(unit.to(self.keys.dtype))  # [W,C,K,D]
         place, total = _places(given)
-        kept = given & (place >= (total - self.size)[:, None])
+        stays = given & (place >= (total - self.size)[:, None])
         slot = self.offset[:, None] + (self.pointer[:, None] + place) % self.size[:, None]
-        slot = torch.where(kept, slot, len(self.keys) - 1)
+        slot = torch.where(stays, slot, len(self.keys) - 1)
         self.keys.index_copy_(0, slot.flatten(), gathered.flatten(0, 2))
         self.pointer.copy_((self.pointer + total) % self.size)
         self.count.copy_(torch.minimum(self.count + total, self.size))

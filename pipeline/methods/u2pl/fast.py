@@ -1,4 +1,4 @@
-"""U2PL's losses, as fast as they get: the same as in `reference.py`, which says what they are.
+"""U2PL's losses, optimised. They equal those of `reference.py`, which is the listing to read.
 
 No logits at full size, one sort for anchors and prototypes, no host synchronisation, loss and gradient in one pass.
 """
@@ -28,16 +28,22 @@ def unsupervised(
     grid = make_grid((label.shape[1], label.shape[2]), (student.shape[2], student.shape[3]))
     arranged = grid.arrange(label)
     values, known = grid.entropy(teacher), arranged != IGNORE
-    at = masked_quantile(values, known, shares, among)
-    kept = reliable_labels(values, arranged, at[0])
-    loss = unsupervised_cross_entropy(student, kept, shown, world, grid)
-    share = (kept != IGNORE).sum() / label.numel()
-    return Reliability(loss, at, share, grid.shrink(kept), grid.shrink(values), grid.shrink(known))
+    thresholds = masked_quantile(values, known, shares, among)
+    target = reliable_labels(values, arranged, thresholds[0])
+    loss = unsupervised_cross_entropy(student, target, shown, world, grid)
+    kept_share = (target != IGNORE).sum() / label.numel()
+    return Reliability(loss, thresholds, kept_share, grid.shrink(target), grid.shrink(values), grid.shrink(known))
 
 
 @kernel()
 def reliable_labels(values: Tensor, label: Tensor, gamma: Tensor) -> Tensor:
-    """Labels of the pixels below gamma_t, 255 elsewhere: of the shape and dtype of `label`."""
+    """Labels of the pixels whose entropy is below gamma_t, 255 elsewhere: of the shape and dtype of `label`.
+
+    Args:
+        values: float32, entropy.
+        label: of the same shape, pseudo-labels.
+        gamma: float32 0-dim, gamma_t; NaN leaves no label.
+    """
     reliable = (values < gamma).to(label.dtype)
     return label * reliable + IGNORE * (1 - reliable)
 
@@ -46,15 +52,10 @@ def reliable_labels(values: Tensor, label: Tensor, gamma: Tensor) -> Tensor:
 
 
 def candidates(pixels: Pixels, rule: Rule, draws: Draws) -> Candidates:
-    """Chooses anchors, positives and new keys (paper eq. 9-16).
-
-    Anchors are reliable pixels of the class with p_c > delta_p; the prototype averages all reliable pixels of the
-    class; negatives are labeled pixels of another class that the teacher still ranks high, O(c) < r_l, and
-    unreliable pixels for which the class is neither likely nor the least likely, r_l <= O(c) < r_h.
-    """
+    """Chooses anchors, positives and new keys as `reference.sets` and `reference.candidates` define them."""
     classes = pixels.logits.shape[1]
     label, logits = pixels.label.float(), pixels.logits.detach().float()
-    by_class = Segments(_anchor_set(logits, label, pixels.reliable, rule.delta_p).flatten(), 2 * classes)
+    by_class = Segments(_anchor_set(logits, label, pixels.may_be_anchor, rule.delta_p).flatten(), 2 * classes)
     count = by_class.count.view(classes, 2)
     sums = by_class.sums(rows(pixels.teacher.detach())).unflatten(0, (classes, 2))
     members = Members(negative_mask(pixels, rule))
@@ -65,14 +66,14 @@ def candidates(pixels: Pixels, rule: Rule, draws: Draws) -> Candidates:
 
 
 @kernel()
-def _anchor_set(logits: Tensor, label: Tensor, reliable: Tensor, delta_p: float) -> Tensor:
-    """Number of each pixel's set, int16 [B,h,w]: 2c for sure pixels of class c, 2c+1 for unsure ones, 2C for none."""
+def _anchor_set(logits: Tensor, label: Tensor, may_be_anchor: Tensor, delta_p: float) -> Tensor:
+    """Number of each pixel's set, int16 [B,h,w]: 2c, anchors of class c; 2c+1, its other positives; 2C, neither."""
     classes = logits.shape[1]
     own = label.unsqueeze(1) == torch.arange(classes, device=logits.device, dtype=logits.dtype).view(-1, 1, 1)
     weights = (logits - logits.amax(1, keepdim=True)).exp()
     probability = (weights * own.float()).sum(1) / weights.sum(1)
-    member = reliable.float() * (label != IGNORE).float()
-    number = 2.0 * label + (1.0 - (probability > delta_p).float())  # NaN is not sure
+    member = may_be_anchor.float() * (label != IGNORE).float()
+    number = 2.0 * label + (1.0 - (probability > delta_p).float())  # NaN is not above delta_p
     return (member * number + (1.0 - member) * (2.0 * classes)).to(torch.int16)
 
 
@@ -82,20 +83,31 @@ def negative_mask(pixels: Pixels, rule: Rule) -> Tensor:
     likely, possible = kth_largest(logits, rule.r_l), kth_largest(logits, min(rule.r_h, logits.shape[1]))
     label = pixels.label.float()
     labeled = (torch.arange(len(label), device=label.device) < pixels.labeled).float().view(-1, 1, 1)
-    truth, unreliable = labeled * (label != IGNORE).float(), (1.0 - labeled) * pixels.unreliable.float()
-    return _negatives(logits, likely, possible, label, truth, unreliable).flatten(1)
+    truth, unlabeled = labeled * (label != IGNORE).float(), (1.0 - labeled) * pixels.may_be_negative.float()
+    return _negatives(logits, likely, possible, label, truth, unlabeled).flatten(1)
 
 
 @kernel()
 def _negatives(
-    logits: Tensor, likely: Tensor, possible: Tensor, label: Tensor, truth: Tensor, unreliable: Tensor
+    logits: Tensor, likely: Tensor, possible: Tensor, label: Tensor, truth: Tensor, unlabeled: Tensor
 ) -> Tensor:
-    """uint8 [C,B,h,w]. Products of floats 0 and 1 in place of logic: mixed types do not vectorise."""
-    score = logits.transpose(0, 1)
-    classes = torch.arange(len(score), device=logits.device, dtype=logits.dtype).view(-1, 1, 1, 1)
-    leading = (score >= likely).float()
+    """Which pixels are negatives of which class, uint8 [C,B,h,w].
+
+    Masks are floats of 0 and 1, and products stand in place of logic: mixed types do not vectorise.
+
+    Args:
+        logits: float32 [B,C,h,w] of the teacher.
+        likely: float32 [B,h,w], least logit of a class with O(c) < r_l.
+        possible: float32 [B,h,w], least logit of a class with O(c) < r_h.
+        label: float32 [B,h,w].
+        truth: float32 [B,h,w], pixels of labeled images that have a label.
+        unlabeled: float32 [B,h,w], pixels of unlabeled images that may be negatives.
+    """
+    by_class = logits.transpose(0, 1)
+    classes = torch.arange(len(by_class), device=logits.device, dtype=logits.dtype).view(-1, 1, 1, 1)
+    leading = (by_class >= likely).float()
     of_labeled = leading * (label != classes).float() * truth
-    of_unlabeled = (1.0 - leading) * (score >= possible).float() * unreliable
+    of_unlabeled = (1.0 - leading) * (by_class >= possible).float() * unlabeled
     return (of_labeled + of_unlabeled).to(torch.uint8)
 
 
@@ -113,7 +125,7 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
 
 @kernel()
 def _largest(values: Tensor, k: int) -> Tensor:
-    """Insertion of one class after the other into the k largest so far."""
+    """As `kth_largest`, for small k: every class in turn is inserted into the k largest so far."""
     best: list[Tensor] = []
     for value in values.unbind(1):
         for i, held in enumerate(best):
@@ -124,10 +136,10 @@ def _largest(values: Tensor, k: int) -> Tensor:
 
 
 def positives(found: Candidates, world: World) -> Positives:
-    """Prototypes over all ranks: one sum, whatever the number of classes.
+    """As `reference.positives`, with one collective, whatever the number of classes.
 
-    The weight is this rank's share of the anchor candidates relative to the mean per rank: the mean over the ranks then
-    has the expectation of one draw from all candidates.
+    The weight is this worker's number of anchor candidates relative to the mean per worker: the mean over the workers
+    then has the expectation of one draw from all candidates.
     """
     local = torch.cat([found.positive_sum, found.positive_count[:, None], found.anchor_count[:, None]], 1)
     total = world.sum(local)
@@ -147,7 +159,7 @@ def contrastive(
     *,
     binary: bool = False,
 ) -> Tensor:
-    """L_c (or L_b) of this rank; its mean over the ranks has the same expectation for any number of ranks.
+    """L_c (or L_b) of this worker, 0-dim; its mean over the workers has the same expectation for any number of them.
 
     New keys are pushed before the negatives are drawn. The sum over classes with anchors and keys is divided by the
     number of classes present (prototype set not empty); with at most one class present the loss is 0.
@@ -182,11 +194,11 @@ def info_nce(
     Args:
         anchors: float [C,M,D], get the gradient; compared by cosine.
         positives: float [C,D], one per class.
-        keys: float [rows,D], normalised bank.
-        index: int64 [C,M,N], rows of `keys`: the negatives of each anchor. Anchors may share them, which is faster
-            as caches hold them, leaves the expected loss and gradient alone, and makes them noisier.
+        keys: float [rows,D], the bank's normalised keys.
+        index: int64 [C,M,N], rows of `keys`: the negatives of each anchor. Anchors may share them. That is faster, as
+            caches hold shared keys; it does not change the expectation of loss and gradient, and adds noise to both.
         temperature: tau.
-        binary: which of the two.
+        binary: whether to compute the second one.
     """
     return _InfoNCE.apply(  # type: ignore[no-any-return]
         anchors.float(), positives.float(), keys, index, temperature, binary
@@ -204,6 +216,7 @@ class _InfoNCE(torch.autograd.Function):
     def forward(
         ctx: Any, anchors: Tensor, positives: Tensor, keys: Tensor, index: Tensor, temperature: float, binary: bool
     ) -> Tensor:
+        """Losses [C]. Saves their gradient for the anchors, float32 [C,M,D]."""
         unit, norm, positive = _normalised(anchors, positives)
         losses, slope_own, slope_others = _loss((unit * positive).sum(-1), dots(unit, keys, index), temperature, binary)
         pull = slope_own[..., None] * positive + _combined(slope_others, keys, index)
@@ -212,6 +225,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+        """The saved gradient, times that of each class's loss [C]; positives and keys get none."""
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].view(-1, 1, 1), None, None, None, None, None
 
@@ -225,7 +239,7 @@ def _normalised(anchors: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Ten
 
 @kernel()
 def _loss(own: Tensor, others: Tensor, temperature: float, binary: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [C], and its slope along each cosine: to the positive [C,M] and to the negatives [C,M,N]."""
+    """Loss [C], and its derivative by each cosine: to the positive [C,M] and to the negatives [C,M,N]."""
     own, others = own / temperature, others / temperature
     share = 1.0 / (temperature * own.shape[1])
     if binary:
@@ -254,7 +268,7 @@ def dots(unit: Tensor, keys: Tensor, index: Tensor) -> Tensor:
 
 @kernel()
 def gathered_dots(unit: Tensor, keys: Tensor, index: Tensor) -> Tensor:
-    """As `dots`, each negative read where it lies."""
+    """As `dots`, reading each negative from the bank without a copy: compiled, there is no [C,M,N,D]."""
     return (unit[:, :, None] * keys[index]).sum(-1)
 
 

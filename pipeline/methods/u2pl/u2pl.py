@@ -1,9 +1,9 @@
 """U2PL (Wang et al., CVPR 2022): unreliable pixels as negative samples.
 
-L = L_s + L_u + lambda_c L_c. The teacher's entropy parts the unlabeled pixels: below gamma_t they carry pseudo-labels
-(L_u), above it they fill class-wise memory banks with negatives for the pixel contrastive loss (L_c). This is the
-method of the paper; where the released code differs from it, `docs/u2pl.md` says what we chose, and
-`variant: upstream` does as the release does.
+L = L_s + lambda_u L_u + lambda_c L_c. The teacher's entropy parts the unlabeled pixels: those below gamma_t carry
+pseudo-labels (L_u), those from gamma_t on fill class-wise memory banks with negatives for the pixel contrastive loss
+(L_c). This is the paper's method, with the release's choices where `docs/u2pl.md` says so; `variant: upstream` does as
+the released code does in the rows marked D there.
 """
 
 import logging
@@ -21,7 +21,7 @@ from pipeline.methods.base import BatchNorm, Losses, Step, untouched
 from pipeline.methods.teacher import TeacherMethod
 from pipeline.methods.u2pl import fast, reference, upstream
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Rule, averaged
+from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Reliability, Rule, averaged
 from pipeline.models import Prediction
 from pipeline.ops import mixing
 from pipeline.ops.entropy import IGNORE
@@ -40,7 +40,8 @@ class U2PLOptions:
     """
 
     variant: Literal["paper", "upstream"] = "paper"
-    """upstream: one-hot, negatives, class pairing, weight, padding and teacher start as in the released code."""
+    """upstream: one-hot labels, negatives, class pairing, weight, padding, anchors (the alpha_t share of the lowest
+    entropy) and positives (of each worker alone) as in the released code; with epoch_steps also its teacher's start."""
     warmup: float = 0.0125
     """Supervised training before the teacher starts: steps, or below 1 a share of the run (release: one epoch of 80 on
     VOC, none on Cityscapes)."""
@@ -56,10 +57,10 @@ class U2PLOptions:
     """Probability that a step uses it."""
     alpha_0: float = 0.2
     """Share of unlabeled pixels that is unreliable at step 0; it falls linearly to 0."""
-    thresholds: Literal["global", "rank"] = "global"
-    """Whether the entropy threshold is taken over the pixels of all workers or of each (release)."""
+    thresholds: Literal["global", "worker"] = "global"
+    """global: the entropy threshold is a quantile over all workers' pixels; worker: over each worker's (release)."""
     lambda_u: float = 1.0
-    """Further weight of L_u, whose own is shown pixels / kept pixels (release: 1)."""
+    """Base weight of L_u: eta of equation 8; the paper's lambda_u is eta x shown / reliable pixels (release: 1)."""
     loss: Literal["contrastive", "binary"] = "contrastive"
     """contrastive: L_c, InfoNCE; binary: L_b, our derivation, as the release calls it without defining it."""
     lambda_c: float = 0.1
@@ -72,9 +73,9 @@ class U2PLOptions:
     delta_p: float = 0.3
     """Least teacher probability of an anchor's own class."""
     r_l: int = 3
-    """Rank from which on a class is unlikely: lower ranks are likely."""
+    """Class rank from which on a class is unlikely; rank 0 is the likeliest class."""
     r_h: int = 20
-    """Rank from which on a class is so unlikely that the pixel teaches nothing."""
+    """Class rank from which on a class is so unlikely that the pixel teaches nothing."""
     anchors: int = 256
     """Anchors per class, step and worker."""
     negatives: int = 50
@@ -85,18 +86,18 @@ class U2PLOptions:
     keys: int = 256
     """New keys per class, step and worker at most."""
     keys_in_all: int = 2048
-    """New keys per class and step of all workers together: beyond eight workers each gives fewer, as what all exchange
-    would grow with their number (2.8 GB a step at 512) and a queue would be overwritten every few steps."""
+    """New keys per class and step of all workers together. Beyond eight workers each gives fewer: else the exchange
+    would grow with their number (2.8 GB a step at 512), and a queue would be overwritten every few steps."""
     queue: int = 30000
     """Capacity of a class's memory bank."""
     queue_background: int = 50000
     """Capacity of class 0's memory bank."""
     bank_dtype: Literal["float32", "bfloat16"] = "float32"
-    """How keys are stored; bfloat16 halves memory and traffic."""
+    """Dtype of the stored keys; bfloat16 halves memory and traffic."""
     prototype_ema: bool = False
     """Smooth the positives over the steps (the release's anchor_ema, which it leaves off)."""
     parts: Literal["fast", "reference"] = "fast"
-    """How the losses are computed: fast, or plainly, to hold the one against the other."""
+    """Which implementation computes the losses: the fast one, or the plain reference, many times slower."""
     batch_norm: BatchNorm = "joint"
     """Whether labeled and unlabeled images share batch statistics, in student and teacher (release: joint)."""
 
@@ -111,16 +112,16 @@ class U2PLOptions:
 
     @property
     def groups(self) -> int:
-        """Sets of negatives per class."""
+        """Number of sets of negatives per class and step."""
         return self.negative_groups or self.anchors
 
     def keys_of(self, workers: int) -> int:
-        """New keys per class and step of each of so many workers."""
+        """New keys per class and step of each worker, if there are `workers` of them."""
         return max(1, min(self.keys, self.keys_in_all // workers))
 
 
 class Augmentation(NamedTuple):
-    """What strong augmentation does to the unlabeled batch, in images, labels and whatever else lies on them."""
+    """One step's strong augmentation, to be applied alike to images, labels, masks, logits and features."""
 
     mask: Tensor
     """bool [B,H,W], True where an image loses its own pixels."""
@@ -128,33 +129,38 @@ class Augmentation(NamedTuple):
     """int64 [B], whose pixels come in; None: they are erased."""
 
     def apply(self, own: Tensor, blank: Tensor | int) -> Tensor:
-        """`own` [B,H,W] or [B,K,H,W] after it; `blank` is what erased pixels become."""
+        """The augmented tensor.
+
+        Args:
+            own: [B,H,W] or [B,K,H,W], any dtype.
+            blank: value of erased pixels.
+        """
         if self.partner is not None:
             return mixing.mix(own, self.mask, self.partner)
         return torch.where(self.mask if own.dim() == 3 else self.mask.unsqueeze(1), blank, own)
 
     def apply_small(self, own: Tensor) -> Tensor:
-        """`own` [B,K,h,w] of the network's resolution; what is erased stays, as its label says 255."""
+        """As `apply`, for [B,K,h,w] at the network's resolution; erased pixels stay, as their label is 255."""
         if self.partner is None:
             return own
         return mixing.mix(own, shrink(self.mask, (own.shape[-2], own.shape[-1])), self.partner)
 
 
 class UnlabeledTargets(NamedTuple):
-    """What the student is to learn from the unlabeled images."""
+    """The augmented unlabeled images, and what the student is to learn from them."""
 
     images: Tensor
     """uint8 [B_u,3,H,W], strongly augmented."""
     label: Tensor
-    """int64 [B_u,H,W], pseudo-labels of them; 255 where there is no pixel."""
+    """int64 [B_u,H,W], pseudo-labels of `images`; 255 on padding and where pixels are cut out."""
     shown: Tensor
-    """bool [B_u,H,W], where they show an image: no padding; what is cut out counts, as in the release."""
+    """bool [B_u,H,W], the pixels that are not padding; pixels that are cut out count, as in the release."""
     teacher: Prediction
-    """The teacher's view of labeled and unlabeled images, for entropy, ranks and keys; no gradient."""
+    """The teacher's prediction of labeled and unlabeled images, for entropy, class ranks and keys; no gradient."""
 
 
 class U2PL(TeacherMethod):
-    """Student, EMA teacher, memory banks."""
+    """Student, EMA teacher, memory bank."""
 
     Options = U2PLOptions
     views = ViewSpec(unlabeled=True)
@@ -176,12 +182,12 @@ class U2PL(TeacherMethod):
             self.register_buffer("prototypes", torch.zeros(num_classes, config.model.feature_dim))
 
     def decay(self, step: Step) -> float:
-        """As for every teacher; D8: the release ties it to the student for the whole first epoch."""
+        """The EMA decay of this step; 0 for the whole first epoch with `variant: upstream` (D8 of docs/u2pl.md)."""
         tied = self.options.variant == "upstream" and step.index < self.warmup + self.options.epoch_steps
         return 0.0 if tied else super().decay(step)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        """L_s during the warm-up, then L_s + L_u + lambda_c L_c (paper eq. 1)."""
+        """L_s during the warm-up, then L_s + lambda_u L_u + lambda_c L_c (paper eq. 1)."""
         labeled, unlabeled = self.sides(batch)
         if self.options.variant == "upstream":  # D6: padding is class 0, and pseudo-labels of padding count
             labeled = replace(labeled, mask=labeled.truth.masked_fill(~labeled.valid, 0))
@@ -191,7 +197,7 @@ class U2PL(TeacherMethod):
             supervised = self.supervised(prediction, labeled, step.world)
             return Losses({"supervised": supervised + untouched(prediction)}, {})
         targets = self.targets(labeled, unlabeled, step)
-        student = self.together(self.student, labeled.image, targets.images)
+        student = self.forward_all(self.student, labeled.image, targets.images)
         with torch.autocast(labeled.image.device.type, enabled=False):
             return self.losses(student, targets, labeled, step)
 
@@ -201,8 +207,9 @@ class U2PL(TeacherMethod):
     def targets(self, labeled: Views, unlabeled: Views, step: Step) -> UnlabeledTargets:
         """Pseudo-labels of the clean images (paper eq. 6), strong augmentation, and the teacher's second look.
 
-        Labels come from the teacher in evaluation mode; entropy, ranks and keys from batch statistics, as in the
-        release. With one pass, all of it comes from that second look, taken at the clean images.
+        Labels come from the teacher in evaluation mode; entropy, class ranks and keys from a second look in training
+        mode, with batch statistics, as in the release. With `teacher_passes` 1 all of it comes from one look at the
+        clean images, in training mode.
         """
         count, image = len(labeled.image), unlabeled.image
         look = self._look(labeled.image, image) if self.options.teacher_passes == 1 else None
@@ -218,11 +225,14 @@ class U2PL(TeacherMethod):
         return UnlabeledTargets(image, label, shown, look or self._look(labeled.image, image))
 
     def _look(self, labeled: Tensor, unlabeled: Tensor) -> Prediction:
-        """The teacher with batch statistics, which also moves its running ones."""
-        return self.together(self.teacher.train(), labeled, unlabeled)
+        """The teacher's prediction in training mode, by batch statistics; moves its running ones too."""
+        return self.forward_all(self.teacher.train(), labeled, unlabeled)
 
     def _change(self, label: Tensor, step: Step) -> Augmentation | None:
-        """This step's strong augmentation; on steps without it, its mask is empty."""
+        """This step's strong augmentation of images with these labels [B,H,W]; None if `mix` is none.
+
+        In the steps that go without it, its mask is False everywhere.
+        """
         kind, count, size = self.options.mix, len(label), (label.shape[1], label.shape[2])
         if kind == "none":
             return None
@@ -237,23 +247,32 @@ class U2PL(TeacherMethod):
     # ---- the losses ---------------------------------------------------------------------------------------------
 
     def losses(self, student: Prediction, targets: UnlabeledTargets, labeled: Views, step: Step) -> Losses:
-        """L_s, L_u and lambda_c L_c, and what the step shows of them."""
+        """The weighted loss terms of a step, and its logs.
+
+        In this order: thresholds, partition and L_u; the pixels that may be anchors and negatives; the random draws;
+        anchors, positives and new keys; the update of the bank and L_c; L_s.
+
+        Args:
+            student: of labeled and augmented unlabeled images; gets the gradient.
+            targets: of the unlabeled images.
+            labeled: the labeled side.
+            step: for schedules and draws.
+        """
         options, truth, count = self.options, labeled.truth, len(labeled.image)
         alpha = torch.full((), self.alpha(step), device=truth.device)  # a copy of a host tensor would wait
-        surest = options.variant == "upstream" or options.negative_pixels == "reliable"
+        needs_surest = options.variant == "upstream" or options.negative_pixels == "reliable"
         split = self.parts.unsupervised(
             student.logits[count:],
             targets.teacher.logits[count:],
             targets.label,
             targets.shown,
-            torch.stack([1.0 - alpha, alpha]) if surest else (1.0 - alpha).view(1),
+            torch.stack([1.0 - alpha, alpha]) if needs_surest else (1.0 - alpha).view(1),
             step.world,
             step.world if options.thresholds == "global" else World(),
         )
-        anchors = split.surest if options.variant == "upstream" else split.reliable
-        kinds = {"unreliable": split.unreliable, "reliable": split.surest, "all": split.known}
-        negatives = kinds[options.negative_pixels]
-        pixels = make_pixels(student, targets.teacher, truth, targets.label, anchors, negatives)
+        may_be_anchor = split.surest if options.variant == "upstream" else split.reliable
+        may_be_negative = _negative_pixels(split, options.negative_pixels)
+        pixels = make_pixels(student, targets.teacher, truth, targets.label, may_be_anchor, may_be_negative)
         draws = make_draws(options, step, self.num_classes, truth.device)
         found, positive = self._candidates(pixels, draws, step)
         contrastive = self.parts.contrastive(
@@ -266,9 +285,9 @@ class U2PL(TeacherMethod):
             "contrastive": self.contrast_weight(step.world) * contrastive,
         }
         logs = {
-            "kept": split.kept,
+            "kept": split.kept_share,
             "alpha": alpha,
-            "entropy_threshold": split.at[0],
+            "entropy_threshold": split.thresholds[0],
             "anchors": found.anchor_count,
             "negatives": found.negative_count,
             "bank_fill": self.bank.count / self.bank.size,
@@ -277,12 +296,12 @@ class U2PL(TeacherMethod):
         return Losses(terms, logs)
 
     def alpha(self, step: Step) -> float:
-        """alpha_t; the release holds it for an epoch."""
+        """alpha_t of this step, constant over each `epoch_steps` steps if those are set."""
         held = self.options.epoch_steps or 1
         return unreliable_share(step.index // held * held, step.total, self.options.alpha_0)
 
     def contrast_weight(self, world: World) -> float:
-        """D4: the release divides the contrastive gradient by the number of ranks once more."""
+        """Weight of L_c: lambda_c; with `variant: upstream` divided by the number of workers (D4 of docs/u2pl.md)."""
         return self.options.lambda_c / (world.size if self.options.variant == "upstream" else 1)
 
     def _candidates(self, pixels: Pixels, draws: Draws, step: Step) -> tuple[Candidates, Positives]:
@@ -298,7 +317,7 @@ class U2PL(TeacherMethod):
         return upstream.mispaired(found, self._smoothed(upstream.positives(found), step))
 
     def _smoothed(self, positive: Positives, step: Step) -> Positives:
-        """The positives, or their moving average with the release's decay, min(1 - 1/i, 0.999)."""
+        """The positives, or with `prototype_ema` their moving average, by the release's decay min(1 - 1/i, 0.999)."""
         if not self.options.prototype_ema:
             return positive
         decay = torch.full((), ema_decay(step.index, self.warmup, 0.999), device=positive.mean.device)
@@ -315,17 +334,24 @@ def _mixed_outputs(teacher: Prediction, count: int, change: Augmentation) -> Pre
     return Prediction(logits, features, None)
 
 
+def _negative_pixels(split: Reliability, kind: Literal["unreliable", "reliable", "all"]) -> Tensor:
+    """Which pixels of unlabeled images may be negatives, bool [B_u,h,w]; `kind` as `U2PLOptions.negative_pixels`."""
+    if kind == "unreliable":
+        return split.unreliable
+    return split.surest if kind == "reliable" else split.known
+
+
 def _histogram(label: Tensor) -> Tensor:
-    """Pixels per label, int64 [256]; `torch.bincount` would wait for the device."""
+    """Number of pixels by label, int64 [256]; `torch.bincount` would wait for the device."""
     counts = torch.zeros(IGNORE + 1, dtype=torch.int64, device=label.device)
     return counts.index_add_(0, label.flatten().long(), torch.ones_like(label, dtype=torch.int64).flatten())
 
 
-# ---- what U2PL on another method shares -------------------------------------------------------------------------
+# ---- shared with U2PL on AEL (`with_ael.py`) --------------------------------------------------------------------
 
 
 def read_options(config: Config, num_classes: int) -> U2PLOptions:
-    """The section `u2pl`. Ranks end at the number of classes: with r_l >= C no pixel could ever be a negative."""
+    """The section `u2pl`, with r_l lowered to C - 1, the last class rank: above it no pixel could be a negative."""
     options = config.options_of(U2PLOptions)
     if options.r_l < num_classes:
         return options
@@ -335,13 +361,13 @@ def read_options(config: Config, num_classes: int) -> U2PLOptions:
 
 
 def make_bank(options: U2PLOptions, config: Config, num_classes: int) -> MemoryBank:
-    """Empty memory banks for the features of the config's network."""
+    """An empty memory bank for the features of the config's network."""
     sizes = [options.queue_background] + [options.queue] * (num_classes - 1)
     return MemoryBank(sizes, config.model.feature_dim, getattr(torch, options.bank_dtype))
 
 
 def make_draws(options: U2PLOptions, step: Step, num_classes: int, device: torch.device) -> Draws:
-    """The random numbers of a step's contrast."""
+    """The random numbers of a step's contrast, drawn by each worker for itself."""
     return Draws(
         anchors=step.uniform("anchors", (num_classes, options.anchors), device),
         keys=step.uniform("keys", (num_classes, options.keys_of(step.world.size)), device),
@@ -350,29 +376,34 @@ def make_draws(options: U2PLOptions, step: Step, num_classes: int, device: torch
 
 
 def make_pixels(
-    student: Prediction, teacher: Prediction, truth: Tensor, label: Tensor, anchors: Tensor, negatives: Tensor
+    student: Prediction,
+    teacher: Prediction,
+    truth: Tensor,
+    label: Tensor,
+    may_be_anchor: Tensor,
+    may_be_negative: Tensor,
 ) -> Pixels:
-    """All images at the resolution of the features.
+    """The pixels of all images at the resolution of the features.
 
     Args:
         student: of labeled and unlabeled images; its features get the gradient.
         teacher: of the same images.
         truth: int64 [B_l,H,W].
         label: int64 [B_u,H,W], pseudo-labels.
-        anchors: bool [B_u,h,w], which pixels of unlabeled images may be anchors and positives.
-        negatives: bool [B_u,h,w], which of them may be negatives.
+        may_be_anchor: bool [B_u,h,w], which pixels of unlabeled images may be anchors and positives.
+        may_be_negative: bool [B_u,h,w], which of them may be negatives.
     """
     assert student.features is not None
     assert teacher.features is not None
-    size = (anchors.shape[1], anchors.shape[2])
+    size = (may_be_anchor.shape[1], may_be_anchor.shape[2])
     labels = torch.cat([shrink(truth, size), shrink(label, size)])
-    known = labels[: len(truth)] != IGNORE
+    has_truth = labels[: len(truth)] != IGNORE
     return Pixels(
         student=student.features,
         teacher=teacher.features,
         logits=teacher.logits,
         label=labels,
-        reliable=torch.cat([known, anchors]),
-        unreliable=torch.cat([known, negatives]),
+        may_be_anchor=torch.cat([has_truth, may_be_anchor]),
+        may_be_negative=torch.cat([has_truth, may_be_negative]),
         labeled=len(truth),
     )

@@ -32,15 +32,15 @@ def one_hot(label: Tensor, classes: int) -> Tensor:
 
 
 def masks(pixels: Pixels, own: Tensor, rule: Rule) -> Sets:
-    """The release's sets of each class; see `candidates`."""
+    """The release's sets of each class (D2); arguments as for `candidates`."""
     logits = pixels.logits.detach().float()
-    positive = own & pixels.reliable.unsqueeze(1)
+    positive = own & pixels.may_be_anchor.unsqueeze(1)
     anchor = positive & (logits.softmax(1) > rule.delta_p)
     likely, possible = (
         (logits >= kth_largest(logits, min(k, logits.shape[1])).unsqueeze(1)) for k in (rule.r_l, rule.r_h)
     )
     unlabeled = torch.arange(len(own), device=own.device).view(-1, 1, 1) >= pixels.labeled
-    negative = own & (pixels.unreliable & unlabeled).unsqueeze(1) & possible & ~likely
+    negative = own & (pixels.may_be_negative & unlabeled).unsqueeze(1) & possible & ~likely
     return Sets(*(mask.transpose(0, 1).flatten(1) for mask in (anchor, positive, negative)))
 
 
@@ -65,7 +65,7 @@ def candidates(pixels: Pixels, own: Tensor, rule: Rule, draws: Draws) -> Candida
 
 
 def positives(found: Candidates) -> Positives:
-    """Prototypes of this rank alone; a class counts if it has anchors."""
+    """Prototypes of this worker's pixels alone, as each process of the release makes them; weight 1 with anchors."""
     count = found.positive_count.float()
     mean = found.positive_sum / count.clamp_min(1)[:, None]
     return Positives(mean, count, (found.anchor_count > 0).float())

@@ -60,6 +60,12 @@ def test_a_flag_of_another_method_is_refused_and_a_section_of_a_file_is_not(tmp_
     assert _parse("--method", "u2pl_ael", "--u2pl.lambda_c", "3", "--ael.depth", "2").options["u2pl"].lambda_c == 3
 
 
+def test_a_flag_that_a_method_does_not_read_is_refused_and_a_preset_is_not():
+    with pytest.raises(UserError, match=r"--u2pl\.variant: method u2pl_ael has no such option"):
+        _parse("--method", "u2pl_ael", "--u2pl.variant", "upstream")
+    assert _parse("--preset", "demo", "--method", "u2pl_ael").options["u2pl"].warmup == 0.3
+
+
 def test_flags_of_a_sweep_are_those_of_any_of_its_methods():
     def names(args: argparse.Namespace) -> list[str]:
         return ["suponly", "cps"]
@@ -168,7 +174,7 @@ def test_help_fits_two_screens_and_shows_the_methods_and_one_methods_options(met
 def test_help_shows_the_values_of_the_command_line(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     text = _help(capsys, "--preset", "demo", "--optim.lr", "0.25", "-h")
-    assert re.search(r"--optim.lr +Learning rate of the encoder at step 0.* \[0.25\]\n", text)
+    assert re.search(r"--optim.lr +Base learning rate of the encoder.* \[0.25\]\n", text)
     assert re.search(r"--data.crop .* \[64 64\]\n", text)
     with pytest.raises(UserError, match=r"optim\.lr: expected a number"):
         _parse("--optim.lr", "fast", "--help")
@@ -178,7 +184,7 @@ def test_help_all_shows_every_section_type_and_default(capsys):
     text = " ".join(_help(capsys, "--help", "all").split())
     for words in ("--optim.lr float", "--u2pl.lambda_c float", "--data str", "(default: 0.001)", "--print_config"):
         assert words in text
-    assert "Learning rate of the encoder at step 0" in text
+    assert "Base learning rate of the encoder" in text
 
 
 @pytest.mark.parametrize(

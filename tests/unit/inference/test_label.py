@@ -51,7 +51,7 @@ def _first(shapes: str) -> Group:
     return select_groups(dataset, load_split(dataset, "1_4").unlabeled)[0]
 
 
-def _scores(teacher: str, image: bytes) -> Tensor:
+def _probability(teacher: str, image: bytes) -> Tensor:
     """What the network says of the image as it is, with nothing of the code under test."""
     network = restore(teacher, CPU)[1].predictor()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_plain_labels_are_the_argmax(shapes, teacher):
     for image in read_rows(_first(shapes), None, Patience())["image"].to_pylist():
         label = labeler.classes(image)
         assert label.dtype == np.uint8
-        assert np.array_equal(label, _scores(teacher, image).argmax(0).numpy())
+        assert np.array_equal(label, _probability(teacher, image).argmax(0).numpy())
         seen |= set(np.unique(label).tolist())
     assert len(seen) > 1
 
@@ -86,12 +86,12 @@ def test_several_looks_are_averaged(shapes, teacher):
 def test_the_least_certain_pixels_get_no_label(shapes, teacher, keep):
     image = read_rows(_first(shapes), None, Patience())["image"][0].as_py()
     label = Labeler(Labeling(shapes, teacher, tta=False, keep=keep), CPU).classes(image)
-    scores = _scores(teacher, image)
-    doubt = -(scores * scores.log()).sum(0).numpy()
+    probability = _probability(teacher, image)
+    entropy = -(probability * probability.log()).sum(0).numpy()
     kept = label != 255
     assert kept.mean() == pytest.approx(keep, abs=0.001)
-    assert doubt[kept].max() <= doubt[~kept].min() + 1e-5
-    assert np.array_equal(label[kept], scores.argmax(0).numpy()[kept])
+    assert entropy[kept].max() <= entropy[~kept].min() + 1e-5
+    assert np.array_equal(label[kept], probability.argmax(0).numpy()[kept])
 
 
 def test_a_damaged_image_is_no_obstacle(shapes, teacher):

@@ -67,7 +67,7 @@ def test_scores_are_those_of_the_evaluation(saved, about, evaluation, slides):
     image = torch.from_numpy(PIXELS).permute(2, 0, 1).unsqueeze(0)
     with torch.no_grad():
         one, other = whole(model.network, image, 0.5)[0], sliding(model.network, image, (32, 32), 0.5)[0]
-    assert torch.equal(model.scores(PIXELS), other if slides else one)
+    assert torch.equal(model.logits(PIXELS), other if slides else one)
     assert not torch.equal(one, other)
 
 

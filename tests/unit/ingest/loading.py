@@ -1,4 +1,4 @@
-"""Loaders of the demo set, and what they give."""
+"""Loaders of the shapes dataset, and what they give."""
 
 import itertools
 import threading

@@ -142,7 +142,7 @@ def test_every_worker_reads_from_all_sources():
 
 @pytest.fixture(scope="module")
 def pool(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A pool of links to 90 images of the demo set under names of its own."""
+    """A pool of links to 90 images of the shapes dataset under names of its own."""
     root = tmp_path_factory.mktemp("pool")
     (root / "photos").mkdir()
     for name, image in itertools.islice(_images(shapes), 90):

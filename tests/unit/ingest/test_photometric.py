@@ -7,7 +7,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pipeline.config.schema import DataConfig
 from pipeline.ingest import augment
-from pipeline.ingest.augment import MEAN_COLOUR, fill_strong
+from pipeline.ingest.augment import PADDING, fill_strong
 from pipeline.ingest.order import generator
 
 AREA = (slice(4, 30), slice(7, 40))
@@ -19,7 +19,7 @@ def _image() -> np.ndarray:
     small = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     picture = Image.fromarray(small).resize((33, 26), Image.Resampling.BICUBIC)
     image = np.empty((3, 36, 44), np.uint8)
-    image[:] = MEAN_COLOUR[:, None, None]
+    image[:] = PADDING[:, None, None]
     image[INSIDE] = np.asarray(picture).transpose(2, 0, 1)
     return image
 
@@ -44,7 +44,7 @@ def test_padding_keeps_its_colour_and_the_weak_view_is_left_alone():
     padding = np.ones(image.shape[1:], bool)
     padding[AREA] = False
     for seed in range(30):
-        assert (_strong(seed, image)[:, padding] == MEAN_COLOUR[:, None]).all()
+        assert (_strong(seed, image)[:, padding] == PADDING[:, None]).all()
     assert np.array_equal(image, _image())
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.schema import DataConfig
-from pipeline.ingest.augment import IGNORE, MEAN_COLOUR, cut_image, cut_mask, draw_window, mark_shown, reduction
+from pipeline.ingest.augment import IGNORE, PADDING, cut_image, cut_mask, draw_window, mark_shown, reduction
 from pipeline.ingest.order import generator
 
 SIZES = [(60, 80), (31, 17), (64, 64), (200, 50)]
@@ -72,7 +72,7 @@ def test_padding_is_mean_colour_ignored_and_invalid(size):
         assert np.array_equal(valid, labels != IGNORE)
         assert (labels[valid] == 3).all()
         assert (out[:, valid] == 255).all()
-        assert (out[:, ~valid] == MEAN_COLOUR[:, None]).all()
+        assert (out[:, ~valid] == PADDING[:, None]).all()
         assert valid.sum() == window.target[2] * window.target[3]
 
 

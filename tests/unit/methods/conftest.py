@@ -111,12 +111,12 @@ def full(logits: torch.Tensor) -> torch.Tensor:
 
 
 def pseudo_loss(
-    scores: torch.Tensor, weak: torch.Tensor, source: torch.Tensor, valid: torch.Tensor, threshold: float
+    logits: torch.Tensor, weak: torch.Tensor, source: torch.Tensor, valid: torch.Tensor, threshold: float
 ) -> tuple[float, float]:
     """FixMatch's loss pixel by pixel: sum of the confident cross entropies / valid pixels of the mixed images.
 
     Args:
-        scores: float [B,C,H,W], logits of the strong view.
+        logits: float [B,C,H,W] of the strong view.
         weak: float [B,C,H,W], probabilities of the clean weak view.
         source: int64 [B,H,W], the flat number of the clean pixel that each mixed pixel comes from.
         valid: bool [B,H,W] of the clean images.
@@ -131,5 +131,5 @@ def pseudo_loss(
         pixel = source[b, y, x]
         count += int(known[pixel])
         if known[pixel] and probability[pixel] >= threshold:
-            total -= float(scores[b, :, y, x].log_softmax(0)[label[pixel]])
+            total -= float(logits[b, :, y, x].log_softmax(0)[label[pixel]])
     return total / count, float((known & (probability >= threshold)).sum() / known.sum())

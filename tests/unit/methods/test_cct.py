@@ -22,15 +22,15 @@ def test_consistency_is_the_mean_over_decoders_and_valid_pixels(build):
     method, on = _cct(build, **NONE | {"feature_drop": 2}), batch()
     found = method(on, step(10)).terms["consistency"]
     assert on.unlabeled is not None
-    taps = method.student.encode(on.unlabeled.image)
-    target = method.student.decode(taps).logits.softmax(1)
+    maps = method.student.encode(on.unlabeled.image)
+    target = method.student.decode(maps).logits.softmax(1)
     size = (target.shape[2], target.shape[3])
     errors = []
     for number, head in enumerate(method.auxiliary):
         u = step(10).uniform_shared(f"cct/{number}", (1,), torch.device("cpu"))
         for b in range(2):
-            activity = taps.high[b].mean(0)
-            kept = taps.high[b] * (activity < activity.max() * (0.7 + 0.2 * u))
+            activity = maps.high[b].mean(0)
+            kept = maps.high[b] * (activity < activity.max() * (0.7 + 0.2 * u))
             p = upsample(head(kept[None]), size).softmax(1)[0]
             for y in range(size[0]):
                 for x in range(size[1]):

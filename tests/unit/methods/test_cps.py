@@ -16,9 +16,9 @@ def _trained(build, **options) -> CPS:
     return method
 
 
-def _cross_entropy(scores: Tensor, label: Tensor, valid: Tensor) -> float:
+def _cross_entropy(logits: Tensor, label: Tensor, valid: Tensor) -> float:
     """Mean over the valid pixels, one by one."""
-    losses = [-float(scores[b, :, y, x].log_softmax(0)[label[b, y, x]]) for b, y, x in valid.nonzero().tolist()]
+    losses = [-float(logits[b, :, y, x].log_softmax(0)[label[b, y, x]]) for b, y, x in valid.nonzero().tolist()]
     return sum(losses) / len(losses)
 
 

@@ -21,18 +21,21 @@ def cam() -> AttentiveCAM:
     return AttentiveCAM(4, 6, CLASSES, 3, background=0)
 
 
-def _taps() -> FeatureMaps:
+def _feature_maps() -> FeatureMaps:
     torch.manual_seed(1)
     return FeatureMaps(torch.randn(2, 2, 12, 12), torch.randn(2, 4, 6, 6), torch.randn(2, 6, 3, 3).relu())
 
 
 def test_activation_maps_are_grad_cam(cam):
-    """The release's C-1 gradients of the scores, averaged over the map."""
-    high, present = _taps().high.requires_grad_(), torch.tensor([[True, True, False, True], [True, False, True, True]])
+    """The release's C-1 gradients of the logits, averaged over the map."""
+    high, present = (
+        _feature_maps().high.requires_grad_(),
+        torch.tensor([[True, True, False, True], [True, False, True, True]]),
+    )
     found = cam.activation(high, present)
-    scores = cam.scores(high)
+    logits = cam.logits(high)
     for k in range(CLASSES - 1):
-        (gradient,) = torch.autograd.grad(scores[:, k].sum(), high, retain_graph=True)
+        (gradient,) = torch.autograd.grad(logits[:, k].sum(), high, retain_graph=True)
         weights = gradient.mean((2, 3), keepdim=True)
         expected = (weights * high).sum(1).relu() * present[:, k].view(-1, 1, 1)
         top = expected.amax((1, 2), keepdim=True)
@@ -41,15 +44,15 @@ def test_activation_maps_are_grad_cam(cam):
 
 
 def test_attention_is_a_softmax_over_the_cells_that_show_the_image(cam):
-    taps, present = _taps(), torch.ones(2, CLASSES - 1, dtype=torch.bool)
+    given, present = _feature_maps(), torch.ones(2, CLASSES - 1, dtype=torch.bool)
     valid = torch.ones(2, 12, 12, dtype=torch.bool)
     valid[0, :4] = False  # the first row of cells
     merged = []
     cam.merge = torch.nn.Identity()  # type: ignore[assignment]
-    found = cam(taps, present, valid)
-    maps = cam.activation(taps.high, present)
-    mid = F.interpolate(taps.mid, (3, 3), mode="bilinear", align_corners=True)
-    column = torch.cat([mid, taps.high], 1)
+    found = cam(given, present, valid)
+    maps = cam.activation(given.high, present)
+    mid = F.interpolate(given.mid, (3, 3), mode="bilinear", align_corners=True)
+    column = torch.cat([mid, given.high], 1)
     for b in range(2):
         q, k = (w.weight.flatten(1) @ column[b].flatten(1) for w in (cam.query, cam.key))
         cells = [i for i in range(9) if b == 1 or i >= 3]
@@ -63,15 +66,15 @@ def test_attention_is_a_softmax_over_the_cells_that_show_the_image(cam):
 
 
 def test_the_background_takes_its_own_place_and_without_one_every_class_has_a_map():
-    taps, valid = _taps(), torch.ones(2, 12, 12, dtype=torch.bool)
+    given, valid = _feature_maps(), torch.ones(2, 12, 12, dtype=torch.bool)
     maps = {}
     for background in (0, 2, None):
         torch.manual_seed(0)
         cam = AttentiveCAM(4, 6, CLASSES, 3, background)
         cam.merge = torch.nn.Identity()  # type: ignore[assignment]
         present = torch.ones(2, CLASSES - (background is not None), dtype=torch.bool)
-        assert cam.scores(taps.high).shape == present.shape
-        maps[background] = cam(taps, present, valid)
+        assert cam.logits(given.high).shape == present.shape
+        maps[background] = cam(given, present, valid)
         assert maps[background].shape == (2, CLASSES, 3, 3)
     assert torch.equal(maps[2], maps[0][:, [1, 2, 0, 3, 4]])
 
@@ -85,12 +88,12 @@ def test_the_classifier_is_asked_for_the_objects_alone(build, background):
     high = method.student.encode(on.labeled.image).high
     objects = [k for k in range(CLASSES) if str(k) != background]
     shown = torch.tensor([[float((mask == k).any()) for k in objects] for mask in on.labeled.mask])
-    expected = F.binary_cross_entropy(method.cam.scores(high).sigmoid(), shown)
+    expected = F.binary_cross_entropy(method.cam.logits(high).sigmoid(), shown)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_image_that_is_padding_alone_stays_finite(cam):
-    found = cam(_taps(), torch.ones(2, CLASSES - 1, dtype=torch.bool), torch.zeros(2, 12, 12, dtype=torch.bool))
+    found = cam(_feature_maps(), torch.ones(2, CLASSES - 1, dtype=torch.bool), torch.zeros(2, 12, 12, dtype=torch.bool))
     assert found.isfinite().all()
 
 

@@ -33,18 +33,18 @@ def test_plain_every_labeled_pixel_of_either_side_weighs_the_same(build):
 
 @pytest.mark.parametrize("cutout", [0.0, 0.5, 1.0])
 def test_holes_hold_noise_and_carry_no_label(build, cutout):
-    pool = batch(4).unlabeled
-    assert pool is not None
-    assert pool.pseudo is not None
+    unlabeled = batch(4).unlabeled
+    assert unlabeled is not None
+    assert unlabeled.pseudo is not None
     method = _method(build, cutout=cutout)
-    image, label = method.seen(pool, pool.pseudo, step(3))
+    image, label = method.seen(unlabeled, unlabeled.pseudo, step(3))
     draws = step(3).uniform_per_image("cutout", (4, 5), CPU)
     used = draws[:, 4] < cutout
     hole = small_box_masks(draws[:, :4], (SIZE, SIZE)) & used.view(-1, 1, 1)
     assert used.any() == hole.any() == (cutout > 0)
     assert (label[hole] == 255).all()
-    assert torch.equal(label[~hole], pool.pseudo[~hole])
-    moved = image.permute(0, 2, 3, 1), pool.strong[0].permute(0, 2, 3, 1)
+    assert torch.equal(label[~hole], unlabeled.pseudo[~hole])
+    moved = image.permute(0, 2, 3, 1), unlabeled.strong[0].permute(0, 2, 3, 1)
     assert torch.equal(moved[0][~hole], moved[1][~hole])
     if cutout:
         assert moved[0][hole].float().std() > 60  # uniform bytes: 74

@@ -18,11 +18,11 @@ def _trained(build, **options) -> UniMatch:
     return method
 
 
-def _dropped(tap: Tensor, draws: Tensor, p: float) -> Tensor:
+def _dropped(feature_map: Tensor, draws: Tensor, p: float) -> Tensor:
     """Channel by channel."""
-    out = torch.zeros_like(tap)
+    out = torch.zeros_like(feature_map)
     for b, c in (draws >= p).nonzero().tolist():
-        out[b, c] = tap[b, c] / (1 - p)
+        out[b, c] = feature_map[b, c] / (1 - p)
     return out
 
 
@@ -33,12 +33,12 @@ def test_the_three_losses_pixel_by_pixel(build):
     unlabeled.valid[1, :, 3:9] = False
     found = method(on, step(3))
     with torch.no_grad():
-        taps = method.student.encode(torch.cat([on.labeled.image, unlabeled.image]))
+        maps = method.student.encode(torch.cat([on.labeled.image, unlabeled.image]))
         dropped = [
-            _dropped(tap[4:], step(3).uniform_per_image(f"drop/{name}", (4, tap.shape[1]), CPU), 0.3)
-            for name, tap in zip(("low", "mid", "high"), taps, strict=True)
+            _dropped(feature_map[4:], step(3).uniform_per_image(f"drop/{name}", (4, feature_map.shape[1]), CPU), 0.3)
+            for name, feature_map in zip(("low", "mid", "high"), maps, strict=True)
         ]
-        both = full(method.student.decoder(FeatureMaps(*map(torch.cat, zip(taps, dropped, strict=True)))).logits)
+        both = full(method.student.decoder(FeatureMaps(*map(torch.cat, zip(maps, dropped, strict=True)))).logits)
         weak, perturbed = both[4:8].softmax(1), both[8:]
         number = torch.arange(weak[:, 0].numel()).view(weak[:, 0].shape)
         one, two = (
@@ -47,8 +47,8 @@ def test_the_three_losses_pixel_by_pixel(build):
         )
         strong = full(method.student(torch.cat([one.image, two.image])).logits)
     losses = [
-        pseudo_loss(scores, weak, source, unlabeled.valid, 0.45)[0]
-        for scores, source in ((strong[:4], one.label), (strong[4:], two.label), (perturbed, number))
+        pseudo_loss(logits, weak, source, unlabeled.valid, 0.45)[0]
+        for logits, source in ((strong[:4], one.label), (strong[4:], two.label), (perturbed, number))
     ]
     assert float(found.terms["strong"].detach()) == pytest.approx(0.8 * (losses[0] + losses[1]) / 2 / 2, rel=1e-4)
     assert float(found.terms["features"].detach()) == pytest.approx(0.6 * losses[2] / 2, rel=1e-4)

@@ -40,6 +40,6 @@ def test_channels_are_what_the_stages_give(name):
     backbone = BACKBONES[name]
     with torch.device("meta"):
         encoder = Encoder(*backbone.stages(torchvision.models.get_model(name)))
-        taps = encoder(torch.zeros(1, 3, 64, 64))
-    assert tuple(tap.shape[1] for tap in taps) == backbone.channels
-    assert [tap.shape[2] for tap in taps] == [16, 4, 2]
+        maps = encoder(torch.zeros(1, 3, 64, 64))
+    assert tuple(one.shape[1] for one in maps) == backbone.channels
+    assert [one.shape[2] for one in maps] == [16, 4, 2]

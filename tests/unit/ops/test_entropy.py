@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pipeline.ops.entropy import entropy
+from pipeline.datasets.prepared.dataset import IGNORE_INDEX
+from pipeline.ops.entropy import IGNORE, entropy
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1000.0])
@@ -17,3 +18,7 @@ def test_entropy(scale):
 def test_entropy_of_half_precision_logits_is_float32():
     logits = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(entropy(logits), entropy(logits.float()))
+
+
+def test_ignored_pixels_have_one_label():
+    assert IGNORE == IGNORE_INDEX

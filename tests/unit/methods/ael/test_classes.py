@@ -36,9 +36,9 @@ def test_rates_and_preferences_favour_the_unknown():
     torch.testing.assert_close(confidence.sampling_rate(), torch.ones(3))
     confidence.value.copy_(torch.tensor([0.9, 0.2, 0.6]))
     torch.testing.assert_close(confidence.sampling_rate(), torch.tensor([0.125, 1.0, 0.5]))
-    doubt = torch.tensor([0.1, 0.8, 0.4])
-    torch.testing.assert_close(confidence.preference(), doubt.exp() / doubt.exp().sum())
-    torch.testing.assert_close(confidence.preference(0.5), doubt.sqrt().exp() / doubt.sqrt().exp().sum())
+    rest = torch.tensor([0.1, 0.8, 0.4])
+    torch.testing.assert_close(confidence.preference(), rest.exp() / rest.exp().sum())
+    torch.testing.assert_close(confidence.preference(0.5), rest.sqrt().exp() / rest.sqrt().exp().sum())
     confidence.value.fill_(1.0)
     assert confidence.sampling_rate().tolist() == [0, 0, 0]
 

@@ -10,20 +10,20 @@ C, D, H, W = 5, 4, 6, 7
 
 
 def scene(classes: int = C, seed: int = 0, labels: tuple[int, ...] | None = None) -> Pixels:
-    """Three images, the first one labeled; labels hold 255, reliable and unreliable pixels are known."""
+    """Three images, the first one labeled; labels hold 255; pixels that may be anchors or negatives have one."""
     torch.manual_seed(seed)
     choice = torch.tensor([*(labels or range(classes)), 255])
     label = choice[torch.randint(0, len(choice), (3, H, W))]
     known, side = label != 255, torch.rand(3, H, W)
-    reliable = known & (side < 0.7)
-    reliable[0] = known[0]
+    may_be_anchor = known & (side < 0.7)
+    may_be_anchor[0] = known[0]
     return Pixels(
         student=torch.randn(3, D, H, W, requires_grad=True),
         teacher=torch.randn(3, D, H, W),
         logits=torch.randn(3, classes, H, W) * 2,
         label=label,
-        reliable=reliable,
-        unreliable=known & (side >= 0.6),
+        may_be_anchor=may_be_anchor,
+        may_be_negative=known & (side >= 0.6),
         labeled=1,
     )
 
@@ -53,10 +53,10 @@ def binary(anchors: Tensor, positive: Tensor, negatives: Tensor, temperature: fl
     return -(own.sigmoid().log() + (1 - others.sigmoid()).log().mean(-1)).mean()
 
 
-def split(values: Tensor, known: Tensor, at: Tensor) -> Reliability:
+def split(values: Tensor, known: Tensor, thresholds: Tensor) -> Reliability:
     """Pixels of known entropies, parted at quantiles."""
     zero = torch.zeros(())
-    return Reliability(zero, at, zero, torch.zeros_like(known, dtype=torch.int64), values, known)
+    return Reliability(zero, thresholds, zero, torch.zeros_like(known, dtype=torch.int64), values, known)
 
 
 def draws_of(classes: int = C, anchors: int = 6, keys: int = 8, groups: int | None = None) -> Draws:

@@ -140,7 +140,7 @@ def test_one_class_present_is_loss_0():
 def test_no_known_pixel_is_loss_0():
     pixels = scene()
     nothing = torch.zeros(3, H, W, dtype=torch.bool)
-    _zero_with_graph(pixels._replace(label=torch.full((3, H, W), 255), reliable=nothing, unreliable=nothing))
+    _zero_with_graph(pixels._replace(label=torch.full((3, H, W), 255), may_be_anchor=nothing, may_be_negative=nothing))
 
 
 def test_no_anchors_is_loss_0():

@@ -83,8 +83,8 @@ def test_ignored_pixels_are_in_no_set():
     """Even if the caller calls them reliable."""
     pixels, draws = scene(), draws_of(anchors=200, keys=200)
     ignored = (pixels.label == 255).flatten()
-    reliable = pixels.reliable | (pixels.label == 255)
-    found = candidates(pixels._replace(reliable=reliable), RULES[2], draws)
+    may_be_anchor = pixels.may_be_anchor | (pixels.label == 255)
+    found = candidates(pixels._replace(may_be_anchor=may_be_anchor), RULES[2], draws)
     assert torch.equal(found.positive_count, candidates(pixels, RULES[2], draws).positive_count)
     assert not ignored[found.keys[found.keys_valid]].any()
     assert not ignored[found.anchors[found.anchor_count > 0]].any()

@@ -27,7 +27,7 @@ def test_the_share_alpha_is_unreliable_over_all_ranks(alpha):
     assert torch.equal(alone.reliable | alone.unreliable, known)
     assert not (alone.reliable & alone.unreliable).any()
     assert float(alone.unreliable.sum() / known.sum()) == pytest.approx(alpha, abs=1e-3)
-    assert values[alone.unreliable].min() >= alone.at[0] > values[alone.reliable].max()
+    assert values[alone.unreliable].min() >= alone.thresholds[0] > values[alone.reliable].max()
     parts = on_ranks(2, lambda w: partition(values[2 * w.rank :][:2], known[2 * w.rank :][:2], share, w))
     assert torch.equal(torch.cat([part.reliable for part in parts]), alone.reliable)
     assert torch.equal(torch.cat([part.unreliable for part in parts]), alone.unreliable)
@@ -36,7 +36,7 @@ def test_the_share_alpha_is_unreliable_over_all_ranks(alpha):
 def test_a_pixel_at_the_threshold_is_unreliable():
     values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
     parts = partition(values, values >= 0, torch.tensor(0.5), World())
-    assert parts.at[0] == 2
+    assert parts.thresholds[0] == 2
     assert parts.unreliable.tolist() == [False, False, True, True, True]
 
 
@@ -55,10 +55,16 @@ def test_order_and_shape_of_the_pixels_do_not_matter():
     assert torch.equal(whole.reliable, turned.reliable.mT)
 
 
+def test_the_surest_need_a_threshold_of_their_own():
+    values = torch.rand(1, 3, 3)
+    with pytest.raises(ValueError, match="second threshold"):
+        _ = partition(values, values >= 0, torch.tensor(0.2), World()).surest
+
+
 def test_nothing_known_gives_empty_sets():
     values, known = torch.rand(2, 3, 3), torch.zeros(2, 3, 3, dtype=torch.bool)
     parts = partition(values, known, torch.tensor(0.2), World())
-    assert parts.at[0].isnan()
+    assert parts.thresholds[0].isnan()
     assert not parts.reliable.any()
     assert not parts.unreliable.any()
 
@@ -99,8 +105,8 @@ def test_fast_and_plain_agree(known, ranks):
     pairs = [on_ranks(ranks, lambda world, parts=parts: run(parts, world)) for parts in (fast, reference)]
     for (one, gradient), (two, expected) in zip(*pairs, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
-        torch.testing.assert_close(one.at, two.at, rtol=0, atol=1e-6, equal_nan=True)
-        for name in ("loss", "kept", "entropy"):
+        torch.testing.assert_close(one.thresholds, two.thresholds, rtol=0, atol=1e-6, equal_nan=True)
+        for name in ("loss", "kept_share", "entropy"):
             torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-5, atol=1e-6)
         for name in ("label", "known", "reliable", "unreliable", "surest"):
             assert torch.equal(getattr(one, name), getattr(two, name)), name

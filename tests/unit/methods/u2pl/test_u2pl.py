@@ -118,8 +118,8 @@ class _ByBrightness(nn.Module):
 
     def forward(self, image: torch.Tensor) -> Prediction:
         label = (image[:, 0].long() // 40).clamp_max(CLASSES - 1)
-        scores = nn.functional.one_hot(label, CLASSES).movedim(-1, 1).float()
-        return Prediction(scores, scores, None)
+        logits = nn.functional.one_hot(label, CLASSES).movedim(-1, 1).float()
+        return Prediction(logits, logits, None)
 
 
 def test_cutmix_moves_image_and_label_together(build):
@@ -258,7 +258,7 @@ def test_background_has_a_queue_of_its_own_size(u2pl):
 
 OPTIONS = {
     "upstream": {"variant": "upstream"},
-    "upstream with its epochs and thresholds": {"variant": "upstream", "epoch_steps": 2, "thresholds": "rank"},
+    "upstream with its epochs and thresholds": {"variant": "upstream", "epoch_steps": 2, "thresholds": "worker"},
     "binary": {"loss": "binary"},
     "reliable negatives": {"negative_pixels": "reliable"},
     "all negatives": {"negative_pixels": "all"},

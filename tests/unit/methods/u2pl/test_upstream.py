@@ -77,9 +77,9 @@ def _slow_sets(pixels: Pixels, own: Tensor, rule: Rule) -> reference.Sets:
         p = pixels.logits[b, :, y, x].double().softmax(0)
         for c in range(C):
             rank, carries = int((p > p[c]).sum()), bool(own[b, c, y, x])
-            found.positive[c, n] = carries and bool(pixels.reliable[b, y, x])
+            found.positive[c, n] = carries and bool(pixels.may_be_anchor[b, y, x])
             found.anchor[c, n] = bool(found.positive[c, n]) and bool(p[c] > rule.delta_p)
-            unreliable = b >= pixels.labeled and bool(pixels.unreliable[b, y, x])
+            unreliable = b >= pixels.labeled and bool(pixels.may_be_negative[b, y, x])
             found.negative[c, n] = carries and unreliable and rule.r_l <= rank < rule.r_h
     return found
 
@@ -203,8 +203,8 @@ def test_the_whole_loss_is_that_of_the_releases_loop(labels):
 
 
 def _surest(values: Tensor, known: Tensor, share: Tensor, world: World) -> Tensor:
-    at = masked_quantile(values, known, share.view(1), world)
-    return split(values, known, at).surest
+    thresholds = masked_quantile(values, known, torch.stack([1 - share, share]), world)
+    return split(values, known, thresholds).surest
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

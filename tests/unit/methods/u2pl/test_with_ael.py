@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from typing import Any, cast
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 from pipeline.errors import UserError
 from pipeline.methods.ael.ael import AEL, Task
 from pipeline.methods.u2pl import with_ael
-from pipeline.methods.u2pl.with_ael import U2PLAEL
+from pipeline.methods.u2pl.u2pl import U2PLOptions, read_options
+from pipeline.methods.u2pl.with_ael import U2PLAEL, U2PLAELOptions
 from pipeline.models import upsample
 from pipeline.ops.grid import shrink
+from tests.docs import ROOT
 from tests.unit.methods.conftest import SIZE, batch, step, train_step
 
 START = 3
@@ -101,6 +104,30 @@ def test_its_parts_are_set_in_their_own_sections(build):
     assert method.options.threshold == 0.7
     with pytest.raises(UserError, match=r"u2pl_ael.low 0.9: must not be above"):
         _u2pl_ael(build, low=0.9)
+
+
+def test_every_option_of_u2pl_is_read_or_called_ignored(build, monkeypatch):
+    read: set[str] = set()
+
+    class Recorded(U2PLOptions):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    def recorded(*args: Any) -> U2PLOptions:
+        read.clear()  # what the checks of the values have read
+        options = Recorded(**dataclasses.asdict(read_options(*args)))
+        read.clear()
+        return options
+
+    monkeypatch.setattr(with_ael, "read_options", recorded)
+    method = _u2pl_ael(build)
+    method(batch(), step(START))
+    names = {each.name for each in dataclasses.fields(U2PLOptions)}
+    ignored = {key.removeprefix("u2pl.") for key in U2PLAELOptions.ignored}
+    assert names - read == ignored
+    listed = (ROOT / "docs" / "methods.md").read_text().partition("Of the section `u2pl` these have one:")[2]
+    assert set(re.findall(r"`(\w+)`", listed.partition(".")[0])) == names - ignored
 
 
 def test_the_binary_loss_is_another(build):
