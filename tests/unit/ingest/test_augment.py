@@ -128,7 +128,7 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "large": (lambda: _png_of_size(9000, 9000), "more than 64,000,000"),
     "0x0 png": (lambda: _png_of_size(0, 0), "."),
     "0x0 jpeg": (lambda: _jpeg_of_size(0, 0), "."),
-    "16 bit": (lambda: _encoded(Image.fromarray(np.full(SIZE, 40_000, np.uint16)), "PNG"), "8 bits a channel"),
+    "16 bit": (lambda: _encoded(Image.fromarray(np.full(SIZE, 40_000, np.uint16)), "PNG"), "16 bits a channel"),
 }
 
 

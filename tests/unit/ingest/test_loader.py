@@ -195,7 +195,7 @@ def test_close_does_not_wait_for_storage_that_hangs(shapes, monkeypatch):
 
     def hanging(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
         for number, item in enumerate(read_inline(units, labels, patience)):
-            if number == 20:
+            if number == 6:  # one more than the first step takes
                 reached.set()
                 hold.wait(60)
             yield item

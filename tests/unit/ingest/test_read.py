@@ -52,7 +52,7 @@ def test_large_images_make_small_items(units, monkeypatch):
 
 
 def _block(units: list[Unit]) -> pa.Table:
-    return pa.concat_tables(table for _, table in read.read_inline(units, None, Patience()))
+    return read.read_item({"item": [read.pack_item([unit.group for unit in units], None, Patience())]})
 
 
 def test_a_block_is_cut_back_into_its_units(units):

@@ -453,7 +453,7 @@ def test_masks_without_a_pixel_to_learn_from_are_refused(trees, tmp_path):
         for name, slot in slots.items()
     ]  # fmt: skip
     with pytest.raises(
-        UserError, match="every pixel of the train masks is 255, which is ignored: .* nothing to learn"
+        UserError, match=r"every pixel of the train masks is 255, which is ignored: .* nothing to learn"
     ):
         check_pixels(parts)
     check_pixels(parts[1:])
