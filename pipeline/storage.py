@@ -376,6 +376,16 @@ def delete(uri: str) -> None:
             filesystem.delete_file(path)
 
 
+def delete_empty(uri: str) -> None:
+    """Removes the folder at `uri` if nothing is in it."""
+    path = resolve(uri)[1]
+    if is_local(uri):
+        with contextlib.suppress(OSError):  # other than empty, or not there
+            Path(path).rmdir()
+    elif not file_sizes(uri):
+        delete(uri)  # the mark of a folder, which some stores keep
+
+
 def check_writable(uri: str) -> None:
     """Writes and removes a probe below `uri`, so that a long job fails now and not at its first checkpoint.
 

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config.schema import Config
@@ -21,8 +21,9 @@ from pipeline.storage import Patience
 
 log = logging.getLogger(__name__)
 MAX_SKIPPED_SHARE = 0.01
-"""A larger share of samples that cannot be decoded stops the run."""
+"""A larger share of images that cannot be decoded stops the run."""
 _TOLERATED = 10
+"""So many are no reason to stop, unless there are no others."""
 
 
 @dataclass
@@ -31,7 +32,7 @@ class IngestStats:
 
     samples: int = 0
     skipped: int = 0
-    """Samples that could not be decoded."""
+    """Images that could not be decoded, each counted once."""
     encoded: int = 0
     """Bytes of the samples, as stored."""
     decoding: float = 0.0
@@ -42,22 +43,58 @@ class IngestStats:
     """Seconds that the training loop waited for batches."""
 
     def count(self, sample: Sample, outcome: Outcome) -> None:
-        """Counts a sample, and logs the name of one that was skipped.
-
-        Raises:
-            UserError: too many are skipped.
-        """
+        """Counts a sample that was decoded, or could not be."""
         self.samples += 1
         self.encoded += sum(len(part) for part in (sample.image, sample.mask, sample.label) if part is not None)
         self.decoding += outcome.seconds
-        if not outcome.problem:
-            return
-        self.skipped += 1
-        log.warning("sample %s is damaged and left out: %s", sample.id, outcome.problem)
-        if self.skipped > max(_TOLERATED, MAX_SKIPPED_SHARE * self.samples):
+
+
+@dataclass
+class Origin:
+    """A dataset or a pool, and what of it this worker could not use."""
+
+    images: int
+    """How many a run takes from it."""
+    remedy: str
+    """What to do about damage, for people."""
+    seen: int = 0
+    """Samples of it so far; an image counts again in each epoch."""
+    damaged: set[str] = field(default_factory=set)
+    """Ids. A damaged image comes again in each epoch, and is one image still."""
+
+    def add(self, sample: Sample, problem: str) -> bool:
+        """Counts a damaged sample; returns whether its image is a new one.
+
+        Raises:
+            UserError: more than 1 % of the images so far are damaged and more than ten, or all there are.
+        """
+        if sample.id in self.damaged:
+            return False
+        self.damaged.add(sample.id)
+        log.warning("sample %s is damaged and left out: %s", sample.id, problem)
+        # Neither samples alone (each epoch would allow more damage) nor ids (a run may see billions): within an epoch
+        # every sample is another image, and later ones bring none.
+        images, count = min(self.seen, self.images), len(self.damaged)
+        if count > max(_TOLERATED, MAX_SKIPPED_SHARE * images) or count >= self.images:
             raise UserError(
-                f"{self.skipped} of {self.samples} samples are damaged, the last one {sample.id} ({outcome.problem})"
+                f"{count} of {images} images of {sample.root} are damaged, the last one {sample.id} ({problem}); "
+                f"{self.remedy}"
             )
+        return True
+
+
+def origins(dataset: Dataset, split: Split, sources: Sequence[Source]) -> dict[str, Origin]:
+    """Where the images of a run come from, by root."""
+    again = "prepare it again with --overwrite --skip_bad, and train with --fresh"
+    found = {dataset.root: Origin(len(split.labeled), again)}
+    for source in sources:
+        group = source.groups[0]
+        linked = (
+            f"mend or restore the files below {group.links} and train on; or {again.replace(' --', ' --copy --', 1)}"
+        )
+        origin = found.setdefault(group.root, Origin(0, linked if group.links else again))
+        origin.images += source.images
+    return found
 
 
 PREFETCH_BYTES = 256 << 20
@@ -113,9 +150,11 @@ class Loader:
         self._labeled = LabeledSet(dataset, split.labeled, config.seed, self._patience)
         self._labeled_lanes = owned_lanes(config.optim.batch_labeled, rank, world)
         self._unlabeled: UnlabeledStream | None = None
+        sources = (sources or open_sources(config, dataset, split)) if spec.unlabeled else ()
+        self._origins = origins(dataset, split, sources)
         if spec.unlabeled:
             lanes = config.optim.batch_unlabeled
-            plan = Mixture(sources or open_sources(config, dataset, split), lanes, config.seed)
+            plan = Mixture(sources, lanes, config.seed)
             labels = config.data.pseudo_labels
             owned = owned_lanes(lanes, rank, world)
             self._unlabeled = UnlabeledStream(plan, owned, start, reader, labels, self._patience)
@@ -174,6 +213,11 @@ class Loader:
         views, outcomes = wait()
         for sample, outcome in zip(samples, outcomes, strict=True):
             self.stats.count(sample, outcome)
+            if not sample.left_out:
+                origin = self._origins[sample.root]
+                origin.seen += 1
+                if outcome.problem:
+                    self.stats.skipped += origin.add(sample, outcome.problem)
         return views
 
 

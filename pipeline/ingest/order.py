@@ -117,6 +117,13 @@ class Group:
     """Encoded bytes of these rows, approximately."""
     links: str | None = None
     """Where the images lie, if the row group holds links to them."""
+    keyed: str = ""
+    """What the order of its rows depends on in place of `shard`, if it may lie in other folders."""
+
+    @property
+    def copied(self) -> bool:
+        """Whether prepare copied the images of a pool: what it had to leave out has no bytes."""
+        return not self.ids and self.links is None
 
 
 @dataclass(frozen=True)
@@ -202,7 +209,9 @@ class LanePlan:
         while True:
             epoch, number = divmod(position, len(self.groups))
             group = self.groups[int(self._permutation(epoch)(np.array([number]))[0])]
-            order = generator(self.seed, "rows", epoch, group.shard, group.row_group).permutation(len(group.rows))
+            order = generator(self.seed, "rows", epoch, group.keyed or group.shard, group.row_group).permutation(
+                len(group.rows)
+            )
             skip = max(0, start - step)
             served = tuple(int(i) for i in order[skip:])
             yield Unit(step + skip, lane, epoch, group, served)
@@ -286,8 +295,9 @@ class PoolTable:
         rows = min(self.rows, generation.rows - place * self.rows)
         part, row_group = divmod(place, info.groups_per_shard)
         return Group(
-            self._pool.root, part_name(index, part), row_group, range(rows), (),
+            self._pool.root, part_name(info.first + index, part), row_group, range(rows), (),
             rows * generation.bytes // generation.rows, info.root if info.kind == "links" else None,
+            part_name(index, part),
         )  # fmt: skip
 
 
@@ -349,7 +359,7 @@ def open_source(uri: str, weight: float | None = None, generations: int | None =
     generations = generations or there
     if generations > there:
         raise UserError(f"{uri}: has {there} generations, the run began with {generations}; use --fresh")
-    images = sum(each.rows for each in pool.info.generations[:generations])
+    images = pool.images(generations)
     return Source(uri, PoolTable(pool, generations), images, weight or images, generations, pool.digest(generations))
 
 

@@ -186,6 +186,10 @@ class Sample:
     """The truth, on the labeled side alone."""
     label: memoryview | bytes | None = None
     """The pseudo-label mask, if the method uses one."""
+    root: str = ""
+    """The dataset or pool that it is from."""
+    left_out: bool = False
+    """Whether prepare was told to leave it out of its pool: it has no bytes, and that is no damage."""
 
 
 class LabeledSet:
@@ -197,7 +201,7 @@ class LabeledSet:
 
     def __init__(self, dataset: Dataset, ids: Sequence[str], seed: int, patience: Patience) -> None:
         """Reads the row groups that hold `ids` and keeps only these rows."""
-        self._seed = seed
+        self._seed, self._root = seed, dataset.root
         self._ids = sorted(ids)
         self._bytes: dict[str, tuple[bytes, bytes]] = {}
         with ThreadPoolExecutor(4) as pool:
@@ -212,7 +216,7 @@ class LabeledSet:
             order = Permutation(len(self._ids), self._seed, "labeled", epoch)
             name = self._ids[int(order(place[None])[0])]
             image, mask = self._bytes[name]
-            found.append(Sample(epoch, name, memoryview(image), memoryview(mask)))
+            found.append(Sample(epoch, name, memoryview(image), memoryview(mask), root=self._root))
         return found
 
 
@@ -245,10 +249,11 @@ class UnlabeledStream:
             unit, table = next(self._units)
             ids, images = unit.group.ids or table["id"].to_pylist(), table["image"].combine_chunks()
             labels = table["label"].combine_chunks() if "label" in table.column_names else None
-            self._queues[unit.lane].extend(
-                Sample(unit.epoch, ids[row], _view(images, row), None, None if labels is None else _view(labels, row))
-                for row in unit.order
-            )
+            for row in unit.order:
+                image, label = _view(images, row), None if labels is None else _view(labels, row)
+                left_out = unit.group.copied and not len(image)
+                sample = Sample(unit.epoch, ids[row], image, None, label, unit.group.root, left_out)
+                self._queues[unit.lane].append(sample)
         return queue.popleft()
 
 

@@ -45,6 +45,18 @@ def test_write_read_list_delete(root):
     assert storage.list_files(root) == ["c"]
 
 
+def test_an_empty_folder_goes_and_no_other(root):
+    place = storage.join(root, "a", "b.bin")
+    storage.write_bytes(place, b"one")
+    storage.delete_empty(storage.join(root, "a"))
+    storage.delete_empty(storage.join(root, "nothing"))
+    assert storage.list_files(root) == ["a/b.bin"]
+    storage.delete(place)
+    storage.delete_empty(storage.join(root, "a"))
+    filesystem, path = storage.resolve(storage.join(root, "a"))
+    assert filesystem.get_file_info(path).type == pafs.FileType.NotFound
+
+
 def test_a_missing_file_is_one_line(root):
     with pytest.raises(UserError, match="nothing: not found") as error:
         storage.read_bytes(storage.join(root, "nothing"))

@@ -8,15 +8,21 @@
 
 Every file is written whole or not at all and kept when prepare is started again; the listing is not repeated. Last
 comes pool.json, and `work` is removed.
+
+A pool that replaces another one is written beside it, and pool.json switches. Files are deleted by the names that
+prepare gives, and only where pool.json or `work/plan.json` says that it was here.
 """
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,6 +31,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cluster import tasks
+from pipeline.datasets.files import PICTURE_SUFFIXES, escaped, has_suffix, is_junk, is_usable
 from pipeline.datasets.pools.pool import (
     BYTES_SCHEMA,
     LINKS_SCHEMA,
@@ -38,7 +45,7 @@ from pipeline.datasets.pools.pool import (
     open_pool,
     part_name,
 )
-from pipeline.datasets.pools.sources import POOL_SOURCES, is_addressable, read_images
+from pipeline.datasets.pools.sources import POOL_SOURCES, read_images
 from pipeline.datasets.prepared.dataset import INFO_FILE, WRITE_OPTIONS
 from pipeline.datasets.prepared.prepare import MAX_BAD
 from pipeline.datasets.prepared.shards import GROUP_BYTES, MIN_SHARDS, SHARD_BYTES, TRAIN_GROUPS
@@ -56,6 +63,14 @@ KEYS_GROUP = 8192
 """Rows per row group of a file of keys."""
 FILES_SCHEMA = pa.schema([pa.field("file", pa.string()), pa.field("size", pa.int64())])
 KEYS_SCHEMA = LINKS_SCHEMA.append(pa.field("images", pa.int64())).append(pa.field("hash", pa.uint64()))
+_PLAN_FILE = f"{WORK_FOLDER}/plan.json"
+_WRITTEN = re.compile(
+    r"(work/((plan|listed)\.json|(files|scan)-\d{7,}\.arrow)|gen-\d{5,}/(part-\d{7,}|keys/\d{4,})\.parquet)"
+    r"(\.[0-9a-f]{8}\.tmp)?"
+)
+"""Paths below the pool that prepare deletes: what it writes, also half-way."""
+_LEFT_OUT, _BLANK, _EXAMPLE = b"left out", b"blank", b"example"
+"""Keys of the schema metadata: what was left out of a scan and of a part, with one of them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,21 @@ class PoolPlan:
     kind: str
     """bytes or links."""
     generation: int
-    """Number of the one that is made."""
+    """Number of the folder that is made."""
+    replaces: int
+    """Number of the first folder that goes when all is done; `generation` if none does."""
+    column: str
+    """Of the images in Parquet; empty: as found."""
+
+    def of_the_same(self, other: "PoolPlan") -> bool:
+        """Whether both ask for the same pool, in whatever folder."""
+        return replace(self, generation=0, replaces=0) == replace(other, generation=0, replaces=0)
+
+    @property
+    def anew(self) -> str:
+        """What to do, for people, if nothing of what is there can be used."""
+        begun = storage.join(self.root, folder_name(self.generation))
+        return f"delete {begun} and {storage.join(self.root, WORK_FOLDER)} and begin again"
 
     def work(self, name: str) -> str:
         """URI of a file that is needed only meanwhile."""
@@ -89,6 +118,14 @@ class Listing:
 
     batches: int
     runs: int
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What did not become an image of the pool, and why, by example."""
+
+    count: int
+    example: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +147,7 @@ def make_pool(
     append: bool = False,
     overwrite: bool = False,
     skip_bad: bool = False,
+    column: str = "",
     workers: int | None = None,
 ) -> Pool:
     """Makes a pool of what lies below `images`, or adds to one what it does not have yet.
@@ -117,125 +155,268 @@ def make_pool(
     Args:
         source: images, tar or parquet.
         images: path or URI of the files.
-        out: path or URI of the pool.
+        out: path or URI of the pool: empty, or one that prepare has begun.
         name: what to call it; empty: the source.
         copy: keep the images in the pool instead of links (always so for parquet).
         append: add a generation to the pool that is there.
-        overwrite: replace the pool that is there.
+        overwrite: replace the pool that is there; it stays until the new one is whole.
         skip_bad: leave damaged images out instead of stopping; links are not looked into.
+        column: of the images in Parquet files; empty: the one called image, or else the only one of bytes.
         workers: tasks at a time; None: as many as the cluster has CPUs for.
 
     Returns:
         The pool; with no more generations than before if nothing new was found.
 
     Raises:
-        UserError: see above, no images, a damaged file, or the storage refuses.
+        UserError: see above, no images, a damaged file, or the storage refuses. A mistake in the arguments is told
+            before anything is written or deleted.
     """
-    before = _claim(storage.absolute(out), append, overwrite)
+    root = storage.absolute(out)
+    there, left = _claim(root, append, overwrite), _left_plan(root)
+    folders = there.info.folders if there else range(0)
     kind = "bytes" if copy or source == "parquet" else "links"
-    plan = PoolPlan(
-        storage.absolute(out), source, storage.absolute(images), kind, len(before.info.generations) if before else 0
-    )
+    replaces = folders.start if overwrite else folders.stop
+    plan = PoolPlan(root, source, storage.absolute(images), kind, folders.stop, replaces, column)
     if f"{plan.root}/".startswith(f"{plan.images}/"):
         raise UserError(f"{plan.root}: lies inside --root {plan.images}; choose a place outside of it")
-    if before and (plan.source, plan.images, kind) != (before.info.source, before.info.root, before.info.kind):
-        made = f"--source {before.info.source} --root {before.info.root}" + " --copy" * before.info.copied
-        raise UserError(f"{plan.root}: was made with {made}; append the same, or make another pool and name both")
-    _begin(plan)
+    if there and not append:
+        replaced = left is not None and left.replaces < left.generation
+        if left and left.generation == folders.start and replaced == overwrite and left.of_the_same(plan):
+            _clear(left, folders)  # this call was interrupted when it had written pool.json
+            return there
+        if not overwrite:
+            raise UserError(f"{root}: holds a pool already; --append adds new images, --overwrite replaces it")
+    before = there if append else None
+    if before:
+        _check_same(before, plan)
+    _begin(plan, left, folders)
     listing = list_images(plan)
-    scans = [(plan, listing, number) for number in range(listing.batches)]
-    found = sum(tasks.run(_scan, scans, listing.batches, "prepare: %d of %d batches", workers))
+    found = _find_images(plan, listing, workers)
     if not found:
+        _clear(plan, folders)  # so that the next call lists the files again
         raise UserError(f"{plan.images}: the {'|'.join(POOL_SOURCES[source].suffixes)} files in it hold no images")
     settles = [(plan, listing, number, _earlier(before)) for number in range(listing.runs)]
     runs = list(tasks.run(_settle, settles, listing.runs, "prepare: %d of %d runs", workers))
     total = sum(run.images for run in runs)
+    info = before.info if before else None
     if total:
         size = sum(run.bytes for run in runs)
-        info = before.info if before else _layout(plan, name or source, total, size)
-        shards = _write_parts(plan, info, runs, skip_bad, workers)
+        info = info or _layout(plan, name or source, total, size)
+        shards, blank = _write_parts(plan, info, runs, skip_bad, workers)
+        if blank.count == total and not before:
+            _clear(plan, folders)  # so that the next call looks at the images again
+            raise UserError(f"{plan.images}: none of its {total} images can be used; {blank.example}")
         digest = hashlib.sha256("".join(run.digest for run in runs).encode()).hexdigest()
-        added = Generation(rows=total, shards=shards, bytes=size, digest=digest)
+        added = Generation(rows=total, shards=shards, bytes=size, digest=digest, blank=blank.count)
         info = replace(info, generations=(*info.generations, added))
         storage.write_bytes(storage.join(plan.root, POOL_FILE), info.to_json().encode())
-    else:
-        storage.delete(storage.join(plan.root, folder_name(plan.generation)))
-    storage.delete(plan.work(""))
+    _clear(plan, info.folders if info else ())
     return open_pool(plan.root)
 
 
+# ---- the place ----------------------------------------------------------------------------------------------------
+
+
 def _claim(root: str, append: bool, overwrite: bool) -> Pool | None:
-    """The pool to add to; makes sure that nothing finished is lost at `root`."""
+    """The pool that is there; refuses a place with files of others."""
     if append and overwrite:
         raise UserError("--append and --overwrite exclude each other")
     if storage.exists(storage.join(root, INFO_FILE)):
         raise UserError(f"{root}: holds a dataset; choose another place for the pool")
-    if append:
+    if append or storage.exists(storage.join(root, POOL_FILE)):
         return open_pool(root)
-    if storage.exists(storage.join(root, POOL_FILE)):
-        if not overwrite:
-            raise UserError(f"{root}: holds a pool already; --append adds new images, --overwrite replaces it")
-        old = open_pool(root)
-        storage.delete(storage.join(root, POOL_FILE))  # first what makes it a pool
-        for number in range(len(old.info.generations)):
-            storage.delete(storage.join(root, folder_name(number)))
-        storage.delete(storage.join(root, WORK_FOLDER))
+    if _left_plan(root) is None:
+        foreign = next((file for file in _files(root) if not is_junk(file) and not _is_half_plan(file)), None)
+        if foreign is not None:
+            raise UserError(
+                f"{root}: holds files that prepare did not write, such as {escaped(foreign)}; choose an empty --out"
+            )
     return None
 
 
-def _begin(plan: PoolPlan) -> None:
-    """Goes on with what an interrupted call of the same plan left, or clears what another one did."""
-    uri, text = plan.work("plan.json"), json.dumps(asdict(plan)).encode()
-    if storage.exists(uri) and storage.read_bytes(uri) == text:
+def _files(folder: str) -> Iterator[str]:
+    """Paths of what is below a folder, if there is one."""
+    try:
+        yield from (file for file, _ in storage.iter_files(folder))
+    except UserError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+
+
+def is_written(path: str) -> bool:
+    """Whether prepare gives this name to what it writes below the pool."""
+    return _WRITTEN.fullmatch(path) is not None
+
+
+def _is_half_plan(path: str) -> bool:
+    """The plan is what prepare writes first; a call that dies then leaves this on a disk."""
+    return is_written(path) and path.startswith(f"{_PLAN_FILE}.")
+
+
+def _left_plan(root: str) -> PoolPlan | None:
+    """The plan of a call that did not come to its end at `root`.
+
+    Raises:
+        UserError: a file of this name is there that prepare did not write.
+    """
+    uri = storage.join(root, _PLAN_FILE)
+    if not storage.exists(uri):
+        return None
+    try:
+        plan = PoolPlan(**json.loads(storage.read_bytes(uri)))
+        return replace(plan, root=root, generation=int(plan.generation), replaces=int(plan.replaces))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{uri}: prepare of this version did not write it; choose another place") from error
+
+
+def _check_same(pool: Pool, plan: PoolPlan) -> None:
+    """Refuses to add to a pool what it was not made of."""
+    info = pool.info
+    if (plan.source, plan.images, plan.kind, plan.column) != (info.source, info.root, info.kind, info.column):
+        made = f"--source {info.source} --root {info.root}" + " --copy" * info.copied
+        made += f" --column {info.column}" * bool(info.column)
+        raise UserError(f"{plan.root}: was made with {made}; append the same, or make another pool and name both")
+
+
+def _begin(plan: PoolPlan, left: PoolPlan | None, folders: range) -> None:
+    """Goes on with what an interrupted call of the same plan left, or clears what another one did.
+
+    Raises:
+        UserError: there are no files to make the pool of; nothing was deleted then.
+    """
+    if left == plan:
         return
-    storage.delete(plan.work(""))
-    storage.delete(storage.join(plan.root, folder_name(plan.generation)))
-    storage.write_bytes(uri, text)
+    passed: Counter[str] = Counter()
+    if next(_named(plan, passed), None) is None:
+        raise _no_files(plan, passed)
+    for each in (left, plan):
+        if each is not None:
+            _clear(each, folders, keep_plan=True)
+    storage.write_bytes(storage.join(plan.root, _PLAN_FILE), json.dumps(asdict(plan)).encode())
+
+
+def _clear(plan: PoolPlan, folders: Container[int], *, keep_plan: bool = False) -> None:
+    """Deletes what a plan wrote or replaces, but for the generations of the pool; files of others stay.
+
+    The plan itself goes last: it says that the rest is prepare's.
+    """
+    gone = [folder_name(n) for n in range(plan.replaces, plan.generation + 1) if n not in folders]
+    for folder in (*gone, WORK_FOLDER):
+        for file in [f"{folder}/{file}" for file in _files(storage.join(plan.root, folder))]:
+            if is_written(file) and file != _PLAN_FILE:
+                storage.delete(storage.join(plan.root, file))
+        storage.delete_empty(storage.join(plan.root, folder, "keys"))
+        storage.delete_empty(storage.join(plan.root, folder))
+    if not keep_plan:
+        storage.delete(storage.join(plan.root, _PLAN_FILE))
+        storage.delete_empty(plan.work(""))
+
+
+# ---- the steps ----------------------------------------------------------------------------------------------------
+
+
+def _named(plan: PoolPlan, passed: Counter[str]) -> Iterator[tuple[str, int]]:
+    """The files that are named as the source's; what systems leave behind is none of them.
+
+    Pictures of kinds that are not read are counted in `passed`, by suffix.
+    """
+    suffixes = POOL_SOURCES[plan.source].suffixes
+    for file, size in storage.iter_files(plan.images):
+        if is_junk(file):
+            continue
+        if has_suffix(file, suffixes):
+            yield file, size
+        elif plan.source == "images" and has_suffix(file, PICTURE_SUFFIXES):
+            passed[PurePosixPath(file).suffix.lower()] += 1
+
+
+def _no_files(plan: PoolPlan, passed: Counter[str]) -> UserError:
+    suffixes = "|".join(POOL_SOURCES[plan.source].suffixes)
+    kinds = f" ({_kinds(passed)} are kinds that are not read)" if passed else ""
+    return UserError(f"{plan.images}: no {suffixes} files below it{kinds}; check --root and --source")
+
+
+def _kinds(passed: Counter[str]) -> str:
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed.items()))
 
 
 def list_images(plan: PoolPlan) -> Listing:
-    """Step 1: streams the file names below the root into batches."""
+    """Step 1: streams the file names below the root into batches.
+
+    Raises:
+        UserError: there are none, or no name of them can be used.
+    """
     done = plan.work("listed.json")
     if storage.exists(done):
         return Listing(**json.loads(storage.read_bytes(done)))
-    source = POOL_SOURCES[plan.source]
-    named = (each for each in storage.iter_files(plan.images) if each[0].lower().endswith(source.suffixes))
+    passed: Counter[str] = Counter()
+    source, named = POOL_SOURCES[plan.source], _named(plan, passed)
     batches = files = size = odd = 0
+    example = ""
     while found := list(islice(named, source.batch)):
-        kept = [(file, length) for file, length in found if is_addressable(file)]
+        kept = [(file, length) for file, length in found if is_usable(file)]
+        if len(kept) < len(found):
+            example = example or next(file for file, _ in found if not is_usable(file))
         columns = [list(column) for column in zip(*kept, strict=True)] or [[], []]
         write_batches(plan.work(f"files-{batches:07d}.arrow"), [pa.table(columns, schema=FILES_SCHEMA)])
         batches, files, odd = batches + 1, files + len(kept), odd + len(found) - len(kept)
         size += sum(length for _, length in kept)
-    if not files:
-        raise UserError(f"{plan.images}: no {'|'.join(source.suffixes)} files below it; check --root and --source")
     if odd:
-        print(f"left out {odd} files whose names no URI can hold", file=sys.stderr)
+        print(f"left out {odd} files whose names no URI can hold, such as {escaped(example)}", file=sys.stderr)
+    if passed:
+        print(f"passed over pictures of kinds that are not read: {_kinds(passed)}", file=sys.stderr)
+    if not files:
+        raise _no_files(plan, passed)
     guess = files if plan.source == "images" else size // 20_000
     listing = Listing(batches, min(1000, 1 + guess // KEYS_PER_RUN))
     storage.write_bytes(done, json.dumps(asdict(listing)).encode())
     return listing
 
 
-def _scan(item: tuple[PoolPlan, Listing, int]) -> int:
-    """Step 2, one batch of files; returns how many images it holds."""
+def _find_images(plan: PoolPlan, listing: Listing, workers: int | None) -> int:
+    """Step 2; returns how many images there are, and says what was left out."""
+    scans = [(plan, listing, number) for number in range(listing.batches)]
+    images, others, example = 0, 0, ""
+    for count, left_out in tasks.run(_scan, scans, listing.batches, "prepare: %d of %d batches", workers):
+        images, others, example = images + count, others + left_out.count, example or left_out.example
+    if others:
+        what = "members of tar files that are about another image of their name"
+        print(f"left out {others} {what}, such as {example}", file=sys.stderr)
+    return images
+
+
+def _scan(item: tuple[PoolPlan, Listing, int]) -> tuple[int, LeftOut]:
+    """Step 2, one batch of files; returns how many images it holds, and what was left out."""
     plan, listing, number = item
     uri = plan.work(f"scan-{number:07d}.arrow")
     if not storage.exists(uri):
         files = read_batches(plan.work(f"files-{number:07d}.arrow"))
         find = POOL_SOURCES[plan.source].keys
-        keys = [
+        found = [
             (*key, _hash(key[0]))
             for file, size in zip(*(files[name].to_pylist() for name in FILES_SCHEMA.names), strict=True)
-            for key in storage.retried(lambda file=file, size=size: list(find(plan.images, file, size)))
+            for key in storage.retried(lambda file=file, size=size: list(find(plan.images, file, size, plan.column)))
         ]
+        keys, others = [key for key in found if key[4]], [key[0] for key in found if not key[4]]
         columns = zip(*keys, strict=True) if keys else [[]] * len(KEYS_SCHEMA)
         arrays = [pa.array(list(column), field.type) for column, field in zip(columns, KEYS_SCHEMA, strict=True)]
         table = pa.table(arrays, schema=KEYS_SCHEMA).sort_by("hash")
         bounds = np.searchsorted(table["hash"].to_numpy(), _bounds(listing.runs))
+        table = _noted(table, _LEFT_OUT, others)
         slices = [table.slice(a, b - a) for a, b in zip(bounds, [*bounds[1:], len(table)], strict=True)]
         write_batches(uri, slices)
-    return int(read_batches(uri)["images"].to_numpy().sum())
+    table = read_batches(uri)
+    return int(table["images"].to_numpy().sum()), _note(table.schema, _LEFT_OUT)
+
+
+def _noted(table: pa.Table, key: bytes, left_out: Sequence[str]) -> pa.Table:
+    """The table with a note of what was left out of it, for a call that finds it written already."""
+    return table.replace_schema_metadata({key: str(len(left_out)), _EXAMPLE: left_out[0] if left_out else ""})
+
+
+def _note(schema: pa.Schema, key: bytes) -> LeftOut:
+    notes = schema.metadata or {}
+    return LeftOut(int(notes.get(key, b"0")), notes.get(_EXAMPLE, b"").decode())
 
 
 def _hash(key: str) -> int:
@@ -247,15 +428,18 @@ def _bounds(runs: int) -> np.ndarray:
     return np.array([-(-(run << 64) // runs) for run in range(runs)], np.uint64)
 
 
-def _earlier(before: Pool | None) -> list[int]:
-    """How many files of keys each earlier generation has."""
+def _earlier(before: Pool | None) -> dict[int, int]:
+    """How many files of keys each earlier generation has, by number."""
     if before is None:
-        return []
-    folders = [storage.join(before.root, folder_name(number), "keys") for number in range(len(before.info.generations))]
-    return [len(storage.list_files(folder)) for folder in folders]
+        return {}
+    files = {number: _files(storage.join(before.root, folder_name(number))) for number in before.info.folders}
+    return {
+        number: sum(file.startswith("keys/") and is_written(f"{folder_name(number)}/{file}") for file in found)
+        for number, found in files.items()
+    }
 
 
-def _settle(item: tuple[PoolPlan, Listing, int, list[int]]) -> KeyRun:
+def _settle(item: tuple[PoolPlan, Listing, int, dict[int, int]]) -> KeyRun:
     """Step 3 for one run: merges what all batches have of it, without what earlier generations hold."""
     plan, listing, number, earlier = item
     uri = plan.keys(number)
@@ -271,10 +455,10 @@ def _settle(item: tuple[PoolPlan, Listing, int, list[int]]) -> KeyRun:
     return KeyRun(int(table["images"].to_numpy().sum()), int(table["size"].to_numpy().sum()), digest)
 
 
-def _known(plan: PoolPlan, start: float, stop: float, earlier: list[int]) -> set[str]:
+def _known(plan: PoolPlan, start: float, stop: float, earlier: dict[int, int]) -> set[str]:
     """The ids of earlier generations in a part of the hash's range, given as shares of it; perhaps a few more."""
     known: set[str] = set()
-    for generation, runs in enumerate(earlier):  # of which there may be more or fewer than now
+    for generation, runs in earlier.items():  # of which there may be more or fewer than now
         for run in range(int(start * runs), min(runs, int(stop * runs) + 1)):
             known.update(read_parquet(plan.keys(run, generation), ["id"])["id"].to_pylist())
     return known
@@ -288,47 +472,59 @@ def _layout(plan: PoolPlan, name: str, rows: int, size: int) -> PoolInfo:
     groups = max(-(-rows // (group_rows * MIN_SHARDS["train"])), LEAST_GROUPS)
     return PoolInfo(
         name=name, source=plan.source, root=plan.images, kind=plan.kind, group_rows=group_rows,
-        groups_per_shard=min(most, groups), generations=(),
+        groups_per_shard=min(most, groups), generations=(), column=plan.column, first=plan.generation,
     )  # fmt: skip
 
 
-def _write_parts(plan: PoolPlan, info: PoolInfo, runs: Sequence[KeyRun], skip_bad: bool, workers: int | None) -> int:
-    """Step 4; returns the number of parts."""
+def _write_parts(
+    plan: PoolPlan, info: PoolInfo, runs: Sequence[KeyRun], skip_bad: bool, workers: int | None
+) -> tuple[int, LeftOut]:
+    """Step 4; returns the number of parts, and what has no bytes in them."""
     rows, total = info.group_rows * info.groups_per_shard, sum(run.images for run in runs)
     parts = -(-total // rows)
     counts = [run.images for run in runs]
     items = ((plan, info.group_rows, counts, number, rows, skip_bad) for number in range(parts))
     bad: list[str] = []
-    for found in tasks.run(_write_part, items, parts, "prepare: %d of %d parts", workers):
+    blank, example = 0, ""  # these count what an interrupted call left out, too
+    for found, left_out in tasks.run(_write_part, items, parts, "prepare: %d of %d parts", workers):
         bad += found
+        blank, example = blank + left_out.count, example or left_out.example
         if len(bad) > MAX_BAD and not skip_bad:
             break
     if bad and not skip_bad:
         more = f"; at least {len(bad) - 1} more bad images" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; fix them or pass --skip_bad")
+        again = f" (after that, {plan.anew})" if plan.source == "tar" else ""  # what lies where has changed then
+        raise UserError(f"{bad[0]}{more}; fix them{again} or pass --skip_bad")
     for text in bad:
         print(f"skipped {text}", file=sys.stderr)
-    return parts
+    return parts, LeftOut(blank, example)
 
 
-def _write_part(item: tuple[PoolPlan, int, list[int], int, int, bool]) -> list[str]:
-    """One part; returns what is wrong with its images. If some are bad and may not be skipped, nothing is written."""
+def _write_part(item: tuple[PoolPlan, int, list[int], int, int, bool]) -> tuple[list[str], LeftOut]:
+    """One part; returns what is wrong with images that it looked at, and what has no bytes in the part.
+
+    If some are bad and may not be skipped, nothing is written.
+    """
     plan, group_rows, counts, number, rows, skip_bad = item
     uri = storage.join(plan.root, part_name(plan.generation, number))
     if storage.exists(uri):
-        return []
+        there = _note(read_parquet(uri, ["id"], []).schema, _BLANK)
+        if skip_bad or not there.count:
+            return [], there
     pieces = list(_cut(plan, counts, number * rows, (number + 1) * rows))
     if plan.kind == "links":
         table, bad = pa.concat_tables(keys.select(LINKS_SCHEMA.names) for keys, _, _ in pieces), []
     elif plan.source == "parquet":
         table, bad = _checked(pa.concat_tables(_repacked(plan, *piece) for piece in pieces), plan.images)
     else:
+        whole = plan.source == "images"  # a file may have been mended since it was listed
         table, bad = _checked(
-            pa.concat_tables(fetch(keys, plan.images, Patience()) for keys, _, _ in pieces), plan.images
+            pa.concat_tables(fetch(keys, plan.images, Patience(), whole=whole) for keys, _, _ in pieces), plan.images
         )
     if not bad or skip_bad:
+        table = _noted(table, _BLANK, bad)
         write_parquet(uri, table, group_rows, **WRITE_OPTIONS)
-    return bad
+    return bad, LeftOut(len(bad), bad[0] if bad else "")
 
 
 def _cut(plan: PoolPlan, counts: list[int], start: int, stop: int) -> Iterator[tuple[pa.Table, int, int]]:
@@ -353,9 +549,15 @@ def _cut(plan: PoolPlan, counts: list[int], start: int, stop: int) -> Iterator[t
 
 def _repacked(plan: PoolPlan, keys: pa.Table, start: int, stop: int) -> pa.Table:
     """The images `start` to `stop` of row groups of Parquet files, in the order of a hash."""
-    groups = (read_images(plan.images, key["file"], key["offset"]) for key in keys.to_pylist())
-    table = pa.concat_tables(groups).slice(start, stop - start)
+    table = pa.concat_tables(_row_group(plan, key) for key in keys.to_pylist()).slice(start, stop - start)
     return table.take(np.argsort([_hash(key) for key in table["id"].to_pylist()]))
+
+
+def _row_group(plan: PoolPlan, key: dict[str, Any]) -> pa.Table:
+    images = read_images(plan.images, key["file"], key["offset"], plan.column)
+    if len(images) != key["images"]:
+        raise UserError(f"{storage.join(plan.images, key['file'])}: has changed since it was listed; {plan.anew}")
+    return images
 
 
 def _checked(table: pa.Table, root: str) -> tuple[pa.Table, list[str]]:

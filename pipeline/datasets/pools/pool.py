@@ -7,8 +7,10 @@ A pool is a folder on any storage:
     gen-00000/keys/0000.parquet, ...       which images these are, for `prepare --append`; training never looks
 
 Every row group holds `group_rows` rows but the last one of a generation. There are two kinds: `bytes` keeps the
-images in its parts (`BYTES_SCHEMA`), `links` says where they lie (`LINKS_SCHEMA`). An image without bytes is left out:
-it was damaged when the pool was made, or has vanished since.
+images in its parts (`BYTES_SCHEMA`), `links` says where they lie (`LINKS_SCHEMA`). A row of bytes that has none was
+left out when the pool was made, as its image was damaged; a link without bytes has lost its file since.
+
+Folders are numbered on: a pool that replaces another one begins where that one ended, so that both can lie there.
 """
 
 import hashlib
@@ -55,6 +57,8 @@ class Generation:
     """Size of the encoded images."""
     digest: str
     """Hash of the images' ids."""
+    blank: int = 0
+    """Rows without bytes: bad images that prepare left out because it was told to. Not known of links."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +79,17 @@ class PoolInfo:
     """Row groups per part; the last part of a generation may have fewer."""
     generations: tuple[Generation, ...]
     """Oldest first, at least one."""
+    column: str = ""
+    """The column of the images in Parquet files, if prepare was told."""
+    first: int = 0
+    """Number of the first generation's folder."""
     schema_version: int = SCHEMA_VERSION
     """Version of this format."""
+
+    @property
+    def folders(self) -> range:
+        """Numbers of the generations' folders."""
+        return range(self.first, self.first + len(self.generations))
 
     @property
     def copied(self) -> bool:
@@ -102,7 +115,8 @@ class PoolInfo:
         try:
             generations = tuple(Generation(**each) for each in values["generations"])
             info = cls(**{**values, "generations": generations})
-            if info.kind not in ("bytes", "links") or not generations or min(g.rows for g in generations) < 1:
+            possible = all(each.rows >= 1 and 0 <= each.blank <= each.rows for each in generations)
+            if info.kind not in ("bytes", "links") or not generations or not possible or info.first < 0:
                 raise ValueError("an impossible value")
         except (KeyError, TypeError) as error:
             raise ValueError(str(error)) from error
@@ -121,12 +135,29 @@ class Pool:
     @property
     def summary(self) -> str:
         """How large it is, for people."""
-        rows = [each.rows for each in self.info.generations]
-        return f"{sum(rows)} images in {len(rows)} generations, {rows[-1]} in the last; {self.info.kind}"
+        count, last = len(self.info.generations), self.info.generations[-1]
+        blank = sum(each.blank for each in self.info.generations)
+        left_out = f", {blank} left out," if blank else ""
+        return (
+            f"{self.images(count)} images{left_out} in {count} generations, {last.rows - last.blank} in the last; "
+            f"{self.info.kind}"
+        )
+
+    def images(self, generations: int) -> int:
+        """How many images the first `generations` generations hold, without those that were left out."""
+        return sum(each.rows - each.blank for each in self.info.generations[:generations])
 
     def digest(self, generations: int) -> str:
-        """12 hex digits that tell the first `generations` generations from those of any other pool."""
-        values = {**asdict(self.info), "generations": [asdict(g) for g in self.info.generations[:generations]]}
+        """12 hex digits that tell the first `generations` generations from those of any other pool.
+
+        In which folders they lie does not count.
+        """
+        values = asdict(self.info)
+        values["generations"] = values["generations"][:generations]
+        del values["first"]
+        for each, key in [(values, "column"), *((each, "blank") for each in values["generations"])]:
+            if not each[key]:  # as in pools from before there were these
+                del each[key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -158,13 +189,14 @@ def part_name(generation: int, number: int) -> str:
     return f"{folder_name(generation)}/part-{number:07d}.parquet"
 
 
-def fetch(links: pa.Table, root: str, patience: Patience) -> pa.Table:
+def fetch(links: pa.Table, root: str, patience: Patience, *, whole: bool = False) -> pa.Table:
     """Reads linked images, several at a time; brief trouble of the storage is waited for.
 
     Args:
         links: `LINKS_SCHEMA`.
         root: what their files are below.
         patience: for how long.
+        whole: read each file to its end, whatever size it was of.
 
     Returns:
         `BYTES_SCHEMA`, in the same order; no bytes for an image that has vanished.
@@ -174,14 +206,14 @@ def fetch(links: pa.Table, root: str, patience: Patience) -> pa.Table:
     """
     places = (links[name].to_pylist() for name in ("file", "offset", "size"))
     with ThreadPoolExecutor(FETCHES) as pool:
-        images = list(pool.map(partial(_fetch, root, patience), *places))
+        images = list(pool.map(partial(_fetch, root, patience, whole), *places))
     return pa.table([links["id"].combine_chunks(), pa.array(images, pa.binary())], schema=BYTES_SCHEMA)
 
 
-def _fetch(root: str, patience: Patience, file: str, offset: int, size: int) -> bytes:
+def _fetch(root: str, patience: Patience, whole: bool, file: str, offset: int, size: int) -> bytes:
     uri = storage.join(root, file)
     try:
-        return patience.retried(lambda: storage.read_range(uri, offset, size))
+        return patience.retried(lambda: storage.read_bytes(uri) if whole else storage.read_range(uri, offset, size))
     except UserError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise

@@ -16,7 +16,7 @@ from pipeline.datasets.specs import DatasetSpec, find_spec, with_values
 from pipeline.errors import UserError
 
 SOURCES = (*LOOKS, *LAYOUTS, *POOL_SOURCES)
-POOL_FLAGS = ("copy", "append", "overwrite", "skip_bad", "workers")
+POOL_FLAGS = ("copy", "append", "overwrite", "skip_bad", "column", "workers")
 """Those that `make_pool` takes."""
 VOC_FLAGS = ("masks", "train_list", "val_list", "sbd")
 """Those that belong to trees of VOC; `read_voc` has arguments of these names."""
@@ -39,6 +39,8 @@ def parse(argv: Sequence[str], description: str | None) -> argparse.Namespace:
         raise UserError(f"--source {args.source} needs --root, the folder of the images")
     if args.source not in POOL_SOURCES and (args.copy or args.append):
         raise UserError(f"--copy and --append are for pools: --source {', '.join(POOL_SOURCES)}")
+    if args.column and args.source != "parquet":
+        raise UserError("--column names the images of Parquet files: --source parquet")
     return args
 
 
@@ -69,6 +71,7 @@ def _parser(description: str | None) -> cli.Parser:
     add("--skip_bad", action="store_true", help="leave bad samples out instead of stopping")
     add("--copy", action="store_true", help="keep the images in a pool; else it holds links to them")
     add("--append", action="store_true", help="add images to a pool that it does not have yet")
+    add("--column", default="", help="column of the images in Parquet files (default: image, or the one of bytes)")
     add("--workers", type=int, help="shards made at a time (default: one per CPU)")
     return parser
 

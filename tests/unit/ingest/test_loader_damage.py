@@ -1,6 +1,8 @@
 import itertools
 import logging
+import shutil
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +10,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline.batch import Batch
 from pipeline.datasets.images import encode_png
+from pipeline.datasets.pools import make
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.errors import UserError
 from pipeline.ingest import read
+from pipeline.ingest.loader import Loader
 from pipeline.ingest.order import Unit
 from pipeline.ingest.read import Reader, read_inline
 from pipeline.storage import Patience
@@ -79,7 +84,8 @@ def test_too_many_damaged_samples_end_the_run(shapes):
     config = configured(shapes)
     everything = set(open_dataset(shapes).index["id"].to_pylist())
     loader = loader_of(config, reader=_spoiling(everything))
-    with pytest.raises(UserError, match=r"11 of \d+ samples are damaged, the last one shape_\d+ \(not a JPEG"):
+    what = r"11 of \d+ images of \S+ are damaged, the last one shape_\d+ \(not a JPEG.*\); prepare it again with"
+    with pytest.raises(UserError, match=what):
         list(itertools.islice(loader, 20))
     loader.close()
 
@@ -99,6 +105,76 @@ def test_removed_images_are_skipped(shapes, caplog):
     gone = [not valid.any() for batch in batches for valid in both_views(batch)[1].valid]
     assert loader.stats.skipped == sum(gone) > 0
     assert "no bytes" in caplog.text
+
+
+# ---- pools ----------------------------------------------------------------------------------------------------
+
+
+def _pool(root: Path, good: int, bad: int, **options: Any) -> str:
+    """A pool of images of which the first `good` are some."""
+    for number in range(good + bad):
+        data = encode_png(np.full((40, 48, 3), number, np.uint8)) if number < good else DAMAGED
+        (root / "photos").mkdir(parents=True, exist_ok=True)
+        (root / "photos" / f"{number:03d}.png").write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make.tasks, "run", lambda task, items, *_: map(task, items))
+        make.make_pool("images", str(root / "photos"), str(root / "pool"), **options)
+    return str(root / "pool")
+
+
+def _loaded(shapes: str, pool: str, steps: int) -> tuple[Loader, list[Batch]]:
+    """The batches of a run whose unlabeled images are all of the pool."""
+    loader = loader_of(configured(shapes, unlabeled_pools=[pool], pool_weights=[0, 1]))
+    try:
+        return loader, list(itertools.islice(loader, steps))
+    finally:
+        loader.close()
+
+
+def test_what_prepare_left_out_is_no_damage(shapes, tmp_path, caplog):
+    pool = _pool(tmp_path, 12, 2, copy=True, skip_bad=True)
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        loader, batches = _loaded(shapes, pool, 60)
+    blank = [name for batch in batches for name, valid in zip(both_views(batch)[1].ids, both_views(batch)[1].valid,
+             strict=True) if not valid.any()]  # fmt: skip
+    assert set(blank) == {"012.png", "013.png"}
+    assert len(blank) > 20
+    assert loader.stats.skipped == 0
+    assert not caplog.text
+
+
+def test_a_damaged_image_is_one_in_all_epochs(shapes, tmp_path, caplog):
+    """Links are not looked into by prepare."""
+    pool = _pool(tmp_path, 12, 2)
+    (tmp_path / "photos/000.png").unlink()
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        loader, _ = _loaded(shapes, pool, 60)
+    assert loader.stats.skipped == 3
+    assert sorted(record.getMessage()[7:14] for record in caplog.records) == ["000.png", "012.png", "013.png"]
+
+
+@pytest.mark.parametrize("vanish", [False, True])
+def test_too_much_damage_behind_links_ends_the_run(shapes, tmp_path, vanish):
+    """Even if it comes after many epochs, and although the labeled images are whole."""
+    pool = _pool(tmp_path, 30, 0)
+    loader = loader_of(configured(shapes, unlabeled_pools=[pool], pool_weights=[0, 1]))
+    batches = iter(loader)
+    list(itertools.islice(batches, 100))
+    for number in range(11):
+        file = tmp_path / f"photos/{number:03d}.png"
+        file.unlink() if vanish else file.write_bytes(DAMAGED)
+    what = rf"11 of 30 images of {pool} are damaged, the last one 0\d\d\.png .*; mend or restore the files below"
+    with pytest.raises(UserError, match=rf"{what} {tmp_path}/photos .*--copy --overwrite --skip_bad.*--fresh"):
+        list(itertools.islice(batches, 100))
+    loader.close()
+
+
+def test_a_pool_without_any_image_left_ends_the_run(shapes, tmp_path):
+    """Ten damaged images are tolerated, but not where there are no others."""
+    pool = _pool(tmp_path, 8, 0)
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(UserError, match=rf"8 of 8 images of {pool} are damaged"):
+        _loaded(shapes, pool, 20)
 
 
 # ---- looking ahead --------------------------------------------------------------------------------------------

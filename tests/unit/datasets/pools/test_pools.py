@@ -1,15 +1,11 @@
 """Pools as they are made and read, step by step; Ray itself is tested with a real cluster."""
 
 import dataclasses
-import io
+import hashlib
+import json
 import pickle
-import tarfile
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,51 +13,12 @@ import pytest
 from pipeline import storage
 from pipeline.datasets.pools import make
 from pipeline.datasets.pools.make import make_pool
-from pipeline.datasets.pools.pool import WORK_FOLDER, Pool, PoolInfo, open_pool, part_name
+from pipeline.datasets.pools.pool import WORK_FOLDER, PoolInfo, open_pool, part_name
 from pipeline.errors import UserError
 from pipeline.ingest.order import PoolTable
-from pipeline.ingest.read import read_rows
+from pipeline.ingest.read import pack_item, read_item, read_rows
 from pipeline.storage import Patience
-
-
-@pytest.fixture(autouse=True)
-def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(task: Callable[[Any], Any], items: Iterable[Any], total: int, *_: Any) -> Iterator[Any]:
-        return map(task, items)
-
-    monkeypatch.setattr(make.tasks, "run", run)
-
-
-def _photo(trees: Any, number: int) -> bytes:
-    return trees.encode(np.full((8, 8 + number % 3, 3), number % 256, np.uint8), "JPEG")
-
-
-@pytest.fixture
-def photos(trees: Any, tmp_path: Path) -> Path:
-    """300 plain JPEGs in three folders, and what is none."""
-    root = tmp_path / "photos"
-    for number in range(300):
-        trees.put(root / f"{number % 3}" / f"{number:03d}.jpg", _photo(trees, number))
-    trees.put(root / "readme.txt", "no picture")
-    return root
-
-
-def _rows(pool: Pool, generations: int = 99) -> dict[str, bytes]:
-    """Every image by id, read as training does; none twice."""
-    found: list[tuple[str, bytes]] = []
-    table = PoolTable(pool, generations)
-    for number in range(len(table)):
-        group = table[number]
-        read = read_rows(group, None, Patience())
-        assert read.column_names == ["id", "image"]
-        assert read.num_rows == len(group.rows)
-        found += zip(read["id"].to_pylist(), read["image"].to_pylist(), strict=True)
-    assert len(dict(found)) == len(found)
-    return dict(found)
-
-
-def _expected(photos: Path, suffix: str = ".jpg") -> dict[str, bytes]:
-    return {str(file.relative_to(photos)): file.read_bytes() for file in photos.rglob(f"*{suffix}")}
+from tests.unit.datasets.pools.reading import expected, photo, rows, write_tar
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -72,9 +29,9 @@ def test_images(photos, tmp_path, copy):
     assert (pool.info.name, pool.info.kind, pool.info.group_rows) == ("mine", "bytes" if copy else "links", 16)
     (generation,) = pool.info.generations
     assert (generation.rows, generation.shards) == (300, 3)
-    assert generation.bytes == sum(map(len, _expected(photos).values()))
-    assert _rows(pool) == _expected(photos)
-    assert list(_rows(pool)) != sorted(_rows(pool))
+    assert generation.bytes == sum(map(len, expected(photos).values()))
+    assert rows(pool) == expected(photos)
+    assert list(rows(pool)) != sorted(rows(pool))
     assert not (tmp_path / "pool/work").exists()
     sizes = []
     for number in range(3):
@@ -98,7 +55,7 @@ def test_the_order_is_the_same_for_any_number_of_runs(photos, tmp_path, monkeypa
     monkeypatch.setattr(make, "KEYS_GROUP", 7)
     many = make_pool("images", str(photos), str(tmp_path / "many"))
     assert len(list((tmp_path / "many/gen-00000/keys").iterdir())) == 11
-    assert list(_rows(one).items()) == list(_rows(many).items())
+    assert list(rows(one).items()) == list(rows(many).items())
 
 
 @pytest.mark.parametrize("runs", [(300, 300), (7, 300), (300, 13)])
@@ -107,19 +64,19 @@ def test_append_adds_what_is_new_and_rewrites_nothing(photos, trees, tmp_path, m
     monkeypatch.setattr(make, "KEYS_PER_RUN", runs[0])
     first = make_pool("images", str(photos), root)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "pool/gen-00000").rglob("*.parquet")}
-    old = _rows(first)
+    old = rows(first)
     assert make_pool("images", str(photos), root, append=True) == first
     assert sorted(file.name for file in (tmp_path / "pool").iterdir()) == ["gen-00000", "pool.json"]
     for number in range(300, 357):
-        trees.put(photos / f"new/{number}.jpg", _photo(trees, number))
+        trees.put(photos / f"new/{number}.jpg", photo(trees, number))
     monkeypatch.setattr(make, "KEYS_PER_RUN", runs[1])
     second = make_pool("images", str(photos), root, append=True)
     assert [each.rows for each in second.info.generations] == [300, 57]
-    assert _rows(second) == _expected(photos)
-    assert _rows(second, 1) == old
+    assert rows(second) == expected(photos)
+    assert rows(second, 1) == old
     assert second.digest(1) == first.digest(1) != second.digest(2)
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    trees.put(photos / "new/357.jpg", _photo(trees, 357))
+    trees.put(photos / "new/357.jpg", photo(trees, 357))
     assert make_pool("images", str(photos), root, append=True).info.generations[-1].rows == 1
 
 
@@ -149,15 +106,16 @@ def test_an_interrupted_call_goes_on(photos, tmp_path, monkeypatch, after):
     assert len(done) == after
     pool = make_pool("images", str(photos), root)
     assert {file: file.stat().st_mtime_ns for file in done} == done, "written once only"
-    assert _rows(pool) == _expected(photos)
+    assert rows(pool) == expected(photos)
     assert pool.info == make_pool("images", str(photos), str(tmp_path / "calm")).info
 
 
 def test_what_another_call_left_is_not_taken_up(photos, tmp_path):
     root = tmp_path / "pool"
+    other = make.PoolPlan(str(root), "tar", "elsewhere", "links", 0, 0, "")
     storage.write_bytes(f"{root}/{part_name(0, 0)}", b"of another call")
-    storage.write_bytes(f"{root}/{WORK_FOLDER}/plan.json", b"{}")
-    assert _rows(make_pool("images", str(photos), str(root))) == _expected(photos)
+    storage.write_bytes(f"{root}/{WORK_FOLDER}/plan.json", json.dumps(dataclasses.asdict(other)).encode())
+    assert rows(make_pool("images", str(photos), str(root))) == expected(photos)
 
 
 def test_finished_pools_are_not_overwritten(photos, tmp_path):
@@ -179,55 +137,117 @@ def test_damaged_images(photos, tmp_path):
     with pytest.raises(UserError, match=r"photos/0/00\d.jpg: unreadable image.*1 more bad images; .*--skip_bad"):
         make_pool("images", str(photos), root, copy=True)
     pool = make_pool("images", str(photos), root, copy=True, skip_bad=True)
-    assert _rows(pool) == {**_expected(photos), "0/000.jpg": b"", "0/003.jpg": b""}
+    assert rows(pool) == {**expected(photos), "0/000.jpg": b"", "0/003.jpg": b""}
+    assert pool.info.generations[0].blank == 2
+    assert pool.summary == "298 images, 2 left out, in 1 generations, 298 in the last; bytes"
+    assert pool.images(1) == 298
+
+
+def test_damaged_images_that_were_mended(photos, trees, tmp_path):
+    """The same command goes on with them, although they were of another size when it listed them."""
+    (photos / "0/000.jpg").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"0/000\.jpg: unreadable image"):
+        make_pool("images", str(photos), str(tmp_path / "pool"), copy=True)
+    trees.put(photos / "0/000.jpg", photo(trees, 0))
+    assert rows(make_pool("images", str(photos), str(tmp_path / "pool"), copy=True)) == expected(photos)
+
+
+def test_what_was_left_out_is_counted_over_interruptions(photos, tmp_path, monkeypatch):
+    """All parts are written by a call that dies before pool.json."""
+    bad = {f"{number % 3}/{number:03d}.jpg": b"" for number in range(0, 300, 60)}
+    for name in bad:
+        (photos / name).write_bytes(b"no picture")
+    root, write = str(tmp_path / "pool"), storage.write_bytes
+
+    def dying(uri: str, data: bytes) -> None:
+        if uri.endswith("pool.json"):
+            raise _Killed
+        write(uri, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", dying)
+        with pytest.raises(_Killed):
+            make_pool("images", str(photos), root, copy=True, skip_bad=True)
+    with pytest.raises(UserError, match=r"jpg: unreadable image.*4 more bad images"):
+        make_pool("images", str(photos), root, copy=True)
+    pool = make_pool("images", str(photos), root, copy=True, skip_bad=True)
+    assert (pool.images(1), pool.info.generations[0].blank) == (295, 5)
+    assert rows(pool) == {**expected(photos), **bad}
+
+
+def test_pools_of_before_have_left_nothing_out(photos, tmp_path):
+    pool = make_pool("images", str(photos), str(tmp_path / "pool"))
+    values = json.loads((tmp_path / "pool/pool.json").read_text())
+    del values["first"], values["column"], values["generations"][0]["blank"]
+    assert PoolInfo.from_json(json.dumps(values)) == pool.info
+    assert pool.digest(1) == hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def test_one_task_reads_parts_with_and_without_bad_images(few, trees, tmp_path):
+    make_pool("images", str(few), str(tmp_path / "pool"), copy=True)
+    trees.put(few / "new.jpg", b"no picture")
+    pool = make_pool("images", str(few), str(tmp_path / "pool"), copy=True, append=True, skip_bad=True)
+    table = PoolTable(pool, 2)
+    groups = [table[number] for number in range(len(table))]
+    block = read_item({"item": [pack_item(groups, None, Patience())]})
+    assert sorted(block["id"].to_pylist()) == sorted(expected(few))
+
+
+def test_no_usable_image(few, trees, tmp_path):
+    good = expected(few)
+    for name in good:
+        trees.put(few / name, b"no picture")
+    root = str(tmp_path / "pool")
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"few: none of its 20 images can be used; .*few/\d+\.jpg: unreadable image"
+        ):
+            make_pool("images", str(few), root, copy=True, skip_bad=True)
+    for name, data in good.items():
+        trees.put(few / name, data)
+    assert rows(make_pool("images", str(few), root, copy=True, skip_bad=True)) == good
+    trees.put(few / "new.jpg", b"no picture")
+    assert [each.blank for each in make_pool("images", str(few), root, copy=True, append=True, skip_bad=True)
+            .info.generations] == [0, 1]  # fmt: skip
 
 
 def test_a_vanished_image_has_no_bytes(photos, tmp_path):
     pool = make_pool("images", str(photos), str(tmp_path / "pool"))
     (photos / "1/001.jpg").unlink()
-    assert _rows(pool) == {**_expected(photos), "1/001.jpg": b""}
-
-
-def _tar(path: Path, members: dict[str, bytes], mode: Any = "w") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    assert rows(pool) == {**expected(photos), "1/001.jpg": b""}
 
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_tar_files(trees, tmp_path, copy):
-    expected = {}
+    members_of = {}
     for number in range(9):
         name = f"{number}/shard.tar"
-        members = {f"{key:03d}.jpg": _photo(trees, number * 10 + key) for key in range(10)}
+        members = {f"{key:03d}.jpg": photo(trees, number * 10 + key) for key in range(10)}
         long = {("x" * 150) + ".png": trees.image("PNG")}
-        _tar(tmp_path / "tars" / name, {**members, **long, "000.json": b"{}", "000.cls": b"1"})
-        expected |= {f"{name}/{key}": data for key, data in (members | long).items()}
+        write_tar(tmp_path / "tars" / name, {**members, **long, "000.json": b"{}", "000.cls": b"1"})
+        members_of |= {f"{name}/{key}": data for key, data in (members | long).items()}
     pool = make_pool("tar", str(tmp_path / "tars"), str(tmp_path / "pool"), copy=copy)
-    assert _rows(pool) == expected
+    assert rows(pool) == members_of
 
 
 def test_bad_tar_files(trees, tmp_path):
     whole = tmp_path / "tars/a.tar"
-    _tar(whole, {f"{key}.jpg": trees.image() for key in range(5)})
+    write_tar(whole, {f"{key}.jpg": trees.image() for key in range(5)})
     for name, data in {"cut": whole.read_bytes()[:3000], "text": b"no tar" * 400}.items():
         (tmp_path / "tars/b.tar").write_bytes(data)
         with pytest.raises(UserError, match=r"tars/b\.tar: not a whole uncompressed tar file"):
             make_pool("tar", str(tmp_path / "tars"), str(tmp_path / name))
-    _tar(tmp_path / "tars/b.tar", {"0.jpg": trees.image()}, "w:gz")
+    write_tar(tmp_path / "tars/b.tar", {"0.jpg": trees.image()}, "w:gz")
     with pytest.raises(UserError, match=r"tars/b\.tar: not a whole uncompressed tar file"):
         make_pool("tar", str(tmp_path / "tars"), str(tmp_path / "gz"))
-    _tar(tmp_path / "none/a.tar", {"0.txt": b"text"})
+    write_tar(tmp_path / "none/a.tar", {"0.txt": b"text"})
     with pytest.raises(UserError, match=r"none: the \.tar files in it hold no images"):
         make_pool("tar", str(tmp_path / "none"), str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("struct", [False, True])
 def test_parquet_files(trees, tmp_path, struct):
-    images = [_photo(trees, number) for number in range(130)]
+    images = [photo(trees, number) for number in range(130)]
     (tmp_path / "raw").mkdir()
     for number, start in enumerate(range(0, 130, 50)):
         part = images[start : start + 50]
@@ -236,10 +256,10 @@ def test_parquet_files(trees, tmp_path, struct):
         pq.write_table(table, tmp_path / f"raw/{number}.parquet", row_group_size=17)
     pool = make_pool("parquet", str(tmp_path / "raw"), str(tmp_path / "pool"))
     assert (pool.info.kind, pool.info.generations[0].rows) == ("bytes", 130)
-    rows = _rows(pool)
-    assert sorted(rows.values()) == sorted(images)
-    assert rows["1.parquet#2.3"] == images[50 + 2 * 17 + 3]
-    assert list(rows.values()) != images
+    found = rows(pool)
+    assert sorted(found.values()) == sorted(images)
+    assert found["1.parquet#2.3"] == images[50 + 2 * 17 + 3]
+    assert list(found.values()) != images
 
 
 def test_bad_parquet_files(trees, tmp_path):
@@ -255,7 +275,7 @@ def test_bad_parquet_files(trees, tmp_path):
     with pytest.raises(UserError, match=r"raw/a\.parquet#0\.1: unreadable image"):
         make_pool("parquet", str(raw), str(tmp_path / "pool"))
     assert (
-        sorted(map(len, _rows(make_pool("parquet", str(raw), str(tmp_path / "pool"), skip_bad=True)).values()))[0] == 0
+        sorted(map(len, rows(make_pool("parquet", str(raw), str(tmp_path / "pool"), skip_bad=True)).values()))[0] == 0
     )
 
 
@@ -263,7 +283,7 @@ def test_mistakes(photos, trees, tmp_path):
     with pytest.raises(UserError, match="nowhere: not found"):
         make_pool("images", str(tmp_path / "nowhere"), str(tmp_path / "pool"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no \.jpg\|\.jpeg\|\.png files below it"):
+    with pytest.raises(UserError, match=r"empty: no \.jpg\|\.jpeg\|\.png.* files below it"):
         make_pool("images", str(tmp_path / "empty"), str(tmp_path / "pool"))
     with pytest.raises(UserError, match="lies inside --root"):
         make_pool("images", str(photos), str(photos / "pool"))
@@ -281,7 +301,7 @@ def test_the_listing_is_never_held(tmp_path, monkeypatch):
     """Ten times the files, the same memory."""
 
     def peak(files: int) -> int:
-        plan = make.PoolPlan(str(tmp_path / str(files)), "images", "s3://bucket/photos", "links", 0)
+        plan = make.PoolPlan(str(tmp_path / str(files)), "images", "s3://bucket/photos", "links", 0, 0, "")
         monkeypatch.setattr(storage, "iter_files", lambda _: ((f"{number:09d}.jpg", 1) for number in range(files)))
         tracemalloc.start()
         assert make.list_images(plan).batches == files // 2000
@@ -299,7 +319,7 @@ def test_names_that_no_uri_can_hold_are_left_out(photos, trees, tmp_path, capsys
     trees.put(photos / "what?.jpg", trees.image())
     pool = make_pool("images", str(photos), str(tmp_path / "pool"))
     assert pool.info.generations[0].rows == 300
-    assert "left out 1 files" in capsys.readouterr().err
+    assert "left out 1 files whose names no URI can hold, such as what?.jpg" in capsys.readouterr().err
 
 
 def test_asking_again_for_linked_images_is_counted(photos, tmp_path, monkeypatch):
