@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=150, metavar="N", help="damaged texts of each kind of file")
     parser.addoption("--camvid", metavar="DIR", help="CamVid as a VOC tree, for -m camvid (docs/data.md says how)")
 
 
@@ -49,6 +50,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = len(terminalreporter.stats.get("skipped", []))
     reasons = "; the reasons stand above, in lines that begin with SKIPPED" if skipped else ""
     terminalreporter.write_line(f"skipped: {skipped or 'none'}{reasons}")
+
+
+@pytest.fixture(scope="session")
+def rounds(request: pytest.FixtureRequest) -> range:
+    """One for each damaged text that a reader is given: seconds by default, more at night."""
+    return range(int(request.config.getoption("--fuzz") or 0))
 
 
 @pytest.fixture(scope="session")

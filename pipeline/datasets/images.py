@@ -74,7 +74,7 @@ def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS, bi
         DecodeError: empty, too large, not of `formats`, or of more than `bits` a channel.
     """
     if not data:
-        raise DecodeError("no bytes: it was left out by prepare, or its file has vanished")
+        raise DecodeError("no bytes: its file is empty or has vanished")
     with _translated(formats):
         image = Image.open(io.BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:

@@ -19,8 +19,6 @@ from pipeline.methods import OPTIONS
 from pipeline.records import read_record
 from pipeline.report.runs import read_run
 
-ROUNDS = 150
-"""Damaged texts of each file."""
 SCORE = Score(3, {"student": 0.5}, [None, 0.25])
 
 
@@ -92,17 +90,17 @@ def metrics(folder: Path, shapes: str) -> tuple[Path, Callable[[], object]]:
 
 
 @pytest.mark.parametrize("kind", [dataset, pool, labels, meta, summary, metrics])
-def test_damage_is_one_line_that_names_the_file(kind, shapes, tmp_path):
+def test_damage_is_one_line_that_names_the_file(kind, shapes, tmp_path, rounds):
     file, read = kind(tmp_path, shapes)
     text, rng, lines = file.read_bytes(), random.Random(0), []
     read()
-    for _ in range(ROUNDS):
+    for _ in rounds:
         file.write_bytes(damaged(text, rng))
         try:
             read()  # some damage leaves a right file of other content
         except UserError as error:
             lines.append(str(error))
-    assert len(lines) > ROUNDS / 3
+    assert len(lines) > len(rounds) / 3
     assert [line for line in lines if str(tmp_path) not in line or "\n" in line] == []
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +51,7 @@ from pipeline.datasets.prepared.prepare import MAX_BAD
 from pipeline.datasets.prepared.shards import GROUP_BYTES, MIN_SHARDS, SHARD_BYTES, TRAIN_GROUPS
 from pipeline.datasets.raw.photos import BadSampleError, check_image
 from pipeline.errors import UserError
+from pipeline.records import read_record
 from pipeline.storage import Patience
 
 KEYS_PER_RUN = 200_000
@@ -83,8 +84,8 @@ class PoolPlan:
     """A key of `POOL_SOURCES`."""
     images: str
     """Where the files are."""
-    kind: str
-    """bytes or links."""
+    kind: Literal["bytes", "links"]
+    """Whether it will hold the images."""
     generation: int
     """Number of the folder that is made."""
     replaces: int
@@ -263,9 +264,8 @@ def _left_plan(root: str) -> PoolPlan | None:
     if not storage.exists(uri):
         return None
     try:
-        plan = PoolPlan(**json.loads(storage.read_bytes(uri)))
-        return replace(plan, root=root, generation=int(plan.generation), replaces=int(plan.replaces))
-    except (ValueError, TypeError) as error:
+        return replace(read_record(PoolPlan, storage.read_bytes(uri)), root=root)
+    except ValueError as error:
         raise UserError(f"{uri}: prepare of this version did not write it; choose another place") from error
 
 

@@ -15,17 +15,17 @@ Folders are numbered on: a pool that replaces another one begins where that one 
 
 import hashlib
 import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import pyarrow as pa
 
 from pipeline import storage
 from pipeline.datasets.prepared.dataset import SHARD_SCHEMA
 from pipeline.errors import UserError
+from pipeline.records import read_record
 from pipeline.storage import Patience
 
 SCHEMA_VERSION = 1
@@ -71,8 +71,8 @@ class PoolInfo:
     """What it was made of: images, tar or parquet."""
     root: str
     """URI of that; links lead below it."""
-    kind: str
-    """bytes or links."""
+    kind: Literal["bytes", "links"]
+    """Whether it holds the images."""
     group_rows: int
     """Rows per row group."""
     groups_per_shard: int
@@ -107,20 +107,19 @@ class PoolInfo:
         Raises:
             ValueError: not such a text, or the format is of another version.
         """
-        values: Any = json.loads(text)
-        if not isinstance(values, Mapping):
-            raise ValueError("no JSON object")
-        if values.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"format version {values.get('schema_version')}, this program reads {SCHEMA_VERSION}")
-        try:
-            generations = tuple(Generation(**each) for each in values["generations"])
-            info = cls(**{**values, "generations": generations})
-            possible = all(each.rows >= 1 and 0 <= each.blank <= each.rows for each in generations)
-            if info.kind not in ("bytes", "links") or not generations or not possible or info.first < 0:
-                raise ValueError("an impossible value")
-        except (KeyError, TypeError) as error:
-            raise ValueError(str(error)) from error
+        version = read_record(_Version, text).schema_version
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"format version {version}, this program reads {SCHEMA_VERSION}")
+        info = read_record(cls, text)
+        possible = all(each.rows >= 1 and 0 <= each.blank <= each.rows for each in info.generations)
+        if not info.generations or not possible or info.first < 0:
+            raise ValueError("an impossible value")
         return info
+
+
+@dataclass(frozen=True)
+class _Version:
+    schema_version: int
 
 
 @dataclass(frozen=True)

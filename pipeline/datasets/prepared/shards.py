@@ -285,8 +285,7 @@ def _delete(root: str, files: Iterable[str]) -> None:
         storage.delete(storage.join(root, file))
         folders.add(file.rpartition("/")[0])
     for folder in filter(None, folders):
-        if not storage.list_files(storage.join(root, folder)):
-            storage.delete(storage.join(root, folder))
+        storage.delete_empty(storage.join(root, folder))
 
 
 def finish(

@@ -300,11 +300,11 @@ def _spoiled(rng: random.Random, source: str, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", range(6))
-def test_damaged_files_are_told_in_one_line(trees, tmp_path, kind):
+def test_damaged_files_are_told_in_one_line(trees, tmp_path, kind, rounds):
     rng, told = random.Random(kind), []
     source, data = _whole_files(_images(trees, 6))[kind]
     file = Path(tmp_path / f"a.{source}")
-    for _ in range(150):
+    for _ in rounds:
         spoiled = _spoiled(rng, source, data)
         file.write_bytes(spoiled)
         try:
