@@ -30,7 +30,8 @@ def load_weights(network: nn.Module, name: str, source: str, unused: tuple[str, 
         unused: prefixes of parameters that `source` need not hold and whose content does not matter.
 
     Raises:
-        UserError: the source cannot be read, or a parameter is missing, unexpected or of another shape.
+        UserError: the source cannot be read, or a parameter is missing, unexpected, of another
+            shape, or not finite.
     """
     if source == "none":
         log.info("encoder %s: from scratch, no pretrained weights", name)
@@ -85,6 +86,8 @@ def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: st
         if state[key].shape != tensor.shape:
             shapes = f"{list(state[key].shape)}, expected {list(tensor.shape)}"
             raise UserError(f"{source}: {key} has shape {shapes}; is this a torchvision state dict of {name}?")
+        if not state[key].isfinite().all():
+            raise UserError(f"{source}: {key} holds values that are not finite; take other weights")
     for key in state:
         if key not in wanted:
             raise UserError(f"{source}: {key} is unexpected; is this a torchvision state dict of {name}?")

@@ -1,7 +1,7 @@
 """What the steps of a log interval add up to: losses, speed, time left."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple
 from typing import Any
@@ -22,7 +22,7 @@ _NEVER = 1 << 62
 
 
 class Diverged(RunError):
-    """A loss was not finite."""
+    """A loss, or what an update made of the network, is not finite."""
 
 
 class Meter:
@@ -31,6 +31,8 @@ class Meter:
     def __init__(self, config: Config, world: World, loader: Loader, device: torch.device) -> None:
         self._config, self._world, self._loader, self._device = config, world, loader, device
         self._reset()
+
+        self._last: tuple[int, tuple[str, ...]] = (-1, ())
 
     def _reset(self) -> None:
         self._terms: dict[str, Tensor] = {}
@@ -50,6 +52,7 @@ class Meter:
         self._logs = losses.logs
         self._steps += 1
         self._ids[index] = batch.labeled.ids + (batch.unlabeled.ids if batch.unlabeled else ())
+        self._last = index, self._ids[index]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -67,6 +70,26 @@ class Meter:
         first = int(self._world.gather(self._bad.view(1)).min())
         if first != _NEVER:
             raise Diverged(f"a loss is not finite at step {first}; this rank's samples: {', '.join(self._ids[first])}")
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Stops the run if a parameter or buffer is not finite, as a finite loss may have an infinite gradient.
+
+        Waits for the device; every rank calls it before a checkpoint, which must be one that can be resumed.
+
+        Args:
+            state: the method's, after the last step; the same names on every rank.
+
+        Raises:
+            Diverged: one is not, on any rank; on every rank alike.
+        """
+        floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        finite = torch.stack([tensor.isfinite().all() for tensor in floats.values()])
+        everywhere = self._world.gather(finite.to(torch.uint8)).amin(0).tolist()
+        bad = [name for name, good in zip(floats, everywhere, strict=True) if not good]
+        if bad:
+            index, ids = self._last
+            more = f" and {len(bad) - 1} more tensors are" if len(bad) > 1 else " is"
+            raise Diverged(f"{bad[0]}{more} not finite after step {index}; this rank's samples: {', '.join(ids)}")
 
     def summary(self, step: int, lr: float) -> dict[str, Any]:
         """Means of the interval over steps and ranks, speed and time left; begins a new interval.

@@ -92,7 +92,7 @@ class Trainer:
 
         Raises:
             UserError: too many damaged samples, a damaged shard, or a storage that stays away; on this rank alone.
-            Diverged: a loss is not finite; names the step and its samples; on every rank alike.
+            Diverged: a loss, parameter or buffer is not finite; names the step and its samples; on every rank alike.
         """
         config, start = self.config, self.progress.step
         if self.world.size > 1:  # buffers are equal on all ranks by construction; broadcasting a bank would be slow
@@ -120,6 +120,7 @@ class Trainer:
                 scored = done % config.eval.every == 0 or last
                 if scored or done % config.run.checkpoint_every == 0 or self.runtime.notice(done):
                     meter.check()  # a checkpoint after a bad step could never be resumed
+                    meter.check_state(self.method.state_dict())
                     with meter.paused():
                         if scored:
                             self.evaluate(tracker)

@@ -104,6 +104,12 @@ def test_a_checkpoint_is_no_state_dict(state, tmp_path):
         read_state(_save({"model": state, "epoch": 3}, tmp_path / "r.pth"))
 
 
+def test_values_that_are_not_finite(state, tmp_path):
+    state["conv1.weight"][0] = torch.nan
+    with pytest.raises(UserError, match=r"r\.pth: conv1\.weight holds values that are not finite; take other weights"):
+        _load(_save(state, tmp_path / "r.pth"))
+
+
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="not found"):
         _load(str(tmp_path / "none.pth"))

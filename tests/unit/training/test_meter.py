@@ -157,3 +157,26 @@ def test_means_over_ranks(clock):
         return meter.summary(1, 0.1)["loss"]
 
     assert on_ranks(2, run) == [{"a": 0.5}] * 2
+
+
+def test_every_rank_raises_when_a_tensor_of_one_is_not_finite(clock):
+    """Names the tensor, and the samples of the last step, also after a line of the log has ended the interval."""
+
+    def run(world: World) -> str:
+        meter, _ = _meter(world)
+        _add(meter, 3, a=1.0)
+        clock.now += 1
+        meter.summary(4, 0.1)
+        state = {"count": torch.ones((), dtype=torch.int64), "weight": torch.ones(3), "bias": torch.ones(2)}
+        meter.check_state(state)
+        if world.rank == 1:
+            state["bias"][1] = torch.inf
+        try:
+            meter.check_state(state)
+        except Diverged as error:
+            return str(error)
+        return "fine"
+
+    assert all(
+        text.startswith("bias is not finite after step 3; this rank's samples: l3-0") for text in on_ranks(2, run)
+    )

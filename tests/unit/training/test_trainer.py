@@ -106,6 +106,28 @@ def test_a_bad_step_is_named_and_never_becomes_a_checkpoint(shapes, tmp_path, mo
     assert all(value.isfinite().all() for value in state.values())
 
 
+class _Spoilt(SupOnly):
+    """Finite losses throughout; the update of step 2 makes a weight infinite."""
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        if step.index == 2:
+            with torch.no_grad():
+                next(iter(self.student.parameters())).mul_(torch.inf)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 100])
+def test_what_an_update_spoils_never_becomes_a_checkpoint_or_a_result(shapes, tmp_path, monkeypatch, checkpoint_every):
+    monkeypatch.setattr(trainer, "build_method", lambda config, classes: _Spoilt(config, classes))
+    config = _config(shapes, tmp_path, optim={"steps": 3}, run={"checkpoint_every": checkpoint_every})
+    with pytest.raises(
+        Diverged, match=r"^student\.\S+ .*not finite after step 2; this rank's samples: shape_\d+, shape_\d+$"
+    ):
+        _train(config)
+    last = checkpoint.newest(str(tmp_path))
+    assert last == (f"{tmp_path}/{checkpoint.name(2)}" if checkpoint_every == 1 else None)
+
+
 def test_other_data_is_refused(shapes, tmp_path):
     config = _config(shapes, tmp_path, optim={"steps": 2})
     _train(config)
