@@ -132,11 +132,29 @@ def is_name(folder: str) -> bool:
     return re.fullmatch(r"step_\d{7,}", folder) is not None
 
 
-def newest(run: str) -> str | None:
-    """URI of the whole checkpoint with the highest step in a run directory, or None."""
+def written(run: str) -> list[str]:
+    """Names of the checkpoints in a run directory that were written to their end, the highest step first."""
     found = [re.fullmatch(rf"(step_(\d+))/{META_FILE}", file) for file in storage.list_files(run)]
-    whole = {int(match[2]): match[1] for match in found if match}
-    return storage.join(run, whole[max(whole)]) if whole else None
+    steps = {int(match[2]): match[1] for match in found if match}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def newest(run: str) -> str | None:
+    """URI of the first of those that `written` names, or None; it may have been damaged since."""
+    names = written(run)
+    return storage.join(run, names[0]) if names else None
+
+
+def verify(uri: str) -> Meta:
+    """The meta of a checkpoint that is whole: its state is what it was when it was written.
+
+    Raises:
+        UserError: something is missing, cannot be read, or has another SHA-256.
+    """
+    meta, place = read_meta(uri), storage.join(uri, STATE_FILE)
+    if hashlib.sha256(storage.read_bytes(place)).hexdigest() != meta.sha256:
+        raise UserError(f"{place}: damaged (its SHA-256 differs from {META_FILE})")
+    return meta
 
 
 def find(uri: str) -> str:

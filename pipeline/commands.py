@@ -90,12 +90,15 @@ def train(argv: list[str]) -> None:
     """Trains one method on one split: u2pl train --split 1_2."""
 
     def flags(parser: cli.Parser) -> None:
-        parser.add_argument("--fresh", action="store_true", help="delete the run directory and start anew")
+        begin = parser.add_mutually_exclusive_group()
+        begin.add_argument("--fresh", action="store_true", help="delete the run directory and start anew")
+        help_text = "go on from this checkpoint, without those after it (default: the newest)"
+        begin.add_argument("--resume_from", metavar="step_N", help=help_text)
 
     config, args = _config(argv, train, flags)
     from pipeline.training.launch import launch
 
-    launch(config, fresh=args.fresh)
+    launch(config, fresh=args.fresh, resume_from=args.resume_from)
 
 
 def self_training(argv: list[str]) -> None:

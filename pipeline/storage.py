@@ -264,6 +264,31 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
+def read_text(uri: str) -> str:
+    """A text file; a byte order mark is passed over, and every kind of line end becomes a plain one.
+
+    Raises:
+        UserError: it is not there, or is no UTF-8.
+    """
+    data = read_bytes(uri)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{uri}: no UTF-8 text (byte 0x{data[error.start]:02x} at {error.start}); save it as UTF-8"
+        ) from error
+    return "\n".join(text.splitlines())
+
+
+def read_lines(uri: str) -> list[str]:
+    """The lines of a text file without blank ones, without space around them.
+
+    Raises:
+        UserError: as `read_text`.
+    """
+    return [line.strip() for line in read_text(uri).split("\n") if line.strip()]
+
+
 def read_range(uri: str, offset: int, size: int) -> bytes:
     """`size` bytes from `offset` on of the file at `uri`; fewer if it ends before.
 

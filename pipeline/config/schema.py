@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from pipeline.config.parse import parse_yaml, require_positive, require_share, suggest
-from pipeline.datasets.files import read_text
 from pipeline.errors import UserError
+from pipeline.storage import read_text
 
 Section = TypeVar("Section")
 

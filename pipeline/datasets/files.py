@@ -1,10 +1,9 @@
-"""Files as people have them: which names are data, which names cannot be used, and texts of any editor."""
+"""Files as people have them: which names are data, and which cannot be used."""
 
 import posixpath
 import unicodedata
 from pathlib import PurePosixPath
 
-from pipeline import storage
 from pipeline.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -62,28 +61,3 @@ def check_name(folder: str, path: str) -> None:
         raise UserError(
             f"{folder}/{escaped(path)}: lists and URIs cannot hold this name (line ends, ? or \\, no UTF-8); rename it"
         )
-
-
-def read_text(uri: str) -> str:
-    """A text file; a byte order mark is passed over, and every kind of line end becomes a plain one.
-
-    Raises:
-        UserError: it is not there, or is no UTF-8.
-    """
-    data = storage.read_bytes(uri)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{uri}: no UTF-8 text (byte 0x{data[error.start]:02x} at {error.start}); save it as UTF-8"
-        ) from error
-    return "\n".join(text.splitlines())
-
-
-def read_lines(uri: str) -> list[str]:
-    """The lines of a text file without blank ones, without space around them.
-
-    Raises:
-        UserError: as `read_text`.
-    """
-    return [line.strip() for line in read_text(uri).split("\n") if line.strip()]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from pipeline import storage
 from pipeline.config.parse import suggest
-from pipeline.datasets.files import read_lines
 from pipeline.datasets.prepared.dataset import IGNORE_INDEX
 from pipeline.errors import UserError
+from pipeline.storage import read_lines
 
 MAX_CLASSES = 255
 """Class ids are bytes, and 255 is the ignore index."""

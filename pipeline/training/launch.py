@@ -20,6 +20,7 @@ from pipeline.storage import Patience
 from pipeline.training.lease import LEASE_FILE
 from pipeline.training.meter import Diverged
 from pipeline.training.preflight import check_identity, resolve, resolve_paths, warn_of_local_places
+from pipeline.training.recovery import RECORD_FILE, recover
 from pipeline.training.scaling import workers_of
 
 RUN_FILES = {
@@ -29,18 +30,21 @@ RUN_FILES = {
     LOG_FILE,
     LEASE_FILE,
     "tensorboard",
-    "checkpoint_manager_snapshot.json",
+    RECORD_FILE,
     ".validate_storage_marker",
 }
 """Names that a run writes beside its checkpoints."""
 
 
-def launch(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()) -> Progress:
+def launch(
+    config: Config, *, fresh: bool = False, resume_from: str | None = None, callbacks: Sequence[Any] = ()
+) -> Progress:
     """Runs a config on the cluster and prints the result; a run that was cut off goes on where it was.
 
     Args:
         config: checked config; for `data.root` generated the shapes dataset is made first.
         fresh: delete what is in the run directory and start anew.
+        resume_from: name of the checkpoint to go on from, which may be of a finished run; None: the newest whole one.
         callbacks: `ray.train.UserCallback`s that are told of checkpoints.
 
     Raises:
@@ -50,11 +54,14 @@ def launch(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()
     config, dataset, split, sources = resolve(resolve_paths(config), fresh=fresh)
     begin_run(config, fresh)
     done = storage.join(str(config.out), SUMMARY_FILE)
+    if resume_from is not None:
+        storage.delete(done)
     if storage.exists(done):
         print(f"{config.out} is finished; --fresh trains it anew")
         progress = read_summary(done)
     else:
         connect()
+        Patience(config.run.storage_patience).retried(lambda: recover(str(config.out), resume_from))
         workers = workers_of(config)
         _announce(config, dataset, split, sources, workers)
         warn_of_local_places(config)
@@ -138,7 +145,7 @@ def _fit(config: Config, workers: Workers, callbacks: Sequence[Any]) -> dict[str
                     max_failures=config.run.max_failures, max_preemption_failures=-1
                 ),
                 checkpoint_config=ray.train.CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="max"
+                    num_to_keep=2, checkpoint_score_attribute="score", checkpoint_score_order="max"
                 ),
             ),
         )

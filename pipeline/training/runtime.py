@@ -19,6 +19,7 @@ from pipeline.checkpoint import META_FILE
 from pipeline.ingest.read import Reader, read_inline, read_ray
 from pipeline.storage import Patience
 from pipeline.training.lease import Lease
+from pipeline.training.recovery import UNSCORED, whole
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -102,8 +103,9 @@ class PlainRuntime(Runtime):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def latest(self) -> str | None:
-        """The whole checkpoint with the highest step."""
-        return checkpoint.newest(self._out)
+        """The newest whole checkpoint."""
+        names = whole(self._out)
+        return storage.join(self._out, names[0]) if names else None
 
     def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
         """Copies the folder."""
@@ -133,7 +135,7 @@ class RayRuntime(Runtime):
         return ray.train.torch.get_device()
 
     def latest(self) -> str | None:
-        """The newest checkpoint that Ray Train has registered."""
+        """The newest checkpoint that Ray Train knows: at the start that of `recover`, later one of this run's own."""
         import ray.train
 
         found = ray.train.get_checkpoint()
@@ -185,8 +187,8 @@ class RayRuntime(Runtime):
         ray.train.report(
             {
                 "step": step,
-                "score": -1.0 if score is None else score,
-            },  # unscored checkpoints are never the best
+                "score": UNSCORED if score is None else score,
+            },
             checkpoint=handed,
             checkpoint_dir_name=checkpoint.name(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.inference.load import score
 from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch
+from pipeline.training.recovery import RECORD_FILE
 from pipeline.training.runtime import PlainRuntime
 from pipeline.training.trainer import train
 from tests.jobs import SHORT, Job, has_checkpoint, records, train_command
@@ -141,6 +142,7 @@ def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, joined: dict
     with Job(command, joined, tmp_path / "first.log") as job:
         wait_for("a registered checkpoint", lambda: has_checkpoint(run))
         kill(job.pid, *descendants(job.pid))
+    storage.write_bytes(f"{run}/{RECORD_FILE}", b'{"ray_version": "2.')  # as if the kill had met Ray writing it
     with Job(command, joined, tmp_path / "second.log") as job:
         assert job.wait() == 0, job.said
         assert "resuming from s3://runs/killed/step_" in job.said

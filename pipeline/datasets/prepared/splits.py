@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.datasets.files import read_lines, without_suffix
+from pipeline.datasets.files import without_suffix
 from pipeline.datasets.prepared.dataset import Dataset
 from pipeline.errors import UserError
 
@@ -133,7 +133,7 @@ def make_split(name: str, labeled: Iterable[str], unlabeled: Iterable[str], role
 def _read_ids(uri: str, roles: Roles, dropped: Collection[str]) -> tuple[str, ...]:
     """The ids that the list at `uri` names; all in the train subset and none twice."""
     ids: dict[str, None] = {}
-    for entry in read_lines(uri):
+    for entry in storage.read_lines(uri):
         key = find_id(entry, roles)
         if key is None:
             if find_id(entry, dropped) is not None:
@@ -213,8 +213,8 @@ def read_release(folder: str, protocol: str, roles: Roles, dropped: Collection[s
         raise UserError(f"{folder}: no folder with a labeled.txt{wanted}")
     for name in set(renamed) & set(RELEASES.get(protocol, {})):
         uri = storage.join(folder, name, "labeled.txt")
-        if len(read_lines(uri)) != int(name):
-            raise UserError(f"{uri}: {len(read_lines(uri))} images instead of {name}; get the lists again")
+        if len(storage.read_lines(uri)) != int(name):
+            raise UserError(f"{uri}: {len(storage.read_lines(uri))} images instead of {name}; get the lists again")
     return [read_split(storage.join(folder, name), split, roles, dropped) for name, split in renamed.items()]
 
 

@@ -16,7 +16,6 @@ from pipeline.datasets.files import (
     check_name,
     has_suffix,
     is_junk,
-    read_lines,
     without_suffix,
 )
 from pipeline.datasets.prepared.splits import find_id
@@ -260,7 +259,7 @@ def read_voc(
         images, found = {**extra_images, **images}, {**extra_masks, **found}
         train = [*train, *sorted({*extra_masks} - {*train, *val})]
     test = storage.join(lists, "test.txt")
-    named = {*train, *val, *(read_lines(test) if storage.exists(test) else ())}
+    named = {*train, *val, *(storage.read_lines(test) if storage.exists(test) else ())}
     bare = [key for key in images if key not in named and key not in found]
     return [
         *(RawSample(key, "train", images[key], found.get(key)) for key in train),
@@ -293,7 +292,7 @@ def _listed(lists: str, name: str, images: dict[str, str], flag: str) -> list[st
         hint = f"; {flag} takes one of those that are there: {', '.join(there)}" if there else ""
         raise UserError(f"{uri}: no such list{hint}")
     ids: dict[str, int] = {}
-    for number, entry in enumerate(read_lines(uri), start=1):
+    for number, entry in enumerate(storage.read_lines(uri), start=1):
         key = find_id(entry, images)
         if key is None:
             raise UserError(f"{uri}: names {entry}, but JPEGImages has no such file")
@@ -312,7 +311,7 @@ def _read_sbd(root: str) -> tuple[dict[str, str], dict[str, str]]:
     listed: set[str] = set()
     for name in ("train.txt", "val.txt"):
         uri = storage.join(tree.root, name)
-        ids = read_lines(uri)
+        ids = storage.read_lines(uri)
         _all_there(uri, ids, images, "img")
         _all_there(uri, ids, masks, "cls")
         listed |= {*ids}

@@ -41,10 +41,10 @@ def test_names_that_lists_cannot_hold_are_refused_and_can_be_shown():
 def test_texts_of_any_editor(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffbg\r\n\r\n disk \rbox".encode())
-    assert files.read_lines(str(path)) == ["bg", "disk", "box"]
+    assert storage.read_lines(str(path)) == ["bg", "disk", "box"]
     path.write_bytes("straße".encode("cp1252"))
     with pytest.raises(UserError, match=r"list\.txt: no UTF-8 text \(byte 0xdf at 4\); save it as UTF-8"):
-        files.read_text(str(path))
+        storage.read_text(str(path))
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

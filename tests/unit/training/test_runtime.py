@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage
-from pipeline.checkpoint import META_FILE, STATE_FILE
+from pipeline import checkpoint, storage
+from pipeline.checkpoint import META_FILE, STATE_FILE, Progress
+from pipeline.config.schema import Config
 from pipeline.training import runtime
 from pipeline.training.lease import Superseded
 from pipeline.training.runtime import PlainRuntime
@@ -17,8 +18,7 @@ def _host(out: Path) -> PlainRuntime:
 
 
 def _write(folder: Path) -> None:
-    (folder / META_FILE).write_text("{}")
-    (folder / STATE_FILE).write_bytes(b"state")
+    checkpoint.save(folder, Config(), {}, {}, Progress(), method={})
 
 
 def test_a_reported_checkpoint_is_the_latest(tmp_path):

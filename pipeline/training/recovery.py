@@ -1,0 +1,100 @@
+"""Where a run goes on: from the newest whole checkpoint that lies in its directory, whatever else is said of it there.
+
+Ray Train keeps a record of its checkpoints beside them, and writes it in place: a kill or a full disk at that moment
+leaves half of it, and without it Ray would begin at step 0. So the record is made anew from the checkpoints themselves
+each time that a run is started again.
+"""
+
+from pipeline import checkpoint, storage
+from pipeline.checkpoint import Meta
+from pipeline.errors import UserError
+
+RECORD_FILE = "checkpoint_manager_snapshot.json"
+"""Ray Train's own name of it."""
+UNSCORED = -1.0
+"""What Ray is told of a checkpoint without an evaluation: never the best."""
+
+
+def recover(out: str, resume_from: str | None = None) -> None:
+    """Has Ray Train go on from the checkpoint that is first in `whole`, or from step 0 if there is none yet.
+
+    Args:
+        out: run directory.
+        resume_from: see `whole`.
+
+    Raises:
+        UserError: see `whole`.
+    """
+    _write_record(out, whole(out, resume_from))
+
+
+def whole(out: str, resume_from: str | None = None) -> list[str]:
+    """Names of the checkpoints that a run may go on from, the newest first; the first one was read and is whole.
+
+    Args:
+        out: run directory.
+        resume_from: name of the one to go on from; those after it are deleted. None: the newest that is whole; those
+            after it are named.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole; or the one that was named is not there or damaged.
+    """
+    names = checkpoint.written(out)
+    if resume_from is not None:
+        names = _from(out, names, resume_from)
+    damaged = []
+    for name in names:
+        problem = _damage(storage.join(out, name))
+        if problem is None:
+            break
+        damaged.append(problem)
+        if resume_from is None and len(damaged) < len(names):
+            print(f"{problem}: the one before it is taken", flush=True)
+    left = names[len(damaged) :]
+    if damaged and resume_from is not None:
+        raise UserError(f"{damaged[0]}; choose another one for --resume_from")
+    if damaged and not left:
+        raise UserError(f"{damaged[0]}; no whole checkpoint is before it: --fresh starts the run anew")
+    return left
+
+
+def _from(out: str, names: list[str], chosen: str) -> list[str]:
+    """The names from the chosen one back; what came after it is deleted, as the run will come there again."""
+    if chosen not in names:
+        there = f"it has {', '.join(names)}" if names else "it has none"
+        raise UserError(f"--resume_from {chosen}: {out} has no such checkpoint; {there}")
+    at = names.index(chosen)
+    for later in names[:at]:
+        storage.delete(storage.join(out, later))
+    return names[at:]
+
+
+def _damage(uri: str) -> str | None:
+    """Why a checkpoint cannot be resumed from; None: it is whole."""
+    try:
+        checkpoint.verify(uri)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _write_record(out: str, names: list[str]) -> None:
+    """Replaces Ray's record by what the checkpoints say; one whose meta cannot be read is passed over."""
+    uri = storage.join(out, RECORD_FILE)
+    if not names:
+        storage.delete(uri)
+        return
+    from pipeline.cluster.internals import checkpoint_record  # imports Ray
+
+    metrics = {}
+    for name in reversed(names):
+        try:
+            meta = checkpoint.read_meta(storage.join(out, name))
+        except UserError:
+            continue
+        metrics[name] = {"step": meta.step, "score": _score(meta)}
+    storage.write_bytes(uri, checkpoint_record(metrics).encode())
+
+
+def _score(meta: Meta) -> float:
+    return meta.last.value if meta.last is not None and meta.last.step == meta.step else UNSCORED
