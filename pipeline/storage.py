@@ -319,6 +319,16 @@ def write_bytes(uri: str, data: bytes) -> None:
             raise
 
 
+def stamp(uri: str) -> str:
+    """What changes when the file at `uri` does: its size and time on a disk; nothing is known of other storage."""
+    if not is_local(uri):
+        return ""
+    with contextlib.suppress(OSError):
+        found = Path(resolve(uri)[1]).stat()
+        return f"{found.st_size}.{found.st_mtime_ns}"
+    return ""
+
+
 def list_files(uri: str) -> list[str]:
     """All files below `uri`, as sorted paths relative to it; empty if nothing is there."""
     return sorted(file_sizes(uri))
@@ -328,7 +338,8 @@ def file_sizes(uri: str) -> dict[str, int]:
     """Bytes of all files below `uri`, by their paths relative to it; empty if nothing is there."""
     filesystem, path = resolve(uri)
     if is_local(uri):
-        return dict(_walk(path)) if Path(path).is_dir() else {}
+        with translated(uri):
+            return dict(_walk(path)) if Path(path).is_dir() else {}
     with translated(uri):
         infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     return {posixpath.relpath(info.path, path): info.size for info in infos if info.type == pafs.FileType.File}
@@ -359,10 +370,23 @@ def _walk(root: str, below: str = "", above: tuple[tuple[int, int], ...] = ()) -
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if _leads_nowhere(entry):
+                yield posixpath.join(below, entry.name), 0  # who reads it is told
+            elif entry.is_dir():
                 yield from _walk(root, posixpath.join(below, entry.name), (*above, (known.st_dev, known.st_ino)))
             elif entry.is_file():
                 yield posixpath.join(below, entry.name), entry.stat().st_size
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link to what is not there, or to itself."""
+    if not entry.is_symlink():
+        return False
+    try:
+        entry.stat()
+    except OSError:
+        return True
+    return False
 
 
 def _folders(filesystem: Any, path: str) -> Iterator[tuple[str, int]]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pipeline import storage
 from pipeline.datasets.images import DecodeError, decode_image, decode_mask, orientation, read_header
 from pipeline.datasets.prepared.dataset import SUBSETS, Dataset, read_group
+from pipeline.datasets.prepared.shards import FOLDERS
 from pipeline.datasets.prepared.splits import Split, list_splits, read_split, sample_roles
 from pipeline.errors import UserError
 
@@ -151,7 +152,11 @@ def check(dataset: Dataset) -> Report:
 
 def _check_shards(dataset: Dataset) -> tuple[set[str], list[str], list[str]]:
     """Compares the files with dataset.json: which shards are missing, what is wrong, and what is odd."""
-    there = {f"shards/{name}": size for name, size in storage.file_sizes(storage.join(dataset.root, "shards")).items()}
+    there = {
+        f"{folder}/{name}": size
+        for folder in FOLDERS
+        for name, size in storage.file_sizes(storage.join(dataset.root, folder)).items()
+    }
     known = dataset.info.shards
     lost = {shard for shard in known if shard not in there}
     problems = [f"{shard} is missing" for shard in sorted(lost)]
@@ -220,9 +225,10 @@ def _unseen(dataset: Dataset, pixels: NDArray[np.int64]) -> list[str]:
     *shown, ignored = pixels.tolist()
     if ignored == 0 or np.count_nonzero(shown) > 1:
         return []
+    advice = "; if it is a class: --values 0=0,255=1" if len(shown) == 2 else "; if it is a class, say so with --values"
     unseen = [name for name, count in zip(dataset.info.classes, shown, strict=True) if not count]
     share = f"{100 * ignored / pixels.sum():.0f} % of the pixels are {dataset.info.ignore_index}, which is ignored"
-    return [f"no mask has a pixel of {', '.join(unseen[:NAMED])}; {share}; if it is a class: --values 0=0,255=1"]
+    return [f"no mask has a pixel of {', '.join(unseen[:NAMED])}; {share}{advice}"]
 
 
 def _read(dataset: Dataset, rows: Positions, columns: list[str]) -> list[dict]:
@@ -255,6 +261,8 @@ def _check_splits(
     roles = sample_roles(dataset.index)
     splits: dict[tuple[str, str], Split] = {}
     broken = []
+    lists = {f"splits/{file}" for file in storage.list_files(storage.join(dataset.root, "splits"))}
+    broken += [f"{name} is missing" for name in sorted(set(dataset.info.lists) - lists)]
     for protocol, name in list_splits(dataset.root):
         try:
             splits[protocol, name] = read_split(storage.join(dataset.root, "splits", protocol, name), name, roles)

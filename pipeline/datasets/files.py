@@ -9,9 +9,15 @@ from pipeline.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Names of images end so, in either case."""
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
-PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw")
+PICTURE_SUFFIXES = (
+    *IMAGE_SUFFIXES, ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".jfif", ".jpe",
+    ".ppm", ".pgm", ".tga", ".psd",
+)  # fmt: skip
 """Names of pictures end so, also of kinds that are not read: such files are told, not passed over."""
-_JUNK = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"}
+_JUNK = {
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "thumbs.db",
+    "desktop.ini",
+}  # fmt: skip
 """What systems and disks leave beside data, in lower case; names that begin with a dot are theirs as well."""
 
 
@@ -37,6 +43,7 @@ def is_usable(path: str) -> bool:
     It cannot with control characters (line ends), bytes that are no UTF-8, or what a URI gives another meaning.
     """
     plain = all(map(_is_plain, path)) and not set(path) & set("?\\")
+    plain = plain and without_suffix(path) == without_suffix(path).strip()  # lists are read without space around
     return plain and posixpath.normpath(path) == path and not path.startswith(("/", ".."))
 
 
@@ -59,5 +66,6 @@ def check_name(folder: str, path: str) -> None:
     """
     if not is_usable(path):
         raise UserError(
-            f"{folder}/{escaped(path)}: lists and URIs cannot hold this name (line ends, ? or \\, no UTF-8); rename it"
+            f"{folder}/{escaped(path)}: lists and URIs cannot hold this name "
+            "(line ends, spaces around, ? or \\, no UTF-8); rename it"
         )

@@ -16,6 +16,18 @@ MAX_PIXELS = 64_000_000
 """Larger images are refused before their pixels are decoded."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _EXIF_ORIENTATION, _TIFF_BITS = 0x0112, 258
+_TURNED = "orientation"
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What each EXIF orientation asks for."""
+_BACK = {**TURNS, 6: TURNS[8], 8: TURNS[6]}
 _PNG_BITS = 24
 """Where a PNG file has its bits a channel."""
 
@@ -62,9 +74,15 @@ def open_image(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS) -> 
         DecodeError: damaged, too large, or not of `formats`.
     """
     image = read_header(data, formats, bits=64)
+    turn = orientation(image)
     with _translated():
         image.load()
-    return image
+        if image.format != "TIFF" or turn == 1:
+            return image
+        stored = image.transpose(_BACK[turn])  # Pillow turns these, and only these, as it loads them
+        stored.format, stored.info = image.format, {**image.info, _TURNED: turn}
+        stored.tag_v2 = image.tag_v2  # type: ignore[attr-defined]
+        return stored
 
 
 def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS, bits: int = 8) -> Image.Image:
@@ -76,10 +94,16 @@ def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS, bi
     if not data:
         raise DecodeError("no bytes: its file is empty or has vanished")
     with _translated(formats):
-        image = Image.open(io.BytesIO(data), formats=formats)
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats)
+        except Image.UnidentifiedImageError as error:
+            if "TIFF" in formats and bytes(data[:4]) in (b"II*\0", b"MM\0*"):
+                raise DecodeError("a TIFF of a kind that is not read: write 8 bits in RGB or grey") from error
+            raise
     if image.width * image.height > MAX_PIXELS:
         raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-    found = bits_per_channel(image, data)
+    with _translated():
+        found = bits_per_channel(image, data)
     if found > bits:
         raise DecodeError(f"{found} bits a channel, expected {bits}")
     return image
@@ -102,7 +126,7 @@ def bits_per_channel(image: Image.Image, data: bytes | memoryview) -> int:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 where none is noted or the note is damaged."""
     try:
-        found = image.getexif().get(_EXIF_ORIENTATION, 1)
+        found = image.info.get(_TURNED) or image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # Pillow raises almost anything on a damaged note, without which the pixels are as good
         return 1
     return found if found in range(1, 9) else 1

@@ -155,10 +155,11 @@ def find_spec(text: str) -> DatasetSpec:
         raise UserError(f"--classes {text}: needs 2 to {MAX_CLASSES} names, none twice; got {len(names)}")
     if not colors:
         return DatasetSpec(classes=tuple(names), palette=voc_palette(len(names)))
-    ids = {red << 16 | green << 8 | blue: names.index(name) for name, (red, green, blue) in colors.items()}
-    if len(ids) < len(names):
+    known = {name: index for index, name in enumerate(names)} | {_IGNORED: IGNORE_INDEX}
+    ids = {red << 16 | green << 8 | blue: known[name] for name, (red, green, blue) in colors.items()}
+    if len(ids) < len(colors):
         raise UserError(f"--classes {text}: two classes have the same colour")
-    return DatasetSpec(classes=tuple(names), palette=tuple(colors.values()), label_colors=ids)
+    return DatasetSpec(classes=tuple(names), palette=tuple(colors[name] for name in names), label_colors=ids)
 
 
 _COLORED = re.compile(
@@ -173,14 +174,15 @@ def _read_classes(uri: str) -> tuple[list[str], dict[str, Color]]:
     """The names in a file of classes, and their colours if it has them."""
     lines = [line for line in read_lines(uri) if not line.startswith("#")]
     matches = [_COLORED.fullmatch(line) for line in lines]
-    if len(lines) > 1 and not matches[0] and all(matches[1:]):  # the head of a table
+    if len(lines) > 1 and not matches[0] and all(matches[1:]) and not re.search(r"\d", lines[0]):  # head of a table
         matches = matches[1:]
     if matches and all(matches):
-        found = [
-            (match["name"].strip(), (int(match["r"]), int(match["g"]), int(match["b"]))) for match in matches if match
-        ]
-        return [name for name, _ in found], dict(found)
-    odd = next((line for line in lines if re.search(r"[{}\[\]<>:=,;\t]|^- ", line)), None)
+        found = [match.groups() for match in matches if match]
+        colors = {name.strip(): (int(red), int(green), int(blue)) for name, red, green, blue, _ in found}
+        if max(max(color) for color in colors.values()) > 255:
+            raise UserError(f"{uri}: a colour has three numbers of 0 to 255")
+        return [name.strip() for name, *_ in found if name.strip() != _IGNORED], colors
+    odd = next((line for line in lines if re.search(r"[{}\[\]<>:=,;\t\0\"]|^- | #|^\d+ ", line)), None)
     if odd is not None:
         raise UserError(
             f"{uri}: {odd!r} is no class name; a file of classes has one name a line, or lines name,r,g,b with the "

@@ -104,8 +104,12 @@ class DatasetInfo:
 
     @property
     def background(self) -> int | None:
-        """The class of what is no object: the one named background; None for data in which every class is something."""
-        return self.classes.index("background") if "background" in self.classes else None
+        """The class of what is no object: the one named background, or _background_ as labelme has it.
+
+        None for data in which every class is something.
+        """
+        names = [name.strip("_").lower() for name in self.classes]
+        return names.index("background") if "background" in names else None
 
     def unseen(self, *subsets: str) -> tuple[str, ...]:
         """The classes that no mask of `subsets` shows; none if the masks were not counted."""

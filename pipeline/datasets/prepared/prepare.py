@@ -36,8 +36,13 @@ class ShardPlan:
 
     @property
     def digest(self) -> str:
-        """Hash of what the shard will hold; a shard of the same plan need not be written again."""
-        values = asdict(self) | {"root": None, "skip_bad": None, "version": (SCHEMA_VERSION, PART_VERSION)}
+        """Hash of what the shard will hold; a shard of the same plan need not be written again.
+
+        Of files on a disk it holds size and time, as people mend files and give the same command again.
+        """
+        stamps = [storage.stamp(uri) for each in self.samples for uri in (each.image_uri, each.mask_uri) if uri]
+        version = (SCHEMA_VERSION, PART_VERSION)
+        values = asdict(self) | {"root": None, "skip_bad": None, "version": version, "stamps": stamps}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -104,9 +109,13 @@ def read_row(sample: RawSample, spec: DatasetSpec, rules: PhotoRules, facts: _Fa
             elif not sample.label_ids:
                 _same_palette(facts.palette, mask.palette, uri)
     except BadSampleError as error:
-        facts.unknown.update(getattr(error, "values", ()))
+        facts.unknown.update(getattr(error, "values", ())[: 2 * SHOWN_VALUES])
         exif = "; the image carries an EXIF rotation, see --exif" if photo and "EXIF" in " ".join(photo.notes) else ""
         raise BadSampleError(f"{uri}: {error}{exif}") from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises almost anything where a file contradicts itself
+        raise BadSampleError(f"{uri}: unreadable ({str(error) or type(error).__name__})") from error
     facts.notes.update(photo.notes)
     pixels = () if mask is None else tuple(mask.pixels.tolist())
     return Row(sample.id, photo.data, mask.data if mask else None, *photo.size, pixels)
@@ -125,6 +134,8 @@ def _same_palette(known: dict[str, tuple[int, str]], found: Mapping[int, int], u
 
 PROBES = 16
 """Images whose size is looked at to plan row groups."""
+SHOWN_VALUES = 60
+"""So many values without a class are told."""
 NAMED = 5
 """So many classes are named, the others counted."""
 MAX_BAD = 100
@@ -147,8 +158,8 @@ def prepare(
 ) -> DatasetInfo:
     """Checks `samples` and writes them as a dataset.
 
-    Started again with the same arguments after an interruption it keeps the shards that are there; it does
-    not notice source files that were changed in between.
+    Started again with the same arguments after an interruption it keeps the shards that are there, but those
+    of which a file on a disk was changed; of files in an object store it does not notice that.
 
     Args:
         samples: what a reader found.
@@ -185,22 +196,37 @@ def prepare(
         more = f"; {least}{len(bad) - 1} more bad samples" if len(bad) > 1 else ""
         unknown = sorted({value for part in parts for value in part.unknown})
         values = (
-            f"; all values without a class in the masks looked at: {', '.join(unknown)}" if len(unknown) > 1 else ""
+            f"; all values without a class in the masks looked at: {_shortened(unknown)}" if len(unknown) > 1 else ""
         )
         raise UserError(f"{bad[0]}{values}{more}; fix them or pass --skip_bad")
     for text in bad:
         print(f"skipped {text}", file=sys.stderr)
+    check_parts(parts)
     check_pixels(parts)
     palette: dict[str, tuple[int, str]] = {}
+    source = ""
     try:
         for part in parts:
             for index, (color, uri) in part.palette.items():
-                _same_palette(palette, {int(index): color}, uri)
+                _same_palette(palette, {int(index): color}, source := uri)
     except BadSampleError as error:
-        raise UserError(f"{error}") from error
+        raise UserError(f"{source}: {error}") from error
     for note, count in sum((Counter(part.notes) for part in parts), Counter()).items():
         print(f"{note}: {count}", file=sys.stderr)
     return shards.finish(root, parts, name=name, spec=spec, seed=seed, release=release)
+
+
+def check_parts(parts: Sequence[Part]) -> None:
+    """Refuses what is left if bad samples were left out: see `check_samples`.
+
+    Raises:
+        UserError: no train image is left, or no val image where there is something to learn.
+    """
+    rows = [row for part in parts for row in part.index]
+    if not any(row["subset"] == "train" for row in rows):
+        raise UserError("all train images are bad and were left out: there is nothing to train on")
+    if any(row["mask_bytes"] for row in rows) and not any(row["subset"] == "val" for row in rows):
+        raise UserError("all validation images are bad and were left out: there is nothing to score")
 
 
 def check_pixels(parts: Sequence[Part]) -> None:
@@ -234,17 +260,23 @@ def warnings(info: DatasetInfo) -> list[str]:
     return [told]
 
 
+def _shortened(values: Sequence[str]) -> str:
+    """The values, up to a number that a table can have; a photo in the place of a mask has thousands."""
+    more = f" and {len(values) - SHOWN_VALUES} more: is it a mask?" if len(values) > SHOWN_VALUES else ""
+    return ", ".join(values[:SHOWN_VALUES]) + more
+
+
 def _listing(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{len(names)} classes ({', '.join(names[:NAMED])}{more})" if len(names) > 1 else f"class {names[0]}"
 
 
 def summary(info: DatasetInfo, passed: Mapping[str, int]) -> str:
-    """What was made: images, masks, and what was left out and passed over."""
+    """What was made: images, masks, what was left out, and what was passed over, by suffix or reason."""
     told = f"{info.counts['train']} train ({info.masked['train']} with a mask), {info.counts['val']} val"
     told += f", {info.skipped} skipped"
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed.items()))
-    return told + (f", passed over pictures of kinds that are not read: {kinds}" if kinds else "")
+    kinds = ", ".join(f"{count} {what}" for what, count in sorted(passed.items()))
+    return told + (f"; passed over: {kinds}" if kinds else "")
 
 
 def check_samples(samples: Sequence[RawSample]) -> None:

@@ -248,8 +248,11 @@ def begin(
     used = {shard.rpartition("/")[0] for shard in old.shards} if old else set()
     folder: Folder = next(name for name in FOLDERS if name not in used)
     there = storage.list_files(storage.join(root, folder))
-    lists = [f"splits/{name}/{file}" for name in protocols for file in storage.list_files(f"{root}/splits/{name}")]
+    lists = [f"splits/{name}/{split}/labeled.txt" for name in protocols for split in splits.FRACTIONS]
+    lists = [file for file in lists if storage.exists(storage.join(root, file))]
     foreign = [f"{folder}/{file}" for file in there if not is_junk(file)]
+    if not attempt and storage.exists(storage.join(root, _index_file(folder))):
+        foreign.append(_index_file(folder))
     if not attempt and not (old and not old.lists):  # an attempt may have written them; older versions did not note it
         foreign += sorted(set(lists) - set(old.lists if old else ()))
     if foreign:
@@ -318,7 +321,7 @@ def finish(
     pq.write_table(index, sink)
     data = sink.getvalue().to_pybytes()
     folder = parts[0].shard.rpartition("/")[0]
-    index_file = INDEX_FILE.replace(".", folder.removeprefix(FOLDERS[0]) + ".")
+    index_file = _index_file(folder)
     storage.write_bytes(storage.join(root, index_file), data)
     info = DatasetInfo(
         name=name,
@@ -339,6 +342,11 @@ def finish(
     stale = {*old.shards, *old.lists, old.index} - {*info.shards, *info.lists, info.index} if old else set()
     _delete(root, [*stale, *(_part_file(part.shard) for part in parts), ATTEMPT_FILE])
     return info
+
+
+def _index_file(folder: str) -> str:
+    """Path of the index that belongs to a folder of shards."""
+    return INDEX_FILE.replace(".", folder.removeprefix(FOLDERS[0]) + ".")
 
 
 def _masked(parts: Sequence[Part], subset: str) -> int:

@@ -12,7 +12,7 @@ from pipeline.config import cli
 from pipeline.datasets.pools.sources import POOL_SOURCES
 from pipeline.datasets.raw.layouts import LAYOUTS, RawSample, read_tree
 from pipeline.datasets.shapes import LOOKS
-from pipeline.datasets.specs import DatasetSpec, find_spec, with_values
+from pipeline.datasets.specs import KNOWN, DatasetSpec, find_spec, with_values
 from pipeline.errors import UserError
 
 SOURCES = (*LOOKS, *LAYOUTS, *POOL_SOURCES)
@@ -20,6 +20,13 @@ POOL_FLAGS = ("copy", "append", "overwrite", "skip_bad", "column", "workers")
 """Those that `make_pool` takes."""
 VOC_FLAGS = ("masks", "train_list", "val_list", "sbd")
 """Those that belong to trees of VOC; `read_voc` has arguments of these names."""
+
+
+_OTHER_IDS = {
+    "ade20k": "0 is no class there: --values 0=255,1=0,2=1,...",
+    "camvid": "11 is no class there: --values 0=0,1=1,...,11=255",
+}
+"""What masks of a layout hold where the classes are not the layout's own."""
 
 
 def parse(argv: Sequence[str], description: str | None) -> argparse.Namespace:
@@ -31,6 +38,8 @@ def parse(argv: Sequence[str], description: str | None) -> argparse.Namespace:
     args = _parser(description).parse(argv)
     if not args.check and not args.out:
         raise UserError("--source needs --out, the dataset to write")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: at least 1")
     if bool(args.splits) != bool(args.protocol):
         raise UserError("--splits and --protocol go together: a folder of lists, and which of them")
     if args.download and args.source != "voc":
@@ -85,7 +94,11 @@ def read_raw(args: argparse.Namespace) -> tuple[list[RawSample], DatasetSpec, Co
     Raises:
         UserError: what `read_tree`, `find_spec`, `with_values` and the downloads raise.
     """
+    if not args.classes and args.source not in KNOWN:
+        raise UserError(f"--source {args.source} needs --classes: names a,b,c, a file, or a known dataset")
     spec = find_spec(args.classes or args.source)
+    if args.source in _OTHER_IDS and not spec.label_ids and not args.values:
+        raise UserError(f"--classes {args.classes}: say what the masks hold, as {_OTHER_IDS[args.source]}")
     if args.values:
         spec = with_values(spec, args.values)
     options = {key: vars(args)[key] for key in VOC_FLAGS if vars(args)[key]}

@@ -4,7 +4,7 @@ A new layout is a function here and a line in `LAYOUTS`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -46,7 +46,7 @@ class Folders:
         """Args: root: of the tree."""
         self.root = root
         self.passed: Counter[str] = Counter()
-        """Pictures among the images of a kind that is not read, by suffix."""
+        """What nobody has a use for: pictures of a kind that is not read, by suffix, and more, by reason."""
 
     def images(self, folder: str, *, deep: bool = False, required: bool = True) -> dict[str, str]:
         """URI of each image in a folder below the root, by its path there without the suffix, sorted.
@@ -114,6 +114,12 @@ def _keyed(folder: str, suffixes: tuple[str, ...], deep: bool) -> tuple[dict[str
     return found, others
 
 
+def _count(tree: Folders, what: str, names: Collection[str]) -> None:
+    """Notes what a reader of a tree has no use for, if there is any."""
+    if names:
+        tree.passed[what] += len(names)
+
+
 def required(masks: dict[str, str], key: str, folder: str) -> str:
     """The mask of the validation image `key`.
 
@@ -145,6 +151,9 @@ def read_cityscapes(tree: Folders) -> list[RawSample]:
     images = {key.removesuffix(_TAIL): uri for key, uri in found.items() if key.endswith(_TAIL)}
     masks = tree.masks("gtFine", deep=True)
     samples = []
+    of_images = {f"{key}_gtFine_{kind}" for key in images for kind in ("labelTrainIds", "labelIds")}
+    ids = {key for key in masks if key.endswith(("_labelTrainIds", "_labelIds"))}
+    _count(tree, "masks without an image of their name", ids - of_images)
     for key, uri in images.items():
         subset = _SUBSETS.get(key.partition("/")[0])
         if subset is None:
@@ -259,8 +268,11 @@ def read_voc(
         images, found = {**extra_images, **images}, {**extra_masks, **found}
         train = [*train, *sorted({*extra_masks} - {*train, *val})]
     test = storage.join(lists, "test.txt")
-    named = {*train, *val, *(storage.read_lines(test) if storage.exists(test) else ())}
+    tested = [find_id(entry, images) or "" for entry in (storage.read_lines(test) if storage.exists(test) else ())]
+    named = {*train, *val, *tested}
     bare = [key for key in images if key not in named and key not in found]
+    _count(tree, "masks without an image of their name", found.keys() - images.keys())
+    _count(tree, "images with a mask that no list names", (images.keys() & found.keys()) - named)
     return [
         *(RawSample(key, "train", images[key], found.get(key)) for key in train),
         *(RawSample(key, "train", images[key], None) for key in bare),
@@ -346,7 +358,7 @@ def read_tree(source: str, root: str | None, options: Mapping[str, str]) -> tupl
         options: arguments of `read_voc`; the other layouts have none.
 
     Returns:
-        The samples; and how many pictures were passed over, by suffix, as they are of a kind that is not read.
+        The samples; and how many files were passed over, see `Folders.passed`.
 
     Raises:
         UserError: no root, options for a layout without them, or what the reader raises.

@@ -14,6 +14,9 @@ from pipeline.datasets.raw.photos import BadSampleError, Size
 from pipeline.errors import UserError
 
 MASK_FORMATS = ("PNG", "TIFF")
+_LOSSY = ("jpeg", "tiff_jpeg", "webp", "jpeg2000")
+_VOID_COLOR = 0xE0E0C0
+"""Of VOC's palette, for pixels that are ignored."""
 _INVALID = -1
 _MAT_MAGIC = b"MATLAB 5.0"
 _SHOWN = 12
@@ -70,7 +73,7 @@ def canonical_mask(data: bytes, size: Size, lookup: NDArray[np.int16], colors: M
     else:
         image = _open_mask(data)
         if colors:
-            ids = _from_colors(image, colors)
+            ids = _from_colors(image, bits_per_channel(image, data), colors)
         else:
             raw = _values(image, data)
             ids = _from_values(raw, lookup)
@@ -89,12 +92,13 @@ def check_palette(palette: Mapping[int, int], known: Sequence[tuple[int, int, in
         BadSampleError: it contradicts, so that its indices are no class ids.
     """
     class_of = {red << 16 | green << 8 | blue: index for index, (red, green, blue) in enumerate(known)}
+    class_of[_VOID_COLOR] = IGNORE_INDEX
     for index, color in palette.items():
         if class_of.get(color, index) != index and class_of.get(palette.get(class_of[color], -1)) != class_of[color]:
             table = ",".join(f"#{each:06x}={number}" for each, number in class_of.items())
             raise BadSampleError(
                 f"mask's palette gives index {index} the colour #{color:06x} of class {class_of[color]}: a program has "
-                f"renumbered it; take the colours instead: --values '{table},#e0e0c0={IGNORE_INDEX}'"
+                f"renumbered it; take the colours instead: --values '{table}'"
             )
 
 
@@ -110,8 +114,12 @@ def _values(image: Image.Image, data: bytes) -> NDArray[np.uint8]:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 255:
-            raise BadSampleError(f"mask holds values up to {values.max()}: class ids are 0 to 254, and 255 is ignored")
+            raise BadSampleError(
+                f"mask holds values from {values.min()} to {values.max()}: class ids are 0 to 254, and 255 is ignored"
+            )
         return values.astype(np.uint8)
+    if bits > 8:
+        raise BadSampleError(f"mask of {bits} bits a channel: expected class ids in one channel, or colours of 8 bits")
     if image.mode in ("RGB", "RGBA", "LA"):
         bands = np.moveaxis(np.asarray(image), -1, 0)
         colors = bands[: 1 if image.mode == "LA" else 3]
@@ -172,9 +180,9 @@ def _packed(image: Image.Image) -> NDArray[np.int32]:
     return red << 16 | green << 8 | blue
 
 
-def _from_colors(image: Image.Image, colors: Mapping[int, int]) -> NDArray[np.uint8]:
-    if image.mode not in ("P", "L", "RGB", "RGBA"):
-        raise BadSampleError(f"mask mode {image.mode}: expected 8 bits a channel")
+def _from_colors(image: Image.Image, bits: int, colors: Mapping[int, int]) -> NDArray[np.uint8]:
+    if bits > 8 or image.mode not in ("P", "L", "1", "RGB", "RGBA"):
+        raise BadSampleError(f"mask mode {image.mode} of {bits} bits a channel: expected colours of 8 bits")
     packed = _packed(image)
     known = np.array(sorted(colors))
     place = np.searchsorted(known, packed).clip(max=len(known) - 1)
@@ -182,7 +190,8 @@ def _from_colors(image: Image.Image, colors: Mapping[int, int]) -> NDArray[np.ui
     if wrong.size:
         count = np.count_nonzero(wrong == wrong[0])
         raise UnknownValuesError(
-            f"mask holds #{wrong[0]:06x} at {count} pixels, which --values does not name",
+            f"mask holds #{wrong[0]:06x} at {count} pixels, to which no class is given"
+            + ("; it holds ids and no colours: name the classes alone" if image.mode == "L" else ""),
             [f"#{color:06x}" for color in np.unique(wrong)],
         )
     return np.array([colors[int(key)] for key in known], np.uint8)[place]
@@ -210,6 +219,8 @@ def _open_mask(data: bytes) -> Image.Image:
         image = open_image(data, MASK_FORMATS)
     except DecodeError as error:
         raise BadSampleError(f"unreadable mask ({error})") from error
+    if image.info.get("compression") in _LOSSY:
+        raise BadSampleError("mask is a TIFF with the compression of a photo, which changes class ids; write it as PNG")
     if image.format == "TIFF" and image.mode in ("1", "L") and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
         raise BadSampleError("mask is a TIFF in which 0 is white: readers disagree about its values; write it as PNG")
     return image

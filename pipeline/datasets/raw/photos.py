@@ -9,9 +9,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipeline.datasets.images import DecodeError, bits_per_channel, decode_image, encode_png, open_image, orientation
+from pipeline.datasets.images import (
+    TURNS,
+    DecodeError,
+    bits_per_channel,
+    decode_image,
+    encode_png,
+    open_image,
+    orientation,
+)
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -74,37 +82,48 @@ def canonical_photo(data: bytes, mask: Size | None, rules: PhotoRules) -> Photo:
         BadSampleError: unreadable, too large, of more bits a channel than the rules take, or of real numbers.
     """
     try:
-        image = open_image(data)
-        form = "JPEG" if image.format == "MPO" else image.format  # phones put a second, small picture behind the first
-        bits, turn = bits_per_channel(image, data), orientation(image)
-        notes: list[str] = []
-        if image.mode.startswith("F"):
-            raise BadSampleError("pixels are real numbers: write the picture as 8-bit PNG or TIFF")
-        if bits > 8 and not rules.high_byte:
-            raise BadSampleError(
-                f"{bits} bits a channel: --high_byte keeps the upper eight; where these are dark (12-bit cameras), "
-                "stretch the pictures to 8 bits first"
-            )
-        if form != "JPEG" and getattr(image, "n_frames", 1) > 1:
-            notes.append("images that hold several pictures, of which the first is taken")
-        bands = image.getbands()
-        if bands[-1] in ("A", "X") and image.getchannel(len(bands) - 1).getextrema() != (255, 255):
-            notes.append("images with a further band (transparency, or infrared), which is dropped")
-        turned = turn != 1 and _applies(rules, turn, mask, (image.height, image.width))
-        if turned:
-            image = ImageOps.exif_transpose(image)
-            notes.append("images turned as their EXIF rotation says")
-        elif turn != 1 and mask is not None:
-            notes.append("images with a mask and an EXIF rotation that is not applied (--exif apply turns them)")
-        if bits > 8:
-            notes.append(f"images of {bits} bits a channel, of which the upper eight are kept")
-        elif form not in ("JPEG", "PNG"):
-            notes.append(f"{form} images kept as PNG, without loss")
-        if turned or bits > 8 or form not in ("JPEG", "PNG"):
-            data = encode_png(_eight_bits(image))
-        return Photo(data, (image.height, image.width), tuple(notes))
+        return _canonical(data, mask, rules)
     except DecodeError as error:
         raise BadSampleError(f"unreadable image ({error})") from error
+    except BadSampleError:
+        raise
+    except Exception as error:  # Pillow raises almost anything where a file contradicts itself
+        raise BadSampleError(f"unreadable image ({str(error) or type(error).__name__})") from error
+
+
+def _canonical(data: bytes, mask: Size | None, rules: PhotoRules) -> Photo:
+    image = open_image(data)
+    form = "JPEG" if image.format == "MPO" else image.format  # phones put a second, small picture behind the first
+    bits, turn = bits_per_channel(image, data), orientation(image)
+    notes: list[str] = []
+    if image.mode.startswith("F"):
+        raise BadSampleError("pixels are real numbers: write the picture as 8-bit PNG or TIFF")
+    if bits > 16 or image.mode == "I":
+        raise BadSampleError("pixels of 32 bits or with a sign: write the picture as 8-bit PNG or TIFF")
+    if bits > 8 and not rules.high_byte:
+        raise BadSampleError(
+            f"{bits} bits a channel: --high_byte keeps the upper eight; where these are dark (12-bit cameras), "
+            "stretch the pictures to 8 bits first"
+        )
+    if form != "JPEG" and getattr(image, "n_frames", 1) > 1:
+        notes.append("images that hold several pictures, of which the first is taken")
+    bands = image.getbands()
+    if bands[-1] in ("A", "X") and image.getchannel(len(bands) - 1).getextrema() != (255, 255):
+        notes.append("images with a further band (transparency, or infrared), which is dropped")
+    turned = turn != 1 and _applies(rules, turn, mask, (image.height, image.width))
+    if turned:
+        image = image.transpose(TURNS[turn])
+        notes.append("images turned as their EXIF rotation says")
+    elif turn != 1:
+        which = "without a mask" if mask is None else "with a mask"
+        notes.append(f"images {which} and an EXIF rotation that is not applied (--exif apply turns them)")
+    if bits > 8:
+        notes.append(f"images of {bits} bits a channel, of which the upper eight are kept")
+    elif form not in ("JPEG", "PNG"):
+        notes.append(f"{form} images kept as PNG, without loss")
+    if turned or bits > 8 or form not in ("JPEG", "PNG"):
+        data = encode_png(_eight_bits(image, bits))
+    return Photo(data, (image.height, image.width), tuple(notes))
 
 
 def _applies(rules: PhotoRules, turn: int, mask: Size | None, stored: Size) -> bool:
@@ -115,8 +134,8 @@ def _applies(rules: PhotoRules, turn: int, mask: Size | None, stored: Size) -> b
     return mask is not None and mask != stored and mask == upright
 
 
-def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:
+def _eight_bits(image: Image.Image, bits: int) -> NDArray[np.uint8]:
     """The pixels, [H,W] or [H,W,3]. Pillow keeps the upper bytes of 16-bit colour by itself, not those of grey."""
     if image.mode.startswith("I"):
-        return (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
+        return (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
     return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))

@@ -1,5 +1,6 @@
 """What a look through a prepared dataset finds: each fault is put into a dataset that had none."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,31 @@ def test_one_row_group_at_a_time(clean, monkeypatch):
     found(clean)
     index = open_dataset(clean).index.to_pylist()
     assert sorted(asked) == sorted({(each["shard"], each["row_group"]) for each in index}), "each once"
+
+
+def test_a_dataset_that_replaced_another_one_is_looked_through(trees, tmp_path):
+    """Its shards lie in another folder; a file that belongs to none of them is odd."""
+    root = write(trees, tmp_path / "set", rows(trees))
+    folder = shards.begin(root, "another", overwrite=True)
+    parts = [shards.write_shard(root, slot, found) for slot, found in shards.cut(rows(trees), 1e6, folder)]
+    shards.finish(root, parts, name="tiny", spec=trees.spec)
+    report = found(root)
+    assert (report.problems, report.oddities) == ([], [])
+    assert report.subsets[0].images_with.tolist() == [20, 20, 20]
+
+
+def test_missing_lists_are_a_problem(clean):
+    (Path(clean) / "splits/random/1_8/labeled.txt").unlink()
+    assert any("splits/random/1_8/labeled.txt is missing" in problem for problem in found(clean).problems)
+
+
+def test_masks_of_0_and_255(trees, tmp_path):
+    members = {name: [row(each.id, at, (trees.ids(at) > 0).astype(np.uint8) * 255) for at, each in enumerate(found)]
+               for name, found in rows(trees).items()}  # fmt: skip
+    for found_in in members.values():
+        for at, each in enumerate(found_in):
+            counts = np.bincount((trees.ids(at) > 0).astype(np.uint8).ravel() * 255, minlength=256)
+            found_in[at] = dataclasses.replace(each, pixels=tuple(counts.tolist()))
+    problems = found(write(trees, tmp_path / "set", members)).problems
+    (told,) = [problem for problem in problems if problem.startswith("no mask has a pixel of thing, other; ")]
+    assert "255, which is ignored" in told

@@ -18,7 +18,15 @@ from PIL import Image
 from pipeline import storage
 from pipeline.datasets.prepared import shards, splits
 from pipeline.datasets.prepared.dataset import SHARD_SCHEMA, DatasetInfo, open_dataset, read_group
-from pipeline.datasets.prepared.prepare import ShardPlan, carry_out, check_pixels, read_row, summary, warnings
+from pipeline.datasets.prepared.prepare import (
+    ShardPlan,
+    carry_out,
+    check_parts,
+    check_pixels,
+    read_row,
+    summary,
+    warnings,
+)
 from pipeline.datasets.raw.layouts import Folders, read_voc
 from pipeline.datasets.raw.masks import canonical_mask, class_lookup
 from pipeline.datasets.raw.photos import BadSampleError, PhotoRules, check_image
@@ -236,6 +244,10 @@ def test_a_place_that_is_not_ours_is_refused(trees, tmp_path):
     lists = str(tmp_path / "lists")
     with pytest.raises(UserError, match=r"splits/random/1_2/labeled\.txt: was not written by prepare"):
         shards.begin(lists, "plan", overwrite=False, inputs=[lists], protocols=["random"])
+    trees.put(tmp_path / "own/index.parquet", "of my own")
+    own = str(tmp_path / "own")
+    with pytest.raises(UserError, match=r"index\.parquet: was not written by prepare"):
+        shards.begin(own, "plan", overwrite=False, inputs=[own])
 
 
 @pytest.mark.parametrize(
@@ -263,8 +275,12 @@ def test_a_shard_of_the_same_plan_is_kept(trees, tmp_path):
         str(tmp_path / "out"), shards.Slot("train", 0, 2), samples, trees.spec, PhotoRules(), skip_bad=False
     )
     first = carry_out(plan)
-    trees.put(tree / "JPEGImages/a0.jpg", "no image any more")
+    written = (tmp_path / "out" / plan.slot.shard).stat().st_mtime_ns
     assert carry_out(plan) == first
+    assert (tmp_path / "out" / plan.slot.shard).stat().st_mtime_ns == written
+    trees.put(tree / "SegmentationClass/a1.png", trees.encode(np.ones((24, 32), np.uint8)))  # mended meanwhile
+    assert carry_out(plan).pixels != first.pixels
+    trees.put(tree / "JPEGImages/a0.jpg", "no image any more")
     other = ShardPlan(plan.root, plan.slot, samples[::-1], trees.spec, PhotoRules(), skip_bad=False)
     again = carry_out(other)
     assert list(again.bad) == ["a0"]
@@ -330,7 +346,7 @@ def test_bad_masks_are_named(trees):
     for data, words in (
         (trees.encode(wrong, mode="P"), "holds 19 at 5 pixels"),
         (trees.encode(trees.ids()[:, :31]), "mask is 31x24, its image 32x24"),
-        (trees.encode(deep), "mask holds values up to 256: class ids are 0 to 254"),
+        (trees.encode(deep), "mask holds values from 1 to 256: class ids are 0 to 254"),
         (trees.image("PNG"), r"colour picture; say what its colours are: --values '#[0-9a-f]{6}=ID,.*,\.\.\.'"),
         (trees.image("JPEG", 1), "unreadable mask"),
         (trees.mask()[:60], "unreadable mask"),
@@ -380,7 +396,7 @@ def test_colour_masks(trees):
         assert stored.mode == "L"
         assert np.array_equal(np.asarray(stored), ids)
     painted[0, :2] = (1, 2, 3)
-    with pytest.raises(BadSampleError, match="holds #010203 at 2 pixels, which --values does not name"):
+    with pytest.raises(BadSampleError, match="holds #010203 at 2 pixels, to which no class is given"):
         canonical_mask(trees.encode(painted), (24, 32), LOOKUP, colors)
 
 
@@ -435,10 +451,25 @@ def test_classes_that_no_mask_shows_are_told():
     assert line.startswith("no mask has a pixel of class polyp; 33 % of the pixels are 255, which is ignored; if 255 ")
     assert line.endswith("--values 0=0,255=1")
     assert summary(info, {}) == "3 train (2 with a mask), 1 val, 1 skipped"
-    assert summary(info, {".heic": 2, ".gif": 1}).endswith("of kinds that are not read: 1 .gif, 2 .heic")
+    assert summary(info, {".heic": 2, ".gif": 1}).endswith("; passed over: 1 .gif, 2 .heic")
     full = dataclasses.replace(info, pixels={"train": (60, 1, 33), "val": (67, 0, 33)})
     assert (full.unseen("val"), full.unseen("train", "val"), warnings(full)) == (("polyp",), (), [])
     assert dataclasses.replace(info, pixels={}).unseen("val") == ()  # made by an older version: not counted
+
+
+def test_what_is_left_without_bad_samples_must_do(trees, tmp_path):
+    tree = trees.voc(tmp_path / "voc", train=2)
+    parts = {}
+    for subset in ("train", "val"):
+        samples = tuple(each for each in read_voc(Folders(str(tree))) if each.subset == subset)
+        plan = ShardPlan(str(tmp_path / "out"), shards.Slot(subset, 0, 2), samples, trees.spec, PhotoRules(), True)
+        parts[subset] = carry_out(plan)
+    check_parts([*parts.values()])
+    nothing = {subset: dataclasses.replace(part, index=[]) for subset, part in parts.items()}
+    with pytest.raises(UserError, match="all train images are bad"):
+        check_parts([nothing["train"], parts["val"]])
+    with pytest.raises(UserError, match="all validation images are bad"):
+        check_parts([parts["train"], nothing["val"]])
 
 
 def test_masks_without_a_pixel_to_learn_from_are_refused(trees, tmp_path):

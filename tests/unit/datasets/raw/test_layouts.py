@@ -5,6 +5,7 @@ import re
 import pytest
 
 from pipeline.datasets.prepared.prepare import check_samples
+from pipeline.datasets.raw.flags import parse, read_raw
 from pipeline.datasets.raw.layouts import (
     Folders,
     RawSample,
@@ -274,6 +275,12 @@ def test_files_of_classes_of_other_tools(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=r"classes\.txt: .* is no class name; a file of classes has one name"):
             find_spec(str(path))
+    path.write_text("__ignore__,224,224,192\na,0,0,0\nb,128,0,0\n")
+    assert find_spec(str(path)).classes == ("a", "b")
+    assert find_spec(str(path)).label_colors == {0xE0E0C0: 255, 0: 0, 0x800000: 1}
+    path.write_text("a,0,0,0\nb,300,0,0\n")
+    with pytest.raises(UserError, match="a colour has three numbers of 0 to 255"):
+        find_spec(str(path))
     path.write_text("a,0,0,0\nb,0,0,0\n")
     with pytest.raises(UserError, match="two classes have the same colour"):
         find_spec(str(path))
@@ -321,3 +328,24 @@ def test_a_folder_without_images_says_what_there_is(trees, tmp_path):
         read_tree("folder", str(tmp_path), {})
     with pytest.raises(UserError, match="nowhere/images: no such folder; check --root"):
         read_tree("folder", str(tmp_path / "nowhere"), {})
+
+
+def test_a_layout_with_ids_of_its_own_asks_what_other_classes_mean(trees, tmp_path):
+    flags = ["--root", str(tmp_path), "--out", "x"]
+    for source, words in (("ade20k", "as 0 is no class there"), ("camvid", "as 11 is no class there")):
+        with pytest.raises(UserError, match=f"--classes a,b: say what the masks hold, {words}: --values"):
+            read_raw(parse(["--source", source, "--classes", "a,b", *flags], None))
+    with pytest.raises(UserError, match="--source folder needs --classes"):
+        read_raw(parse(["--source", "folder", *flags], None))
+    with pytest.raises(UserError, match="--workers 0: at least 1"):
+        parse(["--source", "folder", "--workers", "0", *flags], None)
+
+
+def test_what_a_voc_tree_holds_for_nobody_is_counted(trees, tmp_path):
+    root = trees.voc(tmp_path, extra=2)
+    trees.put(root / "SegmentationClass/a0_mask.png", trees.mask())
+    trees.put(root / "SegmentationClass/e0.png", trees.mask())
+    trees.put(root / "ImageSets/Segmentation/test.txt", "JPEGImages/e1.jpg\n")
+    samples, passed = read_tree("voc", str(root), {})
+    assert {"e0", "e1"}.isdisjoint(each.id for each in samples)
+    assert passed == {"masks without an image of their name": 1, "images with a mask that no list names": 1}

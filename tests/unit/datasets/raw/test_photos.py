@@ -1,12 +1,13 @@
 """What files of people's own hold, and what becomes of it: kept, converted and told, or refused with the remedy."""
 
+import contextlib
 import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.datasets.images import decode_image
 from pipeline.datasets.raw import masks
@@ -95,7 +96,9 @@ def test_an_image_is_turned_where_its_mask_only_fits_then():
     assert (photo.size, photo.notes) == (upright, ("images turned as their EXIF rotation says",))
     assert np.array_equal(decode_image(photo.data), np.rot90(pixels(), -1))
     assert canonical_photo(turned(6), SIZE, RULES).size == SIZE
-    assert canonical_photo(turned(6), None, RULES) == (turned(6), SIZE, ())
+    alone = canonical_photo(turned(6), None, RULES)
+    assert (alone.data, alone.size) == (turned(6), SIZE)
+    assert alone.notes == ("images without a mask and an EXIF rotation that is not applied (--exif apply turns them)",)
     assert canonical_photo(turned(1), upright, RULES).size == SIZE
 
 
@@ -107,6 +110,35 @@ def test_what_no_size_tells_is_said_by_the_user():
     assert np.array_equal(decode_image(applied.data), pixels()[::-1, ::-1])
     assert canonical_photo(turned(6), UPRIGHT, PhotoRules("ignore")).size == SIZE
     assert canonical_photo(turned(6), None, PhotoRules("apply")).size == UPRIGHT
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_of_every_format_is_the_files_own(orientation):
+    """Pillow turns TIFF files by itself, and only these."""
+    tiff = encoded(Image.fromarray(pixels()), "TIFF", tiffinfo={274: orientation})
+    for data in (tiff, turned(orientation)):
+        ignored = canonical_photo(data, SIZE, PhotoRules("ignore"))
+        assert np.array_equal(decode_image(ignored.data), pixels())
+        applied = canonical_photo(data, SIZE, PhotoRules("apply"))
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(turned(orientation)))))
+        assert np.array_equal(decode_image(applied.data), expected)
+    mask = encoded(Image.fromarray(ids()), "TIFF", tiffinfo={274: orientation})
+    assert np.array_equal(stored(mask), ids())
+
+
+def test_files_that_contradict_themselves_are_bad_samples():
+    data = bytearray(encoded(Image.fromarray(pixels()), "TIFF"))
+    data[-4:] = b"\xff\xff\xff\x7f"  # the next picture lies beyond the end
+    for at in range(4, len(data), 97):
+        spoiled = bytes([*data[:at], data[at] ^ 0x55, *data[at + 1 :]])
+        with contextlib.suppress(BadSampleError):
+            canonical_photo(spoiled, None, RULES)
+
+
+def test_what_no_rule_makes_sense_of_is_refused():
+    for image in (Image.fromarray(pixels(1).astype(np.int32)), Image.fromarray(pixels(1).astype(np.float32))):
+        with pytest.raises(BadSampleError, match="write the picture as 8-bit"):
+            canonical_photo(encoded(image, "TIFF"), None, PhotoRules(high_byte=True))
 
 
 # ---- masks ------------------------------------------------------------------------------------------------------
@@ -134,6 +166,17 @@ def test_other_ways_to_write_the_same_ids():
         assert np.array_equal(stored(encoded(Image.fromarray(pixels_of), "PNG")), ids())
     for image in (Image.fromarray(ids()), Image.fromarray(ids().astype(np.uint16)), Image.fromarray(two.astype(bool))):
         assert stored(encoded(image, "TIFF")).max() == np.asarray(image).max()
+
+
+def test_masks_that_lose_their_ids_are_refused():
+    """Compression of photos changes ids; Pillow keeps the upper byte of 16-bit colour."""
+    with pytest.raises(BadSampleError, match="compression of a photo, which changes class ids"):
+        stored(encoded(Image.fromarray(ids()), "TIFF", compression="jpeg"))
+    for options in ({}, {"colors": {0: 0}}):
+        with pytest.raises(BadSampleError, match="16 bits a channel"):
+            stored(deep_png(np.dstack([ids()] * 3).astype(np.uint16)), **options)
+    with pytest.raises(UnknownValuesError, match="holds ids and no colours: name the classes alone"):
+        stored(encoded(Image.fromarray(ids()), "PNG"), colors={0x800000: 1})
 
 
 def test_pixels_are_counted():
@@ -171,5 +214,7 @@ def test_a_palette_that_contradicts_is_refused():
     masks.check_palette({0: 0x010101, 1: 0x800000, 2: 0x008000}, known)  # a tone of its own contradicts nothing
     with pytest.raises(BadSampleError, match=r"index 0 the colour #800000 of class 1: .* --values '#000000=0,"):
         masks.check_palette(palette(1, 0, 2), known)
+    with pytest.raises(BadSampleError, match="index 1 the colour #e0e0c0 of class 255"):
+        masks.check_palette({0: 0, 1: 0xE0E0C0}, known)  # unused entries were dropped, and void moved up
     with pytest.raises(BadSampleError, match="index 1"):
         masks.check_palette(palette(3, 0, 2), known)
