@@ -101,7 +101,7 @@ def test_a_missing_or_half_written_dataset(jobs: Jobs, shapes: str, tmp_path: Pa
     assert "make one with `u2pl prepare`" in jobs.fails("train", "--data", str(tmp_path / "nothing"))
     half = tmp_path / "half"
     shutil.copytree(shapes, half)
-    (half / "dataset.json").unlink()
+    (half / "dataset.json").rename(half / "prepare.json")
     assert "prepare did not finish" in jobs.fails("train", "--data", str(half))
 
 
@@ -130,7 +130,7 @@ def test_pools(jobs: Jobs, tmp_path: Path) -> None:
     empty.mkdir()
     assert "--source tar needs --root" in jobs.fails("prepare", "--source", "tar", "--out", "pool")
     images = ["--source", "images", "--root", str(empty)]
-    assert "no .jpg|.jpeg|.png files below it" in jobs.fails("prepare", *images, "--out", "pool")
+    assert "files below it; check --root and --source" in jobs.fails("prepare", *images, "--out", "pool")
     assert "lies inside --root" in jobs.fails("prepare", *images, "--out", str(empty / "pool"))
     assert "no pool there" in jobs.fails("prepare", *images, "--out", "other", "--append")
     assert "are for pools" in jobs.fails("prepare", "--source", "shapes", "--out", "set", "--append")
