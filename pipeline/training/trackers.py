@@ -4,12 +4,15 @@ import json
 import math
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoint import METRICS_FILE
+from pipeline.errors import UserError
+from pipeline.records import read_record
 from pipeline.storage import Patience
 from pipeline.training.lease import Lease
 
@@ -37,8 +40,8 @@ class Tracker:
     def _kept(self, start: int) -> list[str]:
         if start == 0 or not storage.exists(self._uri):
             return []
-        lines = storage.read_bytes(self._uri).decode().splitlines()
-        return [line for line in lines if json.loads(line)["step"] <= start]
+        lines = storage.read_bytes(self._uri).decode(errors="replace").splitlines()
+        return [line for number, line in enumerate(lines, 1) if read_step(line, f"{self._uri}: line {number}") <= start]
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Adds a record: `kind` is train or eval, values are numbers, lists or dicts of them."""
@@ -66,6 +69,23 @@ class Tracker:
         self.flush()
         if self._events:
             self._events.close()
+
+
+@dataclass(frozen=True)
+class _Line:
+    step: int
+
+
+def read_step(line: str, where: str) -> int:
+    """The step of a record.
+
+    Raises:
+        UserError: the line is damaged.
+    """
+    try:
+        return read_record(_Line, line).step
+    except ValueError as error:
+        raise UserError(f"{where} is damaged ({error}); remove the line, then the same command goes on") from error
 
 
 class _Events:

@@ -161,7 +161,7 @@ def _paths(entry: str) -> Iterator[str]:
     yield entry
     for space in re.finditer(r"\s+", entry):
         image, mask = entry[: space.start()], entry[space.end() :]
-        if without_suffix(image) != image or ("/" in image and "/" in mask):
+        if without_suffix(image) != image or ("/" in image and "/" in mask and without_suffix(mask) == mask):
             yield image
 
 

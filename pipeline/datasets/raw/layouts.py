@@ -60,7 +60,7 @@ class Folders:
             UserError: two images of one name, a name that cannot be used, or none although `required`.
         """
         uri = storage.join(self.root, folder)
-        found, others = _keyed(uri, IMAGE_SUFFIXES, deep)
+        found, others, _ = _keyed(uri, IMAGE_SUFFIXES, deep)
         self.passed.update(PurePosixPath(file).suffix.lower() for file in others)
         if required and not found:
             raise UserError(f"{uri}: {_nothing(uri, others)}; check --root and --source")
@@ -75,7 +75,9 @@ class Folders:
             UserError: as `images`, or pictures of a kind that cannot be a mask.
         """
         uri = storage.join(self.root, folder)
-        found, others = _keyed(uri, suffixes, deep)
+        found, others, rest = _keyed(uri, suffixes, deep)
+        kinds = (PurePosixPath(file).suffix.lower() for file in rest)
+        self.passed.update(f"{kind} beside masks" for kind in kinds if kind in _ARRAYS)
         if others:
             known = ", ".join(suffix.removeprefix(".") for suffix in suffixes)
             raise UserError(
@@ -96,22 +98,27 @@ def _nothing(uri: str, others: Sequence[str]) -> str:
     return "no images there" if storage.list_files(uri) else "nothing there"
 
 
-def _keyed(folder: str, suffixes: tuple[str, ...], deep: bool) -> tuple[dict[str, str], list[str]]:
-    """The files of a folder with one of `suffixes`, and the other pictures there; without junk."""
+_ARRAYS = (".npy", ".npz", ".mat", ".nii", ".gz")
+"""What masks are written as, too, and nothing here reads."""
+
+
+def _keyed(folder: str, suffixes: tuple[str, ...], deep: bool) -> tuple[dict[str, str], list[str], list[str]]:
+    """The files of a folder with one of `suffixes`, the other pictures there, and what is none; without junk."""
     found: dict[str, str] = {}
     others: list[str] = []
+    rest: list[str] = []
     for file in storage.list_files(folder):
         if is_junk(file) or (not deep and "/" in file):
             continue
         if not has_suffix(file, suffixes):
-            others += [file] if has_suffix(file, PICTURE_SUFFIXES) else []
+            (others if has_suffix(file, PICTURE_SUFFIXES) else rest).append(file)
             continue
         check_name(folder, file)
         key, uri = without_suffix(file), storage.join(folder, file)
         if key in found:
             raise UserError(f"{uri}: duplicate id {key}, also {found[key]}; rename one of them")
         found[key] = uri
-    return found, others
+    return found, others, rest
 
 
 def _count(tree: Folders, what: str, names: Collection[str]) -> None:

@@ -219,6 +219,8 @@ def _open_mask(data: bytes) -> Image.Image:
         image = open_image(data, MASK_FORMATS)
     except DecodeError as error:
         raise BadSampleError(f"unreadable mask ({error})") from error
+    if getattr(image, "n_frames", 1) > 1:
+        raise BadSampleError("mask holds several pictures: write the one that counts as PNG")
     if image.info.get("compression") in _LOSSY:
         raise BadSampleError("mask is a TIFF with the compression of a photo, which changes class ids; write it as PNG")
     if image.format == "TIFF" and image.mode in ("1", "L") and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.storage import Patience
 from pipeline.training.lease import Lease, Superseded
 from pipeline.training.trackers import Tracker, duration
@@ -104,3 +105,11 @@ def test_an_attempt_that_comes_back_changes_nothing(tmp_path):
     with pytest.raises(Superseded, match="another job has begun to train this run"):
         late.close()
     assert [line["step"] for line in _lines(tmp_path)] == [2, 4, 6]
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    _run(str(tmp_path), 0, [2, 4, 6])
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"step": 4', '"step": "'))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged \(.*\); remove the line, then the same"):
+        _run(str(tmp_path), 4, [6])

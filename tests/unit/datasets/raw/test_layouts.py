@@ -299,7 +299,7 @@ def test_a_list_means_the_images_that_it_names(trees, tmp_path):
         "IMG.2024.06.01",
         "a1",
     ]
-    for line in ("a0 (2)", "a0.v2", "a0.jpg.bak"):
+    for line in ("a0 (2)", "a0.v2", "a0.jpg.bak", "/data/a0 stuff/JPEGImages/b.jpg"):
         lists.write_text(f"{line}\n")
         with pytest.raises(UserError, match=rf"train\.txt: names {re.escape(line)}, but JPEGImages has no such file"):
             read_voc(Folders(str(root)))
@@ -317,6 +317,8 @@ def test_what_lies_beside_images_is_passed_over_or_told(trees, tmp_path):
     trees.put(tmp_path / "masks/train/a.tif", b"x")
     trees.put(tmp_path / "masks/train/.b.png", b"x")
     assert [each.mask_uri is not None for each in read_tree("folder", str(tmp_path), {})[0]] == [True, False, False]
+    trees.put(tmp_path / "masks/train/c.npy", b"x")
+    assert read_tree("folder", str(tmp_path), {})[1] == {".gif": 1, ".heic": 1, ".npy beside masks": 1}
     trees.put(tmp_path / "masks/train/b.jpg", b"x")
     with pytest.raises(UserError, match=r"masks/train/b\.jpg: masks are files of kind png, tif, tiff \(JPEG changes"):
         read_tree("folder", str(tmp_path), {})

@@ -172,6 +172,9 @@ def test_masks_that_lose_their_ids_are_refused():
     """Compression of photos changes ids; Pillow keeps the upper byte of 16-bit colour."""
     with pytest.raises(BadSampleError, match="compression of a photo, which changes class ids"):
         stored(encoded(Image.fromarray(ids()), "TIFF", compression="jpeg"))
+    pages = [Image.fromarray(ids()), Image.fromarray(ids() + 1)]
+    with pytest.raises(BadSampleError, match="mask holds several pictures"):
+        stored(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
     for options in ({}, {"colors": {0: 0}}):
         with pytest.raises(BadSampleError, match="16 bits a channel"):
             stored(deep_png(np.dstack([ids()] * 3).astype(np.uint16)), **options)
