@@ -1,9 +1,8 @@
-import itertools
-
 """Pools as they are made and read, step by step; Ray itself is tested with a real cluster."""
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pickle
 import tracemalloc
