@@ -15,28 +15,35 @@ prepare gives, and only where pool.json or `work/plan.json` says that it was her
 
 import hashlib
 import json
-import re
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import islice, pairwise
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cluster import tasks
 from pipeline.datasets.files import PICTURE_SUFFIXES, escaped, has_suffix, is_junk, is_usable
+from pipeline.datasets.pools.columns import read_batches, read_parquet, write_batches, write_parquet
+from pipeline.datasets.pools.place import (
+    PLAN_FILE,
+    PoolPlan,
+    check_same,
+    claim,
+    clear,
+    files_below,
+    is_written,
+    left_plan,
+)
 from pipeline.datasets.pools.pool import (
     BYTES_SCHEMA,
     LINKS_SCHEMA,
     POOL_FILE,
-    WORK_FOLDER,
     Generation,
     Pool,
     PoolInfo,
@@ -46,12 +53,11 @@ from pipeline.datasets.pools.pool import (
     part_name,
 )
 from pipeline.datasets.pools.sources import POOL_SOURCES, read_images
-from pipeline.datasets.prepared.dataset import INFO_FILE, WRITE_OPTIONS
+from pipeline.datasets.prepared.dataset import WRITE_OPTIONS
 from pipeline.datasets.prepared.prepare import MAX_BAD
 from pipeline.datasets.prepared.shards import GROUP_BYTES, MIN_SHARDS, SHARD_BYTES, TRAIN_GROUPS
 from pipeline.datasets.raw.photos import BadSampleError, check_image
 from pipeline.errors import UserError
-from pipeline.records import read_record
 from pipeline.storage import Patience
 
 KEYS_PER_RUN = 200_000
@@ -64,53 +70,8 @@ KEYS_GROUP = 8192
 """Rows per row group of a file of keys."""
 FILES_SCHEMA = pa.schema([pa.field("file", pa.string()), pa.field("size", pa.int64())])
 KEYS_SCHEMA = LINKS_SCHEMA.append(pa.field("images", pa.int64())).append(pa.field("hash", pa.uint64()))
-_PLAN_FILE = f"{WORK_FOLDER}/plan.json"
-_WRITTEN = re.compile(
-    r"(work/((plan|listed)\.json|(files|scan)-\d{7,}\.arrow)|gen-\d{5,}/(part-\d{7,}|keys/\d{4,})\.parquet)"
-    r"(\.[0-9a-f]{8}\.tmp)?"
-)
-"""Paths below the pool that prepare deletes: what it writes, also half-way."""
 _LEFT_OUT, _BLANK, _EXAMPLE = b"left out", b"blank", b"example"
 """Keys of the schema metadata: what was left out of a scan and of a part, with one of them."""
-
-
-@dataclass(frozen=True)
-class PoolPlan:
-    """What one call of prepare is about; the same call, started again, goes on."""
-
-    root: str
-    """The pool."""
-    source: str
-    """A key of `POOL_SOURCES`."""
-    images: str
-    """Where the files are."""
-    kind: Literal["bytes", "links"]
-    """Whether it will hold the images."""
-    generation: int
-    """Number of the folder that is made."""
-    replaces: int
-    """Number of the first folder that goes when all is done; `generation` if none does."""
-    column: str
-    """Of the images in Parquet; empty: as found."""
-
-    def of_the_same(self, other: "PoolPlan") -> bool:
-        """Whether both ask for the same pool, in whatever folder."""
-        return replace(self, generation=0, replaces=0) == replace(other, generation=0, replaces=0)
-
-    @property
-    def anew(self) -> str:
-        """What to do, for people, if nothing of what is there can be used."""
-        begun = storage.join(self.root, folder_name(self.generation))
-        return f"delete {begun} and {storage.join(self.root, WORK_FOLDER)} and begin again"
-
-    def work(self, name: str) -> str:
-        """URI of a file that is needed only meanwhile."""
-        return storage.join(self.root, WORK_FOLDER, name)
-
-    def keys(self, run: int, generation: int | None = None) -> str:
-        """URI of a run's keys."""
-        number = self.generation if generation is None else generation
-        return storage.join(self.root, folder_name(number), "keys", f"{run:04d}.parquet")
 
 
 @dataclass(frozen=True)
@@ -173,7 +134,7 @@ def make_pool(
             before anything is written or deleted.
     """
     root = storage.absolute(out)
-    there, left = _claim(root, append, overwrite), _left_plan(root)
+    there, left = claim(root, append, overwrite), left_plan(root)
     folders = there.info.folders if there else range(0)
     kind = "bytes" if copy or source == "parquet" else "links"
     replaces = folders.start if overwrite else folders.stop
@@ -183,18 +144,18 @@ def make_pool(
     if there and not append:
         replaced = left is not None and left.replaces < left.generation
         if left and left.generation == folders.start and replaced == overwrite and left.of_the_same(plan):
-            _clear(left, folders)  # this call was interrupted when it had written pool.json
+            clear(left, folders)  # this call was interrupted when it had written pool.json
             return there
         if not overwrite:
             raise UserError(f"{root}: holds a pool already; --append adds new images, --overwrite replaces it")
     before = there if append else None
     if before:
-        _check_same(before, plan)
+        check_same(before, plan)
     _begin(plan, left, folders)
     listing = list_images(plan)
     found = _find_images(plan, listing, workers)
     if not found:
-        _clear(plan, folders)  # so that the next call lists the files again
+        clear(plan, folders)  # so that the next call lists the files again
         raise UserError(f"{plan.images}: the {'|'.join(POOL_SOURCES[source].suffixes)} files in it hold no images")
     settles = [(plan, listing, number, _earlier(before)) for number in range(listing.runs)]
     runs = list(tasks.run(_settle, settles, listing.runs, "prepare: %d of %d runs", workers))
@@ -205,77 +166,14 @@ def make_pool(
         info = info or _layout(plan, name or source, total, size)
         shards, blank = _write_parts(plan, info, runs, skip_bad, workers)
         if blank.count == total and not before:
-            _clear(plan, folders)  # so that the next call looks at the images again
+            clear(plan, folders)  # so that the next call looks at the images again
             raise UserError(f"{plan.images}: none of its {total} images can be used; {blank.example}")
         digest = hashlib.sha256("".join(run.digest for run in runs).encode()).hexdigest()
         added = Generation(rows=total, shards=shards, bytes=size, digest=digest, blank=blank.count)
         info = replace(info, generations=(*info.generations, added))
         storage.write_bytes(storage.join(plan.root, POOL_FILE), info.to_json().encode())
-    _clear(plan, info.folders if info else ())
+    clear(plan, info.folders if info else ())
     return open_pool(plan.root)
-
-
-# ---- the place ----------------------------------------------------------------------------------------------------
-
-
-def _claim(root: str, append: bool, overwrite: bool) -> Pool | None:
-    """The pool that is there; refuses a place with files of others."""
-    if append and overwrite:
-        raise UserError("--append and --overwrite exclude each other")
-    if storage.exists(storage.join(root, INFO_FILE)):
-        raise UserError(f"{root}: holds a dataset; choose another place for the pool")
-    if append or storage.exists(storage.join(root, POOL_FILE)):
-        return open_pool(root)
-    if _left_plan(root) is None:
-        foreign = next((file for file in _files(root) if not is_junk(file) and not _is_half_plan(file)), None)
-        if foreign is not None:
-            raise UserError(
-                f"{root}: holds files that prepare did not write, such as {escaped(foreign)}; choose an empty --out"
-            )
-    return None
-
-
-def _files(folder: str) -> Iterator[str]:
-    """Paths of what is below a folder, if there is one."""
-    try:
-        yield from (file for file, _ in storage.iter_files(folder))
-    except UserError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-
-
-def is_written(path: str) -> bool:
-    """Whether prepare gives this name to what it writes below the pool."""
-    return _WRITTEN.fullmatch(path) is not None
-
-
-def _is_half_plan(path: str) -> bool:
-    """The plan is what prepare writes first; a call that dies then leaves this on a disk."""
-    return is_written(path) and path.startswith(f"{_PLAN_FILE}.")
-
-
-def _left_plan(root: str) -> PoolPlan | None:
-    """The plan of a call that did not come to its end at `root`.
-
-    Raises:
-        UserError: a file of this name is there that prepare did not write.
-    """
-    uri = storage.join(root, _PLAN_FILE)
-    if not storage.exists(uri):
-        return None
-    try:
-        return replace(read_record(PoolPlan, storage.read_bytes(uri)), root=root)
-    except ValueError as error:
-        raise UserError(f"{uri}: prepare of this version did not write it; choose another place") from error
-
-
-def _check_same(pool: Pool, plan: PoolPlan) -> None:
-    """Refuses to add to a pool what it was not made of."""
-    info = pool.info
-    if (plan.source, plan.images, plan.kind, plan.column) != (info.source, info.root, info.kind, info.column):
-        made = f"--source {info.source} --root {info.root}" + " --copy" * info.copied
-        made += f" --column {info.column}" * bool(info.column)
-        raise UserError(f"{plan.root}: was made with {made}; append the same, or make another pool and name both")
 
 
 def _begin(plan: PoolPlan, left: PoolPlan | None, folders: range) -> None:
@@ -291,25 +189,8 @@ def _begin(plan: PoolPlan, left: PoolPlan | None, folders: range) -> None:
         raise _no_files(plan, passed)
     for each in (left, plan):
         if each is not None:
-            _clear(each, folders, keep_plan=True)
-    storage.write_bytes(storage.join(plan.root, _PLAN_FILE), json.dumps(asdict(plan)).encode())
-
-
-def _clear(plan: PoolPlan, folders: Container[int], *, keep_plan: bool = False) -> None:
-    """Deletes what a plan wrote or replaces, but for the generations of the pool; files of others stay.
-
-    The plan itself goes last: it says that the rest is prepare's.
-    """
-    gone = [folder_name(n) for n in range(plan.replaces, plan.generation + 1) if n not in folders]
-    for folder in (*gone, WORK_FOLDER):
-        for file in [f"{folder}/{file}" for file in _files(storage.join(plan.root, folder))]:
-            if is_written(file) and file != _PLAN_FILE:
-                storage.delete(storage.join(plan.root, file))
-        storage.delete_empty(storage.join(plan.root, folder, "keys"))
-        storage.delete_empty(storage.join(plan.root, folder))
-    if not keep_plan:
-        storage.delete(storage.join(plan.root, _PLAN_FILE))
-        storage.delete_empty(plan.work(""))
+            clear(each, folders, keep_plan=True)
+    storage.write_bytes(storage.join(plan.root, PLAN_FILE), json.dumps(asdict(plan)).encode())
 
 
 # ---- the steps ----------------------------------------------------------------------------------------------------
@@ -432,7 +313,7 @@ def _earlier(before: Pool | None) -> dict[int, int]:
     """How many files of keys each earlier generation has, by number."""
     if before is None:
         return {}
-    files = {number: _files(storage.join(before.root, folder_name(number))) for number in before.info.folders}
+    files = {number: files_below(storage.join(before.root, folder_name(number))) for number in before.info.folders}
     return {
         number: sum(file.startswith("keys/") and is_written(f"{folder_name(number)}/{file}") for file in found)
         for number, found in files.items()
@@ -570,48 +451,3 @@ def _checked(table: pa.Table, root: str) -> tuple[pa.Table, list[str]]:
             bad.append(f"{root}/{key}: {error}")
             images[place] = b""
     return pa.table([table["id"].combine_chunks(), pa.array(images, pa.binary())], schema=BYTES_SCHEMA), bad
-
-
-# ---- column files -----------------------------------------------------------------------------------------------
-
-
-def write_batches(uri: str, tables: Sequence[pa.Table]) -> None:
-    """An Arrow file with a batch per table (one or more, of one schema), each readable by itself."""
-    sink, schema = pa.BufferOutputStream(), tables[0].schema
-    with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        for table in tables:
-            writer.write_batch(pa.record_batch([c.combine_chunks() for c in table.columns], schema=schema))
-    storage.retried(partial(storage.write_bytes, uri, sink.getvalue().to_pybytes()))
-
-
-def read_batches(uri: str, batch: int | None = None) -> pa.Table:
-    """All batches of such a file as one table, or one of them."""
-
-    def read() -> pa.Table:
-        filesystem, path = storage.resolve(uri)
-        with storage.translated(uri), filesystem.open_input_file(path) as handle:
-            file = pa.ipc.open_file(handle)
-            numbers = range(file.num_record_batches) if batch is None else [batch]
-            return pa.Table.from_batches([file.get_batch(number) for number in numbers])
-
-    return storage.retried(read)
-
-
-def write_parquet(uri: str, table: pa.Table, group_rows: int, **options: Any) -> None:
-    """A Parquet file in row groups of `group_rows`."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=group_rows, **options)
-    storage.retried(partial(storage.write_bytes, uri, sink.getvalue().to_pybytes()))
-
-
-def read_parquet(uri: str, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
-    """Some columns of a Parquet file, of all or some of its row groups."""
-
-    def read() -> pa.Table:
-        filesystem, path = storage.resolve(uri)
-        with storage.translated(uri), filesystem.open_input_file(path) as handle:
-            file = pq.ParquetFile(handle)
-            every = range(file.num_row_groups) if groups is None else groups
-            return file.read_row_groups(list(every), columns=list(columns), use_threads=False)
-
-    return storage.retried(read)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.datasets.pools import make
+from pipeline.datasets.pools import make, place
 from pipeline.datasets.pools.make import make_pool
 from pipeline.datasets.pools.pool import open_pool
 from pipeline.errors import UserError
@@ -63,7 +63,7 @@ def test_a_place_with_files_of_others_is_refused(few, trees, tmp_path, foreign, 
 
 def test_a_plan_of_others_is_refused(few, trees, tmp_path):
     for text in ("{}", "our plan", '{"root": 1}', "[]"):
-        trees.put(tmp_path / "out/work/plan.json", text)
+        trees.put(tmp_path / "out" / place.PLAN_FILE, text)
         with pytest.raises(UserError, match=r"work/plan\.json: prepare of this version did not write it"):
             make_pool("images", str(few), str(tmp_path / "out"))
         assert everything(tmp_path / "out") == {"work/plan.json": text.encode()}
@@ -71,7 +71,7 @@ def test_a_plan_of_others_is_refused(few, trees, tmp_path):
 
 def test_a_place_with_junk_alone_is_empty(few, trees, tmp_path):
     trees.put(tmp_path / "out/.DS_Store", "junk")
-    trees.put(tmp_path / "out/work/plan.json.0123abcd.tmp", "a write that was killed")
+    trees.put(tmp_path / "out" / f"{place.PLAN_FILE}.0123abcd.tmp", "a write that was killed")
     assert rows(make_pool("images", str(few), str(tmp_path / "out"))) == expected(few)
     assert (tmp_path / "out/.DS_Store").exists()
     assert not (tmp_path / "out/work").exists()
@@ -211,4 +211,4 @@ def test_every_name_that_is_written_can_be_deleted(few, tmp_path, monkeypatch):
     make_pool("images", str(few), str(tmp_path / "out"))
     names = [str(Path(uri).relative_to(tmp_path / "out")) for uri in written]
     assert len(names) > 8
-    assert [name for name in names if not make.is_written(name)] == ["pool.json"]
+    assert [name for name in names if not place.is_written(name)] == ["pool.json"]

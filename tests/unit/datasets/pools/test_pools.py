@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.datasets.pools import make
+from pipeline.datasets.pools import make, place
 from pipeline.datasets.pools.make import make_pool
 from pipeline.datasets.pools.pool import WORK_FOLDER, PoolInfo, open_pool, part_name
 from pipeline.errors import UserError
@@ -113,7 +113,7 @@ def test_an_interrupted_call_goes_on(photos, tmp_path, monkeypatch, after):
 
 def test_what_another_call_left_is_not_taken_up(photos, tmp_path):
     root = tmp_path / "pool"
-    other = make.PoolPlan(str(root), "tar", "elsewhere", "links", 0, 0, "")
+    other = place.PoolPlan(str(root), "tar", "elsewhere", "links", 0, 0, "")
     storage.write_bytes(f"{root}/{part_name(0, 0)}", b"of another call")
     storage.write_bytes(f"{root}/{WORK_FOLDER}/plan.json", json.dumps(dataclasses.asdict(other)).encode())
     assert rows(make_pool("images", str(photos), str(root))) == expected(photos)
@@ -302,8 +302,8 @@ def test_the_listing_is_never_held(tmp_path, monkeypatch):
     """Ten times the files, the same memory."""
 
     def peak(files: int) -> int:
-        place = str(tmp_path / str(next(numbers)))
-        plan = make.PoolPlan(place, "images", "s3://bucket/photos", "links", 0, 0, "")
+        root = str(tmp_path / str(next(numbers)))
+        plan = place.PoolPlan(root, "images", "s3://bucket/photos", "links", 0, 0, "")
         monkeypatch.setattr(storage, "iter_files", lambda _: ((f"{number:09d}.jpg", 1) for number in range(files)))
         tracemalloc.start()
         assert make.list_images(plan).batches == files // 2000
