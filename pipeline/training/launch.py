@@ -54,14 +54,13 @@ def launch(
     config, dataset, split, sources = resolve(resolve_paths(config), fresh=fresh)
     begin_run(config, fresh)
     done = storage.join(str(config.out), SUMMARY_FILE)
-    if resume_from is not None:
-        storage.delete(done)
-    if storage.exists(done):
+    if resume_from is None and storage.exists(done):
         print(f"{config.out} is finished; --fresh trains it anew")
         progress = read_summary(done)
     else:
         connect()
         Patience(config.run.storage_patience).retried(lambda: recover(str(config.out), resume_from))
+        storage.delete(done)  # there only if an earlier checkpoint was chosen
         workers = workers_of(config)
         _announce(config, dataset, split, sources, workers)
         warn_of_local_places(config)

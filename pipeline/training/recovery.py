@@ -39,9 +39,10 @@ def whole(out: str, resume_from: str | None = None) -> list[str]:
     Raises:
         UserError: there are checkpoints, but none is whole; or the one that was named is not there or damaged.
     """
-    names = checkpoint.written(out)
+    names, later = checkpoint.written(out), list[str]()
     if resume_from is not None:
-        names = _from(out, names, resume_from)
+        at = _place(out, names, resume_from)
+        names, later = names[at:], names[:at]
     damaged = []
     for name in names:
         problem = _damage(storage.join(out, name))
@@ -55,27 +56,33 @@ def whole(out: str, resume_from: str | None = None) -> list[str]:
         raise UserError(f"{damaged[0]}; choose another one for --resume_from")
     if damaged and not left:
         raise UserError(f"{damaged[0]}; no whole checkpoint is before it: --fresh starts the run anew")
+    for name in later:  # the run will come there again; not before the chosen one is known to be whole
+        storage.delete(storage.join(out, name))
     return left
 
 
-def _from(out: str, names: list[str], chosen: str) -> list[str]:
-    """The names from the chosen one back; what came after it is deleted, as the run will come there again."""
+def _place(out: str, names: list[str], chosen: str) -> int:
+    """Where in `names` the chosen one is."""
     if chosen not in names:
         there = f"it has {', '.join(names)}" if names else "it has none"
         raise UserError(f"--resume_from {chosen}: {out} has no such checkpoint; {there}")
-    at = names.index(chosen)
-    for later in names[:at]:
-        storage.delete(storage.join(out, later))
-    return names[at:]
+    return names.index(chosen)
 
 
 def _damage(uri: str) -> str | None:
-    """Why a checkpoint cannot be resumed from; None: it is whole."""
+    """Why a checkpoint cannot be resumed from; None: it is whole. Trouble of the storage is no damage: it is raised."""
     try:
         checkpoint.verify(uri)
     except UserError as error:
+        if not _says_damage(error):
+            raise
         return str(error)
     return None
+
+
+def _says_damage(error: UserError) -> bool:
+    """Whether it is about what a checkpoint holds: the storage's own errors, but for a missing file, are its cause."""
+    return not isinstance(error.__cause__, OSError) or isinstance(error.__cause__, FileNotFoundError)
 
 
 def _write_record(out: str, names: list[str]) -> None:
@@ -90,7 +97,9 @@ def _write_record(out: str, names: list[str]) -> None:
     for name in reversed(names):
         try:
             meta = checkpoint.read_meta(storage.join(out, name))
-        except UserError:
+        except UserError as error:
+            if not _says_damage(error):
+                raise
             continue
         metrics[name] = {"step": meta.step, "score": _score(meta)}
     storage.write_bytes(uri, checkpoint_record(metrics).encode())

@@ -51,7 +51,8 @@ def carry_out(plan: ShardPlan) -> Part:
 
     If samples are bad and may not be skipped, nothing is written.
     """
-    done = shards.read_part(plan.root, plan.slot.shard, plan.digest)
+    digest = plan.digest  # before the files are read: one that changes meanwhile is read again the next time
+    done = shards.read_part(plan.root, plan.slot.shard, digest)
     if done is not None and (plan.skip_bad or not done.bad):
         return done
     rows: list[Row] = []
@@ -63,11 +64,10 @@ def carry_out(plan: ShardPlan) -> Part:
         except BadSampleError as error:
             bad[sample.id] = str(error)
     if bad and not plan.skip_bad:
-        return Part(
-            plan.digest, plan.slot.subset, plan.slot.shard, 0, [], bad, {}, unknown=tuple(sorted(facts.unknown))
-        )
+        unknown = tuple(sorted(facts.unknown))
+        return Part(digest, plan.slot.subset, plan.slot.shard, 0, [], bad, {}, unknown=unknown)
     return shards.write_shard(
-        plan.root, plan.slot, rows, plan.digest, bad=bad, notes=dict(facts.notes), palette=facts.palette
+        plan.root, plan.slot, rows, digest, bad=bad, notes=dict(facts.notes), palette=facts.palette
     )
 
 

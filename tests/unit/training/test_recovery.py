@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint
+from pipeline import checkpoint, storage
 from pipeline.checkpoint import Progress, Score
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
@@ -91,6 +91,32 @@ def test_rays_record_is_made_of_the_checkpoints(run, there):
                        NAMES[1]: {"step": 20, "score": 0.5}}  # fmt: skip
     assert list(results)[-1] == NAMES[1]  # the best one last, as Ray sorts them
     assert record(run)["latest_checkpoint_result"]["checkpoint_dir_name"] == NAMES[0]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("AWS Error NETWORK_CONNECTION"), PermissionError("no"), ConnectionError("x")]
+)
+def test_trouble_of_the_storage_is_no_damage(run, capsys, monkeypatch, error):
+    """Else a run would go on from an older checkpoint because a store was away for a second."""
+    read = storage.read_bytes
+
+    def fails(uri: str) -> bytes:
+        if NAMES[0] in uri:
+            with storage.translated(uri):
+                raise error
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", fails)
+    with pytest.raises(UserError, match=NAMES[0]):
+        recover(str(run))
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_goes_before_the_chosen_one_is_known_to_be_whole(run):
+    spoil(run, NAMES[1])
+    with pytest.raises(UserError, match=r"damaged .*; choose another one for --resume_from"):
+        recover(str(run), NAMES[1])
+    assert checkpoint.written(str(run)) == NAMES
 
 
 def test_a_chosen_one_is_taken_and_later_ones_go(run):
