@@ -3,17 +3,29 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+# What nodes and images install, and what the work on the package needs besides.
+LOCKS := cluster/requirements.lock requirements-dev.lock
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-fast test-controls test-cluster lint clean
+.PHONY: install lock demo test test-fast test-controls test-night test-cluster test-gpu lint clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(LOCKS)
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,view]'
+	$(BIN)/python -m pip install --quiet --require-hashes $(LOCKS:%=--requirement %)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
+
+# Makes the locks anew from pyproject.toml, for every Python that it allows. Versions that still fit stay as they are:
+# `make lock UPGRADE=--upgrade` takes the newest of all, UPGRADE='--upgrade-package torch' of one.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
+	--custom-compile-command 'make lock' $(UPGRADE) pyproject.toml
+
+lock: install
+	$(COMPILE) --extra aws --extra gcp --output-file $(word 1,$(LOCKS))
+	$(COMPILE) --all-extras --constraint $(word 1,$(LOCKS)) --output-file $(word 2,$(LOCKS)) \
+		$$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' $(word 1,$(LOCKS)))
 
 # Generates the shapes, trains SupOnly and then U2PL with two CPU workers, and compares them on a page.
 # DEMO_FLAGS are added to both, such as --optim.steps 20 for a look at the output only.
@@ -40,6 +52,14 @@ test-fast: lint
 # Whole runs, three seeds each: a method without its unlabeled side must score as SupOnly. About an hour on two cores.
 test-controls: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist load -m controls tests/parity/test_controls.py
+
+# Runs that are killed at every point of a checkpoint, and one of which something dies every minute for half an hour.
+test-night: install
+	$(BIN)/python -m pytest -s -m night tests/integration
+
+# What only a GPU can show, on a machine with one; elsewhere each test is skipped.
+test-gpu: install
+	$(BIN)/python -m pytest tests/gpu
 
 # Hosts with networks of their own on this one machine: training loses them, the launcher reaches them by ssh.
 # As root, with iproute2, openssh-server and rsync; the first command says what is missing.

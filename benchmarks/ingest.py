@@ -26,33 +26,31 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
+from benchmarks.photographs import HEIGHT, WIDTH, make_images
 from pipeline.batch import ViewSpec
 from pipeline.config.schema import Config, DataConfig, OptimConfig
-from pipeline.datasets.images import encode_png
-from pipeline.datasets.prepared import shards
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
-from pipeline.datasets.specs import KNOWN
 from pipeline.ingest.augment import ViewRecipe, empty_views, fill
+from pipeline.ingest.groups import LABELED, select_groups, select_images
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.order import LanePlan, generator, select_groups
-from pipeline.ingest.read import LabeledSet, Sample, UnlabeledStream, read_inline, read_ray
-from pipeline.storage import Patience
+from pipeline.ingest.order import LanePlan, generator
+from pipeline.ingest.read import Sample, SampleStream, read_inline, read_ray
+from pipeline.patience import Patience
 from tests.processes import descendants
 from tests.s3 import S3Server
 
-HEIGHT, WIDTH, DISTINCT, LABELED = 375, 500, 256, 64
 WARM_STEPS = 24
 """Steps before each measurement: they empty what was made ahead while the others had their turn."""
 SETTLE_SECONDS = 3.0
@@ -64,44 +62,6 @@ Way = Callable[[int], tuple[float, float]]
 """Runs some steps; returns the CPU and the wall seconds they took."""
 ALONE = ("in memory", "plain Pillow")
 """Ways of one thread, of which that thread alone is counted."""
-
-
-# ---- images ----------------------------------------------------------------------------------------------------
-
-
-def photograph(seed: int) -> bytes:
-    """Noise of every wavelength, as photographs have it, as a JPEG."""
-    rng = np.random.default_rng(seed)
-    picture = np.full((HEIGHT, WIDTH, 3), 118.0)
-    for cells in (3, 9, 27, 81, 243):
-        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells * 4 // 3, 3), np.uint8))
-        picture += (np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)) - 127.5) / cells**0.35
-    sharp = Image.fromarray(picture.clip(0, 255).astype(np.uint8)).filter(ImageFilter.UnsharpMask(1, 60))
-    buffer = io.BytesIO()
-    sharp.save(buffer, "JPEG", quality=82)
-    return buffer.getvalue()
-
-
-def make_images(folder: Path, count: int, roots: Sequence[str]) -> float:
-    """Writes the images as a dataset at each of `roots` and as files below `folder`; returns their mean size."""
-    pictures = [photograph(seed) for seed in range(DISTINCT)]
-    mask = encode_png((np.indices((HEIGHT, WIDTH)) // 80).sum(0).astype(np.uint8))
-    folder.mkdir()
-    rows = []
-    for number in range(count + LABELED):
-        data = pictures[number % DISTINCT]
-        labeled = number < LABELED
-        rows.append(shards.Row(f"{number:06d}", data, mask if labeled else None, HEIGHT, WIDTH))
-        if not labeled:
-            (folder / f"{number:06d}.jpg").write_bytes(data)
-    val = [shards.Row(f"val{number}", pictures[number], mask, HEIGHT, WIDTH) for number in range(4)]
-    order = np.random.default_rng(0).permutation(len(rows))
-    mean = sum(map(len, pictures)) / DISTINCT
-    pieces = shards.cut({"train": [rows[place] for place in order], "val": val}, mean)
-    for root in roots:
-        parts = [shards.write_shard(root, slot, members) for slot, members in pieces]
-        shards.finish(root, parts, name="noise", spec=KNOWN["voc"])
-    return mean
 
 
 # ---- the ways; they run in the train worker ----------------------------------------------------------------------
@@ -151,13 +111,11 @@ def in_memory(root: str) -> list[list[Sample]]:
     """The first steps' samples, held as bytes: enough of them that caches do not matter."""
     dataset = open_dataset(root)
     split = load_split(dataset, "full")
-    labeled = LabeledSet(dataset, split.labeled, CONFIG.seed, Patience())
-    plan = LanePlan(select_groups(dataset, split.unlabeled), CONFIG.optim.batch_unlabeled, CONFIG.seed)
-    stream = UnlabeledStream(plan, range(CONFIG.optim.batch_unlabeled), 0, read_inline, None, Patience())
-    lots: list[list[Sample]] = []
-    for step, unlabeled in enumerate(itertools.islice(stream, 64)):
-        lots += [labeled.samples([0], step, 1), unlabeled]
-    return lots
+    lanes = CONFIG.optim.batch_unlabeled
+    labeled = LanePlan(select_images(dataset, split.labeled, LABELED), 1, CONFIG.seed, "labeled")
+    unlabeled = LanePlan(select_groups(dataset, split.unlabeled), lanes, CONFIG.seed)
+    sides = [SampleStream(plan, range(plan.lanes), 0, read_inline, None, Patience()) for plan in (labeled, unlabeled)]
+    return list(itertools.islice(itertools.chain.from_iterable(zip(*sides, strict=True)), 2 * 64))
 
 
 def decode_path(lots: list[list[Sample]]) -> Way:
@@ -297,7 +255,7 @@ def main() -> None:
         os.environ.update(server.environment())
         left_out = descendants(os.getpid())
         roots = [str(Path(folder) / "noise"), f"{server.bucket_uri}/noise"]
-        mean = make_images(Path(folder) / "files", arguments.images, roots)
+        mean = make_images(arguments.images, roots, Path(folder) / "files")
         print(f"{arguments.images} images of {mean / 1e3:.0f} kB, {arguments.rounds} rounds of {arguments.steps} steps")
         print(f"{arguments.threads} decoding threads in the loader")
         import ray

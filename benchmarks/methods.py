@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation
 
 from pipeline.batch import Batch, Views
 from pipeline.config.cli import resolve
+from pipeline.config.options import OPTIONS
 from pipeline.config.schema import Config, merge, read_preset
-from pipeline.methods import METHODS, OPTIONS, Step, build_method
+from pipeline.methods import METHODS, Step, build_method
 from pipeline.ops.world import World
 from pipeline.training.optim import build_optimizer
 
@@ -53,9 +54,9 @@ def configured(arguments: argparse.Namespace, method: str) -> Config:
     return resolve(merge(read_preset("voc_classic"), values), OPTIONS)
 
 
-def make_views(count: int, size: int, strong: int, *, labeled: bool) -> Views:
+def make_views(count: int, size: int, strong: int, *, labeled: bool, classes: int = CLASSES) -> Views:
     """Noise over blocks of colour whose classes are their masks."""
-    blocks = torch.randint(0, CLASSES, (count, 1, 8, 8))
+    blocks = torch.randint(0, classes, (count, 1, 8, 8))
     mask = torch.nn.functional.interpolate(blocks.float(), (size, size)).long()[:, 0]
     image = (mask[:, None] * 9 + torch.randint(0, 60, (count, 3, size, size))).to(torch.uint8)
     views = tuple(image.flip(1) for _ in range(strong))

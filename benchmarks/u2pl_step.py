@@ -30,11 +30,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
+from pipeline.config.options import U2PLOptions
 from pipeline.config.schema import ModelConfig
 from pipeline.methods.u2pl.bank import MemoryBank
 from pipeline.methods.u2pl.fast import candidates, contrastive, positives, unsupervised
 from pipeline.methods.u2pl.reference import Draws, Pixels, Rule
-from pipeline.methods.u2pl.u2pl import U2PLOptions
 from pipeline.models import build_model
 from pipeline.ops import kernel
 from pipeline.ops.entropy import IGNORE
@@ -92,8 +92,8 @@ class Case:
     """Share of the training that is done."""
 
 
-def make_case(shape: Shape, *, channels_last: bool, queue: int, background: int) -> Case:
-    """Smooth scores with some noise; about two thirds of the classes occur."""
+def make_case(shape: Shape, *, channels_last: bool, queue: int, background: int, device: str = "cpu") -> Case:
+    """Smooth scores with some noise, on `device`; about two thirds of the classes occur."""
     generator = torch.Generator().manual_seed(0)
     count, classes, h = 2 * shape.images, shape.classes, shape.small
 
@@ -114,12 +114,12 @@ def make_case(shape: Shape, *, channels_last: bool, queue: int, background: int)
     features = [noise(count, DIM, h, h).contiguous(memory_format=layout) for _ in range(2)]
     return Case(
         shape,
-        student.requires_grad_(),
-        teacher,
-        features[0].requires_grad_(),
-        features[1],
-        truth,
-        pseudo_label,
+        student.to(device).requires_grad_(),
+        teacher.to(device),
+        features[0].to(device).requires_grad_(),
+        features[1].to(device),
+        truth.to(device),
+        pseudo_label.to(device),
         (background, *[queue] * (classes - 1)),
         lambda label: F.normalize(
             torch.randn((queue if label else background), DIM, generator=torch.Generator().manual_seed(label)), dim=1
@@ -130,7 +130,8 @@ def make_case(shape: Shape, *, channels_last: bool, queue: int, background: int)
 def ours(case: Case, groups: int) -> Step:
     """The project's own functions, put together as `pipeline.methods.u2pl.u2pl` does."""
     options, world, shape = U2PLOptions(negative_groups=groups), World(), case.shape
-    bank = MemoryBank(case.queues, DIM)
+    device = case.truth.device
+    bank = MemoryBank(case.queues, DIM).to(device)
     for label, (start, size) in enumerate(zip(bank.offset.tolist(), case.queues, strict=True)):
         bank.keys[start : start + size] = case.queue(label)
     bank.count.copy_(bank.size)
@@ -140,7 +141,7 @@ def ours(case: Case, groups: int) -> Step:
     count, shown = shape.images, torch.ones_like(case.pseudo_label, dtype=torch.bool)
 
     def step(contrast: bool) -> Tensor:
-        alpha = torch.full((1,), unreliable_share(round(1000 * case.progress), 1000, options.alpha_0))
+        alpha = torch.full((1,), unreliable_share(round(1000 * case.progress), 1000, options.alpha_0), device=device)
         student, teacher = case.student_logits[count:], case.teacher_logits[count:]
         split = unsupervised(student, teacher, case.pseudo_label, shown, 1.0 - alpha, world, world)
         if not contrast:
@@ -156,9 +157,9 @@ def ours(case: Case, groups: int) -> Step:
             count,
         )
         draws = Draws(
-            torch.rand(shape.classes, options.anchors),
-            torch.rand(shape.classes, options.keys),
-            torch.rand(shape.classes, options.groups, options.negatives),
+            torch.rand(shape.classes, options.anchors, device=device),
+            torch.rand(shape.classes, options.keys, device=device),
+            torch.rand(shape.classes, options.groups, options.negatives, device=device),
         )
         found = candidates(pixels, rule, draws)
         positive = positives(found, world)
@@ -176,9 +177,17 @@ PARTS = {"whole extra": True, "entropy + CE": False}
 def timed(case: Case, step: Step, *, contrast: bool) -> float:
     """Milliseconds of one forward and backward."""
     case.student_logits.grad = case.student_features.grad = None
+    wait(case.truth.device)
     start = time.perf_counter()
     step(contrast).backward()
+    wait(case.truth.device)
     return 1e3 * (time.perf_counter() - start)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def reuse_heap() -> None:

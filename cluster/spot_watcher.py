@@ -1,20 +1,24 @@
-"""Turns the cloud's notice that this machine will be taken back into a drain of its Ray node.
+"""Turns the notice that this machine will be taken back into a drain of its Ray node, or into the end of its jobs.
 
     python spot_watcher.py --cloud aws          asks every 5 s, until a notice has been passed on
-    python spot_watcher.py --drain-now 60       no asking: the node goes in 60 s (a Kubernetes preStop hook)
+    python spot_watcher.py --drain-now 60       no asking: the node goes in 60 s (preStop hook of a worker's pod)
+    python spot_watcher.py --end-jobs 90        the jobs that run here are to end within 90 s (of the head's pod)
 
-Needs the standard library, and `ray` on the PATH. Exit codes: 0 the node is draining, 1 a notice came but the drain
-did not succeed before the deadline, 2 there is no such metadata service here.
+Needs the standard library, and `ray` on the PATH to drain. Exit codes: 0 the node is draining or the jobs have ended,
+1 that did not succeed before the deadline, 2 there is no such metadata service here.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -115,19 +119,51 @@ def watch(look: Callable[[], Notice | None], interval: float, patience: float) -
         time.sleep(interval)
 
 
+def _processes(proc: Path) -> Iterator[tuple[int, str, list[str]]]:
+    """Id, program and arguments of all processes of this machine; in a container, of its own."""
+    for file in proc.glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            program, *arguments = file.read_text(errors="replace").rstrip("\0").split("\0")
+            yield int(file.parent.name), Path(program).name, arguments
+
+
 def raylets(proc: Path = Path("/proc"), temp_dir: str | None = None) -> list[tuple[str, str]]:
     """Node id and GCS address of the Ray nodes of this machine, from their command lines."""
     found = []
-    for file in proc.glob("[0-9]*/cmdline"):
-        try:
-            program, *arguments = file.read_text(errors="replace").split("\0")
-        except OSError:  # it has ended meanwhile
-            continue
-        if Path(program).name == "raylet":
+    for _, program, arguments in _processes(proc):
+        if program == "raylet":
             flags = {name: value for name, _, value in (each.partition("=") for each in arguments)}
             if temp_dir in (None, flags.get("--temp_dir")):
                 found.append((flags.get("--node_id", ""), flags.get("--gcs-address", "")))
     return found
+
+
+def jobs(proc: Path = Path("/proc")) -> set[int]:
+    """The processes that run `jobs/NAME.py`, `-m pipeline` or `u2pl`; neither their shells nor Ray's workers."""
+    found = set()
+    for pid, program, arguments in _processes(proc):
+        while arguments and arguments[0].startswith("-") and arguments[0] != "-m":  # as in `python -u jobs/train.py`
+            arguments = arguments[1:]
+        script = Path(arguments[0] if arguments else "")
+        ours = (script.parent.name == "jobs" and script.suffix == ".py") or script.name == "u2pl"
+        if program.startswith("python") and (ours or arguments[:2] == ["-m", "pipeline"]):
+            found.add(pid)
+    return found
+
+
+def end_jobs(deadline: float, pause: float = 0.5) -> bool:
+    """Asks the jobs of this machine to end, each once, as a second SIGTERM ends at once; whether all have in time."""
+    asked: set[int] = set()
+    while running := jobs():
+        if time.time() > deadline:
+            return False
+        for pid in running - asked:
+            say(f"process {pid} is to write its checkpoint and end")
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        asked |= running
+        time.sleep(pause)
+    return True
 
 
 def drain(node: tuple[str, str], notice: Notice) -> bool:
@@ -171,11 +207,16 @@ def main(argv: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--cloud", choices=["aws", "gcp"], help="whose metadata service is asked")
     source.add_argument("--drain-now", type=float, metavar="SECONDS", help="drain; wait until Ray or the time is gone")
+    source.add_argument("--end-jobs", type=float, metavar="SECONDS", help="end the jobs; wait for them, no longer")
     parser.add_argument("--metadata-url", help="base address of the metadata service")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between two questions (default: 5)")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds until an absent service ends this")
     parser.add_argument("--temp-dir", help="only the Ray node with this temporary directory (default: all)")
     args = parser.parse_args(argv)
+    if args.end_jobs is not None:
+        ended = end_jobs(time.time() + args.end_jobs)
+        say("no job runs here" if ended else "jobs still run: the time is over")
+        return 0 if ended else 1
     if args.drain_now is not None:
         notice: Notice | None = Notice("this node is being taken down", time.time() + args.drain_now)
     else:

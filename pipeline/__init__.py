@@ -41,5 +41,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module), own)
 
 
-def __dir__() -> list[str]:
+def __dir__() -> "list[str]":  # quoted: an old Python reads this file, too
     return [*globals(), *_HOMES]

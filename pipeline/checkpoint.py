@@ -11,9 +11,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, BinaryIO
 
 import pipeline
 from pipeline import storage
@@ -26,8 +24,12 @@ META_FILE = "checkpoint.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+TRACKING_FILE = "tracking_id"
 LOG_FILE = "log.txt"
-"""The last four lie beside the checkpoints in the run directory; the log is that of a sweep's trial."""
+PICTURES = "pictures"
+"""The last six lie beside the checkpoints in the run directory; the log is that of a sweep's trial."""
+TEACHER, STUDENT = "teacher", "student"
+"""Where the two runs of self-training lie below the directory of the recipe; the student is its result."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,46 @@ def save(
         data: what the run reads: digests (`index`, `split`, those of `pools` if there are any) and `classes` by name.
         about: what it was made of and with, for people: names, counts, hardware, versions.
         progress: where the run stands.
-        parts: state dicts by name (`method`, `optimizer`).
+        parts: state dicts by name (`method`, `optimizer`, in float16 `scaler`).
+
+    Raises:
+        OSError: the disk is full.
     """
-    buffer = io.BytesIO()
-    torch.save({**parts, "progress": asdict(progress)}, buffer)
-    payload = buffer.getbuffer()
-    (folder / STATE_FILE).write_bytes(payload)
-    sha = hashlib.sha256(payload).hexdigest()
+    import torch  # here, as most readers of this module look at records alone
+
+    with (folder / STATE_FILE).open("wb") as opened:
+        file = _Hashed(opened)
+        try:
+            torch.save({**parts, "progress": asdict(progress)}, file)  # type: ignore[arg-type]
+        except RuntimeError as error:  # torch does not say why a write failed
+            if file.problem is None:
+                raise
+            raise file.problem from error
     meta = Meta(
-        step=progress.step, last=progress.last, sha256=sha, version=pipeline.__version__, data=data, about=about,
-        config=as_dict(config),
+        step=progress.step, last=progress.last, sha256=file.digest.hexdigest(), version=pipeline.__version__, data=data,
+        about=about, config=as_dict(config),
     )  # fmt: skip
     (folder / META_FILE).write_text(json.dumps(asdict(meta), indent=1))
+
+
+class _Hashed:
+    """A file with the SHA-256 of what was written to it: no second copy in memory, and no other thread is held up."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+        self.problem: OSError | None = None
+        """Why it could not be written."""
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.problem = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def name(step: int) -> str:
@@ -137,6 +167,12 @@ def written(run: str) -> list[str]:
     found = [re.fullmatch(rf"(step_(\d+))/{META_FILE}", file) for file in storage.list_files(run)]
     steps = {int(match[2]): match[1] for match in found if match}
     return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def halves(run: str) -> list[str]:
+    """Names of the checkpoints in a run directory that were begun and not written to their end, in order."""
+    folders = {file.partition("/")[0] for file in storage.list_files(run)}
+    return sorted(filter(is_name, folders - {*written(run)}))
 
 
 def newest(run: str) -> str | None:
@@ -208,6 +244,8 @@ def read_state(uri: str) -> dict[str, Any]:
     Raises:
         UserError: it is damaged (its SHA-256 differs) or holds more than tensors and plain values.
     """
+    import torch
+
     place = storage.join(uri, STATE_FILE)
     payload = storage.read_bytes(place)
     if hashlib.sha256(payload).hexdigest() != read_meta(uri).sha256:

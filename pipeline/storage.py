@@ -5,39 +5,41 @@ object may carry credentials, a URI never does. Credentials come from the enviro
 """
 
 import contextlib
+import errno
 import os
 import posixpath
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 
 from pipeline.errors import UserError
+from pipeline.patience import FAILING, UNREACHED, is_brief
 
 CONNECT_TIMEOUT = 3.0
 """Seconds until an endpoint that does not answer counts as unreachable (pyarrow tries it several times)."""
 REQUEST_TIMEOUT = 10.0
 """Seconds without a byte until a request is tried again."""
 REQUEST_ATTEMPTS = 3
-"""How often pyarrow itself makes a request, with pauses of seconds at most; what takes longer is up to `retried`."""
-PATIENCE = 60.0
-"""Seconds for which a call is repeated where nothing else is said."""
-
-T = TypeVar("T")
-
-_UNREACHED = ("NETWORK_CONNECTION", "Couldn't connect", "Could not connect", "Couldn't resolve")
-_FAILING = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "HTTP status 500", "HTTP status 503")
-_BRIEF = (*_UNREACHED, *_FAILING)
-"""Parts of the text of S3 errors that may be temporary."""
+"""How often pyarrow itself makes a request, with pauses of seconds at most; what takes longer is up to `Patience`."""
+KNOWN_OBJECTS = 256
+"""Objects of S3 whose size a process remembers, so that a range of one is one request."""
 
 _HINTS = (
     (("is a directory", "Is a directory"), "is a folder, where a file is expected"),
+    (
+        ("REQUEST_TIME_TOO_SKEWED", "RequestTimeTooSkewed"),
+        "this machine's clock is wrong: set it, as S3 refuses requests whose time is off by more than minutes",
+    ),
+    (
+        ("ACCESS_DENIED during Head",),  # the answer to HEAD has no room for the reason
+        "access denied: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, what they may read and write, and this "
+        "machine's clock",
+    ),
     (
         (
             "ACCESS_DENIED",
@@ -52,9 +54,18 @@ _HINTS = (
         ("NO_SUCH_BUCKET", "NoSuchBucket", "Bucket does not exist"),
         "the bucket does not exist: create it or correct the name",
     ),
-    (_UNREACHED, "the endpoint does not answer: check AWS_ENDPOINT_URL"),
-    (_FAILING, "the storage answers with errors of its own: it is overloaded or starting"),
+    (("KeyTooLong",), "the name is too long for the storage: choose a shorter one"),
+    (UNREACHED, "the endpoint does not answer: check AWS_ENDPOINT_URL"),
+    (FAILING, "the storage answers with errors of its own: it is overloaded or starting"),
 )
+
+
+_DISK_HINTS = {
+    errno.ENOSPC: "no space is left on the disk: free some, or choose another place",
+    errno.EDQUOT: "your quota of the disk is used up: free some space, or choose another place",
+    errno.EROFS: "the disk is read-only: choose another place",
+    errno.ENAMETOOLONG: "the name is too long for the disk: choose a shorter one",
+}
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -109,9 +120,24 @@ def _s3(bucket: str, endpoint: str) -> pafs.FileSystem:
     return pafs.S3FileSystem(region=region, **options)
 
 
+@lru_cache(maxsize=1)
+def s3_filesystem() -> Any:
+    """s3fs, for the requests that pyarrow lacks: pages of a listing, conditional writes."""
+    import s3fs
+
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return s3fs.S3FileSystem(
+        skip_instance_cache=True,
+        client_kwargs={"region_name": region} if region else {},
+        config_kwargs={"connect_timeout": CONNECT_TIMEOUT, "read_timeout": REQUEST_TIMEOUT},
+    )
+
+
 def reconnect() -> None:
     """Forgets all clients: what changed in the environment (keys, endpoint, time-outs) holds from the next call on."""
     _s3.cache_clear()
+    opened.cache_clear()
+    s3_filesystem.cache_clear()
     _other.cache_clear()
 
 
@@ -138,74 +164,16 @@ def translated(uri: str) -> Iterator[None]:
     except PermissionError as error:
         raise UserError(f"{uri}: permission denied") from error
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{uri}: a file is in the way of a folder; choose another place") from error
+        raise UserError(f"{uri}: a file is in the way of a folder; move it, or choose another place") from error
     except OSError as error:
+        if error.errno in _DISK_HINTS:
+            raise UserError(f"{uri}: {_DISK_HINTS[error.errno]}") from error
         for marks, hint in _HINTS:
             if any(mark in str(error) for mark in marks):
                 raise UserError(f"{uri}: {hint}") from error
-        if _brief(error):
+        if is_brief(error):
             raise UserError(f"{uri}: the storage does not answer ({error})") from error
         raise
-
-
-class Patience:
-    """How long a brief trouble of the storage is waited out, and how often something had to be asked again for it.
-
-    One object serves a worker, or a task: it is handed to all that reads and writes for it. Threads may share it; a
-    copy in another process begins to count anew.
-    """
-
-    def __init__(self, seconds: float = PATIENCE) -> None:
-        """Args: seconds: for how long a call is repeated."""
-        self.seconds, self.retries = seconds, 0
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[type["Patience"], tuple[float]]:
-        return Patience, (self.seconds,)
-
-    def add(self, retries: int) -> None:
-        """Counts what was asked again by others that worked for this one."""
-        with self._lock:
-            self.retries += retries
-
-    def retried(self, call: Callable[[], T]) -> T:
-        """The result of `call`, called again with growing pauses while the storage is only briefly in trouble.
-
-        After `seconds` the last error is raised; a request that is under way then may still take as long as its
-        time-outs allow, half a minute if nobody answers.
-
-        Args:
-            call: reads or writes; may be called several times.
-
-        Raises:
-            UserError: the storage stays away (if `call` translates its errors), or refuses.
-        """
-        began, pause = time.monotonic(), 0.25
-        while True:
-            try:
-                return call()
-            except (OSError, UserError) as error:
-                if not _brief(error):
-                    raise
-                waited = time.monotonic() - began
-                if waited >= self.seconds:
-                    if isinstance(error, UserError):
-                        raise UserError(f"{error} (waited {waited:.0f} s)") from error.__cause__
-                    raise
-                self.add(1)
-                time.sleep(min(pause, self.seconds - waited))
-                pause = min(2 * pause, 8.0)
-
-
-def retried(call: Callable[[], T]) -> T:
-    """`Patience.retried` for what no run's patience holds for, such as preparing data."""
-    return Patience().retried(call)
-
-
-def _brief(error: Exception) -> bool:
-    """Whether an error may be temporary. `translated` keeps the storage's own error as its cause."""
-    cause = error.__cause__ or error
-    return isinstance(cause, ConnectionError | TimeoutError) or any(mark in str(cause) for mark in _BRIEF)
 
 
 def join(uri: str, *parts: str) -> str:
@@ -253,6 +221,13 @@ def exists(uri: str) -> bool:
     return False
 
 
+def file_size(uri: str) -> int:
+    """Bytes of the file at `uri`; 0 if there is none."""
+    filesystem, path = resolve(uri)
+    with translated(uri):
+        return filesystem.get_file_info(path).size or 0
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole content of the file at `uri`.
 
@@ -296,8 +271,28 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
         UserError: it does not exist or may not be read.
     """
     filesystem, path = resolve(uri)
-    with translated(uri), filesystem.open_input_file(path) as file:
-        return file.read_at(size, offset)
+    with translated(uri):
+        if uri.startswith("s3://") and len(data := _read_known(uri, offset, size)) == size:
+            return data
+        with filesystem.open_input_file(path) as file:
+            return file.read_at(size, offset) if offset < file.size() else b""
+
+
+def _read_known(uri: str, offset: int, size: int) -> bytes:
+    """As `read_range`; nothing if the object is not what it was when it was opened: it is to be opened anew."""
+    try:
+        return opened(uri).read_at(size, offset)
+    except OSError as error:
+        if is_brief(error):
+            raise
+        return b""
+
+
+@lru_cache(maxsize=KNOWN_OBJECTS)
+def opened(uri: str) -> Any:
+    """An object of S3 whose size is known: asking for it would be a request for each range. Threads may share it."""
+    filesystem, path = resolve(uri)
+    return filesystem.open_input_file(path)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -400,12 +395,9 @@ def _folders(filesystem: Any, path: str) -> Iterator[tuple[str, int]]:
 
 def _pages(bucket: str, prefix: str) -> Iterator[tuple[str, int]]:
     """Pages of up to 1000 keys; pyarrow would hold them all."""
-    import s3fs
-
     below, token = f"{prefix}/" if prefix else "", {}
-    filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
     while True:
-        page: Any = filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=below, **token)
+        page: Any = s3_filesystem().call_s3("list_objects_v2", Bucket=bucket, Prefix=below, **token)
         for entry in page.get("Contents", ()):
             if not entry["Key"].endswith("/"):  # what some tools leave for an empty folder
                 yield entry["Key"][len(below) :], entry["Size"]
@@ -438,8 +430,11 @@ def delete_empty(uri: str) -> None:
 def check_writable(uri: str) -> None:
     """Writes and removes a probe below `uri`, so that a long job fails now and not at its first checkpoint.
 
+    A first write would not do: some storages take a name and then neither find nor delete it, and some users may
+    write but not delete.
+
     Raises:
-        UserError: wrong key, bucket or endpoint, or no permission.
+        UserError: wrong key, bucket or endpoint, no permission, or a name that the storage cannot hold.
     """
     probe = join(uri, f".probe-{uuid.uuid4().hex[:8]}")
     write_bytes(probe, b"")

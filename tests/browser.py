@@ -59,12 +59,12 @@ class Browser:
         os.close(self._from)
         self._profile.cleanup()
 
-    def open(self, page: Path, width: int) -> None:
-        """Loads a file at a width in CSS pixels, all of it."""
+    def open(self, page: Path | str, width: int) -> None:
+        """Loads a file or an address at a width in CSS pixels, all of it."""
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", **metrics)
         self.events.clear()
-        self._call("Page.navigate", url=page.as_uri())
+        self._call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._read())
         self.evaluate("1")  # what the page asked for while loading has been told by now
@@ -73,6 +73,22 @@ class Browser:
         """The value of a JavaScript expression in the page."""
         found = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
         return found["result"].get("value")
+
+    def until(self, condition: str) -> None:
+        """Waits until a JavaScript expression in the page is true."""
+        look = f"const look = () => ({condition}) ? done() : requestAnimationFrame(look); look()"
+        found = self._call("Runtime.evaluate", expression=f"new Promise(done => {{ {look} }})", awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+
+    def choose(self, selector: str, file: Path) -> None:
+        """Chooses a file in an input of the page, as its dialog does."""
+        found = self._call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        self._call("DOM.setFileInputFiles", files=[str(file)], objectId=found["result"]["objectId"])
+
+    def press(self, key: str, code: int) -> None:
+        """Presses a key, by its name and number in JavaScript."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     def screenshot(self) -> bytes:
         """The whole page as PNG."""

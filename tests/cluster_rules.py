@@ -20,13 +20,23 @@ import yaml
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from pipeline.cluster.submit import STOP_S
+
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
-IMAGE = rf"(rayproject/ray:{re.escape(ray.__version__)}-py3\d+(-gpu)?|\S+/u2pl-ray:{re.escape(ray.__version__)}(-gpu)?)"
+_DIGEST = r"(@sha256:[0-9a-f]{64})?"
+IMAGE = (
+    rf"(rayproject/ray:{re.escape(ray.__version__)}-py3\d+|\S+/u2pl-ray:{re.escape(ray.__version__)})(-gpu)?{_DIGEST}"
+)
 DRIVER = 580
 """Of NVIDIA, the least for CUDA 13, which the pinned torch is built for."""
 LOCAL_DISKS = {"g2-standard-24": 2, "g2-standard-48": 4, "g2-standard-96": 8, "a2-highgpu-4g": 4, "a2-highgpu-8g": 8}
 """How many a machine type of Compute Engine takes if it takes any; from memory of Google's table."""
+STOP_WAIT = f"RAY_JOB_STOP_WAIT_TIME_S={STOP_S}"
+"""What the head's environment says to Ray, for jobs that plain `ray job submit` has sent."""
+_SCOPE = "https://www.googleapis.com/auth"
+GCP_WORKER = {"u2pl-worker": {f"{_SCOPE}/devstorage.read_write"}}
+GCP_HEAD = {"u2pl-head": {f"{_SCOPE}/devstorage.read_write", f"{_SCOPE}/compute"}}
 DELETE = object()
 
 Document = dict[str, Any]
@@ -133,6 +143,9 @@ def common_faults(document: Document) -> Faults:
     for each in document.get("head_start_ray_commands", []):
         if "ray start" in each:
             faults += ["head_start_ray_commands: work on the head"] * ("--num-cpus=0" not in each)
+            faults += [f"head_start_ray_commands: without {STOP_WAIT} a stopped job cannot write a checkpoint"] * (
+                not re.search(rf"export [^;]*\b{STOP_WAIT}\b", each)
+            )
             faults += ["head_start_ray_commands: dashboard not on loopback"] * (
                 "--dashboard-host=127.0.0.1" not in each
             )
@@ -141,7 +154,10 @@ def common_faults(document: Document) -> Faults:
     faults += [f"file_mounts/{remote}: {local} is not there" for remote, local in mounts.items()
                if not local.startswith("~") and not (ROOT / local).exists()]  # fmt: skip
     modes = [each for each in document.get("setup_commands", []) if "chmod 600 ~/.ray/auth_token" in each]
-    return faults + ["setup_commands: token not of mode 600"] * (not modes)
+    faults += ["setup_commands: token not of mode 600"] * (not modes)
+    locked = "--require-hashes --requirement ~/u2pl-ray/cluster/requirements.lock"
+    installs = [each for each in document.get("setup_commands", []) if "pip install" in each]
+    return faults + ["setup_commands: packages without hashes"] * (not all(locked in each for each in installs))
 
 
 def cloud_faults(document: Document) -> Faults:
@@ -182,7 +198,7 @@ def _docker_faults(docker: Mapping[str, Any]) -> Faults:
         options = " ".join([*docker.get("run_options", []), *docker.get(f"{role}_run_options", [])])
         faults += [f"docker/{role}_run_options: no {each}" for each in ("--shm-size=", "--ulimit=nofile=")
                    if each not in options]  # fmt: skip
-    if not (docker.get("worker_image") or docker.get("image", "")).endswith("-gpu"):
+    if not re.search(rf"-gpu{_DIGEST}$", docker.get("worker_image") or docker.get("image", "")):
         faults.append("docker/worker_image: no GPU image")
     return faults
 
@@ -209,7 +225,7 @@ def aws_rule_faults(document: Document) -> Faults:
             "IamInstanceProfile": lambda c=config: "Name" in c["IamInstanceProfile"],
             "MetadataOptions": lambda c=config: c["MetadataOptions"]["HttpTokens"] == "required",
             "SecurityGroupIds": lambda c=config: len(c["SecurityGroupIds"]) > 0,  # else Ray opens ssh to the world
-            "ImageId": lambda c=config: len(c["ImageId"]) > 0,
+            "ImageId": lambda c=config: re.fullmatch(r"ami-([0-9a-f]+|FILL-IN)", c["ImageId"]) is not None,
             "BlockDeviceMappings": lambda c=config: all(
                 each["Ebs"]["Encrypted"] is True and each["Ebs"]["VolumeType"] == "gp3"
                 for each in c["BlockDeviceMappings"]
@@ -248,8 +264,12 @@ def gcp_rule_faults(document: Document) -> Faults:
             )
         if "GPU" in kind["resources"]:
             faults += _google_gpu_faults(config, place)
-        if name != document["head_node_type"] and not config.get("serviceAccounts"):
-            faults.append(f"{place}/serviceAccounts: missing")
+        if any("/family/" in str(disk.get("initializeParams", {}).get("sourceImage")) for disk in config["disks"]):
+            faults.append(f"{place}/disks: a family, whose newest image each node would take")
+        wanted = GCP_HEAD if name == document["head_node_type"] else GCP_WORKER
+        accounts = {each["email"].partition("@")[0]: {*each["scopes"]} for each in config.get("serviceAccounts", [])}
+        if accounts != wanted:
+            faults.append(f"{place}/serviceAccounts: not {next(iter(wanted))} with as little as it needs")
         if not any("subnetwork" in each for each in config.get("networkInterfaces", [])):
             faults.append(f"{place}/networkInterfaces: else Ray takes a network that may be open")
     return faults + _watcher_faults(document, "gcp")

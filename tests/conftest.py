@@ -14,6 +14,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # an actor less for each training; the test of a notice has it
     RAY_prestart_worker_first_driver="false",  # else each Ray starts processes before any is asked for
     AWS_EC2_METADATA_DISABLED="true",
     RAY_TMPDIR=tempfile.mkdtemp(prefix="u2pl-", dir="/tmp"),  # a running cluster of the developer is not found here
@@ -37,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=150, metavar="N", help="damaged texts of each kind of file")
+    parser.addoption("--soak", type=float, default=30, metavar="MINUTES", help="of the soak test")
     parser.addoption("--camvid", metavar="DIR", help="CamVid as a VOC tree, for -m camvid (docs/data.md says how)")
 
 
@@ -75,11 +77,27 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, with this process's environment pointing at it."""
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """The server, with this process's environment pointing at it; no client keeps the keys of another test."""
+    from pipeline import storage
+
     for key, value in s3_server.environment().items():
         monkeypatch.setenv(key, value)
-    return s3_server
+    storage.reconnect()
+    yield s3_server
+    storage.reconnect()
+
+
+@pytest.fixture
+def bucket(s3: S3Server, tmp_path: Path) -> str:
+    """A folder of its own on the server."""
+    return f"{s3.bucket_uri}/{tmp_path.name}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder of its own on a disk, and one on the server: for what holds on every storage."""
+    return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("bucket")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ OFF: dict[str, dict[str, object]] = {
     "u2pl": {"lambda_u": 0, "lambda_c": 0},
     "fixmatch": {"lambda_u": 0},
     "unimatch": {"lambda_s": 0, "lambda_fp": 0},
+    "unimatch_v2": {"lambda_u": 0},
 }
 """What switches a method's unlabeled side off."""
-HALVED = ("fixmatch", "unimatch")
+HALVED = ("fixmatch", "unimatch", "unimatch_v2")
 """Their releases halve L_s."""

@@ -14,6 +14,16 @@ from tests.s3 import free_ports
 _PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
 
 
+_LIST = "import ray; ray.init(logging_level='ERROR'); print([n['NodeID'] for n in ray.nodes() if n['Alive']])"
+
+
+def nodes(env: dict[str, str], count: int) -> list[str]:
+    """Ids of the nodes of the cluster that RAY_ADDRESS names, once there are `count` of them."""
+    said = subprocess.run([sys.executable, "-c", _LIST], env=env, capture_output=True, text=True).stdout
+    found = said.replace("'", "").strip("[]\n").split(", ")
+    return found if said and len(found) == count else []
+
+
 def head_command(gcs: int, *, cpus: float, dashboard: int | None = None) -> list[str]:
     """A head on port `gcs`, with a job server on port `dashboard`."""
     client, *_ = free_ports(1)
@@ -66,9 +76,24 @@ class Head:
         """The processes that train on it now."""
         return [pid for process in self._processes for pid in named(process.pid, "RayTrainWorker")]
 
-    def add_node(self, name: str) -> str:
+    @property
+    def controllers(self) -> list[int]:
+        """The processes that keep the records of what is trained on it now."""
+        return [pid for process in self._processes for pid in named(process.pid, "TrainController")]
+
+    @property
+    def cleaners(self) -> list[int]:
+        """The processes that wait for the end of a controller."""
+        return [pid for process in self._processes for pid in named(process.pid, "Cleaner")]
+
+    def add_node(self, name: str, cpus: float = 1) -> str:
         """Starts a further node; returns its temporary directory."""
-        return self._start(name, node_command(int(self.gcs.rpartition(":")[2]), cpus=1))
+        return self._start(name, node_command(int(self.gcs.rpartition(":")[2]), cpus=cpus))
+
+    @property
+    def nodes(self) -> list[subprocess.Popen]:
+        """The processes of the further nodes that have not ended."""
+        return [process for process in self._processes[1:] if process.poll() is None]
 
     def __exit__(self, *error: object) -> None:
         for process in self._processes:

@@ -18,10 +18,13 @@ SHORT = ["--preset", "demo", "--split", "1_16", "--run.log_every", "1", "--run.t
 class Job:
     """A job as a user starts it, with everything below it ended at the end of the block."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path, *, group: bool = False) -> None:
+        """Args: group: the job is the first of a group of processes, as a shell makes it."""
         self.log = log
         with log.open("ab") as out:
-            self._process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=out)
+            self._process = subprocess.Popen(
+                arguments, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=group
+            )
         self.pid = self._process.pid
 
     def __enter__(self) -> "Job":

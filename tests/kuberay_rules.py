@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -10,7 +10,9 @@ import jsonschema
 import kubernetes_validate
 import ray
 
-from tests.cluster_rules import IMAGE, Document, Faults
+from tests.cluster_rules import IMAGE, Document, Faults, load
+
+Labels = Mapping[str, str]
 
 _VERSION = ".".join(kubernetes_validate.latest_version().split(".")[:2])
 
@@ -66,11 +68,16 @@ _JOB_SPEC = _object(
     runtimeEnvYAML=_TEXT,
     metadata=_WORDS,
     suspend=_FLAG,
+    submitterPodTemplate=_TEMPLATE,
     **dict.fromkeys(
         ["ttlSecondsAfterFinished", "activeDeadlineSeconds", "backoffLimit", "preRunningDeadlineSeconds"], _COUNT
     ),
 )
 _METADATA = _object(name=_TEXT, generateName=_TEXT, namespace=_TEXT, labels=_WORDS, annotations=_WORDS)
+POLICY = load("kuberay/networkpolicy.yaml")
+NODE: Labels = POLICY["spec"]["podSelector"]["matchLabels"]
+"""What the pods of our clusters have as labels."""
+JOB_SERVER = 8265
 _SPECS = {"RayCluster": CLUSTER_SPEC, "RayJob": _JOB_SPEC}
 
 
@@ -94,31 +101,80 @@ def cluster_spec(document: Document) -> tuple[str, Document]:
     return "spec", document["spec"]
 
 
-def pods(document: Document) -> Iterator[tuple[str, Document]]:
-    """The place and the spec of every pod, the head's first."""
+def templates(document: Document) -> Iterator[tuple[str, Document]]:
+    """The place and the template of every pod of the cluster, the head's first."""
     place, spec = cluster_spec(document)
-    yield f"{place}/headGroupSpec/template/spec", spec["headGroupSpec"]["template"]["spec"]
+    yield f"{place}/headGroupSpec/template", spec["headGroupSpec"]["template"]
     for number, group in enumerate(spec["workerGroupSpecs"]):
-        yield f"{place}/workerGroupSpecs/{number}/template/spec", group["template"]["spec"]
+        yield f"{place}/workerGroupSpecs/{number}/template", group["template"]
+
+
+def pods(document: Document) -> Iterator[tuple[str, Document]]:
+    """The place and the spec of every pod of the cluster, the head's first."""
+    for place, template in templates(document):
+        yield f"{place}/spec", template["spec"]
 
 
 def pod_faults(document: Document) -> Faults:
     """What the API of Kubernetes itself does not know in the pods."""
+    every = [*templates(document)]
+    if "submitterPodTemplate" in document["spec"]:
+        every.append(("spec/submitterPodTemplate", document["spec"]["submitterPodTemplate"]))
     return [
-        f"{'/'.join([place, *error[0]])}: {error[1]}"
-        for place, pod in pods(document)
-        if (error := _pod_error(json.dumps(pod)))
+        f"{place}/{error}"
+        for place, template in every
+        if (error := _api_error(json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": {}, **template})))
     ]
 
 
 @cache
-def _pod_error(pod: str) -> tuple[tuple[str, ...], str] | None:
-    whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": json.loads(pod)}
+def _api_error(document: str) -> str:
     try:
-        kubernetes_validate.validate(whole, _VERSION, strict=True)
+        kubernetes_validate.validate(json.loads(document), _VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:
-        return tuple(map(str, [*error.path][1:])), error.message
-    return None
+        return f"{'/'.join(map(str, error.path))}: {error.message}"
+    except kubernetes_validate.SchemaNotFoundError as error:
+        return f"apiVersion: {error.api_version} has no {error.kind}"
+    return ""
+
+
+def policy_faults(policy: Document) -> Faults:
+    """What is wrong with the NetworkPolicy."""
+    error = _api_error(json.dumps(policy))
+    if error:
+        return [error]
+    own, spec = policy["spec"]["podSelector"].get("matchLabels"), policy["spec"]
+    faults = ["spec/podSelector: all pods of the namespace"] * (not own)
+    faults += ["spec/policyTypes: not Ingress alone"] * (spec.get("policyTypes") != ["Ingress"])
+    for number, rule in enumerate(spec.get("ingress", [])):
+        at = f"spec/ingress/{number}"
+        for peer in rule.get("from", [{}]):
+            inside = peer == {"podSelector": {"matchLabels": own}}
+            faults += [f"{at}/from: pods without a label"] * (not peer.get("podSelector", {}).get("matchLabels"))
+            faults += [f"{at}/from: any namespace"] * (peer.get("namespaceSelector") == {})
+            faults += [f"{at}/ports: more than the job server"] * (
+                not inside and [each.get("port") for each in rule.get("ports", [])] != [JOB_SERVER]
+            )
+    return faults
+
+
+def admits(policy: Document, labels: Labels, port: int, namespace: Labels | None = None) -> bool:
+    """Whether a pod reaches a port of the cluster's pods.
+
+    Args:
+        policy: the NetworkPolicy.
+        labels: of the pod.
+        port: of TCP.
+        namespace: labels of the pod's namespace; None: it is the policy's own.
+    """
+    for rule in policy["spec"]["ingress"]:
+        for peer in rule["from"]:
+            there = peer.get("namespaceSelector", {}).get("matchLabels")
+            placed = namespace is None if there is None else there.items() <= (namespace or {}).items()
+            ports = [each["port"] for each in rule.get("ports", [])] or [port]
+            if placed and peer["podSelector"]["matchLabels"].items() <= labels.items() and port in ports:
+                return True
+    return False
 
 
 def rule_faults(document: Document) -> Faults:
@@ -141,6 +197,12 @@ def rule_faults(document: Document) -> Faults:
         if not least <= group.get("replicas", least) <= most or most == 0:
             faults.append(f"{at}: minReplicas {least}, replicas {group.get('replicas')}, maxReplicas {most}")
         faults += _gpu_faults(f"{at}/template/spec", group["template"]["spec"])
+    faults += [
+        f"{at}/metadata/labels: networkpolicy.yaml does not know this pod"
+        for at, template in templates(document)
+        if not NODE.items() <= template.get("metadata", {}).get("labels", {}).items()
+    ]
+    faults += _hook_faults(*next(pods(document)), "--end-jobs")
     for at, pod in pods(document):
         faults += _pod_rule_faults(at, pod)
     if document["kind"] == "RayJob":
@@ -156,13 +218,21 @@ def _gpu_faults(at: str, pod: Document) -> Faults:
         faults.append(f"{at}/containers/0/resources: nvidia.com/gpu asked {asked}, limit {limit}")
     if not any(each.get("key") == "nvidia.com/gpu" for each in pod.get("tolerations", [])):
         faults.append(f"{at}/tolerations: none for nodes with GPUs")
-    hook = pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
-    seconds = [int(each) for each in hook if each.isdigit()]
-    if not any("spot_watcher.py" in each for each in hook) or not seconds:
-        faults.append(f"{at}/containers/0/lifecycle: the node is not drained before its pod ends")
-    elif pod.get("terminationGracePeriodSeconds", 30) < seconds[0] + 10:
-        faults.append(f"{at}/terminationGracePeriodSeconds: less than the drain takes")
-    return faults
+    return faults + _hook_faults(at, pod, "--drain-now")
+
+
+def hook(pod: Document) -> list[str]:
+    """The command that Kubernetes runs before it ends a pod."""
+    return pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+
+
+def _hook_faults(at: str, pod: Document, flag: str) -> Faults:
+    *command, seconds = hook(pod) or [""]
+    if command != ["python", "cluster/spot_watcher.py", flag] or not seconds.isdigit():
+        return [f"{at}/containers/0/lifecycle: spot_watcher.py {flag} does not run before the pod ends"]
+    if pod.get("terminationGracePeriodSeconds", 30) < int(seconds) + 10:
+        return [f"{at}/terminationGracePeriodSeconds: less than the hook takes"]
+    return []
 
 
 def _pod_rule_faults(at: str, pod: Document) -> Faults:
@@ -188,6 +258,9 @@ def _job_faults(spec: Document) -> Faults:
     faults = []
     if not spec.get("shutdownAfterJobFinishes"):
         faults.append("spec/shutdownAfterJobFinishes: the cluster would stay")
+    template = spec.get("submitterPodTemplate", {})
+    if not admits(POLICY, template.get("metadata", {}).get("labels", {}), JOB_SERVER):
+        faults.append("spec/submitterPodTemplate: networkpolicy.yaml does not let it submit")
     if "--out s3://" not in spec["entrypoint"]:
         faults.append("spec/entrypoint: results must outlive the cluster")
     return faults

@@ -6,7 +6,7 @@ from pipeline.datasets.prepared import pseudo
 from pipeline.datasets.prepared.dataset import open_dataset, read_group
 from pipeline.datasets.prepared.pseudo import LABEL_SCHEMA, LabelsInfo
 from pipeline.datasets.prepared.splits import load_split
-from pipeline.ingest.order import select_groups
+from pipeline.ingest.groups import select_groups
 
 
 def write_truth(root: str, split: str, out: str) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.datasets.pools.pool import BYTES_SCHEMA, POOL_FILE, Generation, PoolInfo
 from pipeline.datasets.prepared.dataset import WRITE_OPTIONS
-from pipeline.ingest.order import Group
+from pipeline.ingest.groups import Group
 
 GROUP_ROWS, GROUPS_PER_SHARD = 64, 8
 ROWS_PER_SHARD = GROUP_ROWS * GROUPS_PER_SHARD

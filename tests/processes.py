@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,6 +53,17 @@ def named(pid: int, text: str) -> list[int]:
         except OSError:
             continue
     return matches
+
+
+@contextmanager
+def held(pid: int) -> Iterator[None]:
+    """Stops a process until the end of the block, if it lives so long."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def kill(*pids: int) -> None:

@@ -13,7 +13,12 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
+ANSWERS = {
+    "slow_down": ("503 Slow Down", "SlowDown", "Please reduce your rate."),
+    "no_upload": ("404 Not Found", "NoSuchUpload", "The upload does not exist."),
+    "skewed": ("403 Forbidden", "RequestTimeTooSkewed", "The request time and the current time differ too much."),
+}
+"""What the proxy itself says in place of the server, as S3 says it."""
 METHODS = (b"GET ", b"HEAD ", b"PUT ", b"POST ", b"DELETE ")
 
 
@@ -21,9 +26,13 @@ class FaultProxy:
     """Stands before an HTTP server, in a thread of its own.
 
     The faults: `refuse` (no connection is made), `reset` (the answer breaks off half-way), `stall` (it stops there, and
-    the connection stays), `silent` (no answer at all), `slow_down` (503). `set` holds until the next one, `plan` is for
-    a single request. `counts` says how often each was done.
+    the connection stays), `half` (so does the request), `silent` (nothing of it gets through), `slow` (answers come at
+    `rate`), and those of `ANSWERS`, which the proxy gives itself. `set` holds until the next one, `plan` is for one
+    request. `counts` says how often each was done.
     """
+
+    rate = 200_000
+    """Bytes a second of each slow answer."""
 
     def __init__(self, endpoint: str) -> None:
         target = urlsplit(endpoint)
@@ -33,7 +42,7 @@ class FaultProxy:
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._plans: list[_Plan] = []
-        self._mode, self._port = "", 0
+        self._mode, self._parts, self._port = "", list[bytes](), 0
         self.counts: Counter[str] = Counter()
 
     @property
@@ -54,11 +63,17 @@ class FaultProxy:
         self._thread.join()
         self._loop.close()
 
-    def set(self, fault: str = "") -> None:
-        """What happens to every connection and request from now on; nothing if no fault is named."""
-        self._mode = fault
-        self._call(self._refuse() if fault else self._listen())  # open connections end, as with a server that goes
-        if fault and fault != "refuse":
+    def set(self, fault: str = "", *parts: str) -> None:
+        """What happens to every connection and request from now on; nothing if no fault is named.
+
+        Args:
+            fault: see the class.
+            parts: of a request's first line, such as its method and the object's name: other requests pass.
+        """
+        self._mode, self._parts = fault, [part.encode() for part in parts]
+        if fault and not parts:
+            self._call(self._refuse())  # open connections end, as with a server that goes
+        if fault != "refuse" or parts:
             self._call(self._listen())
 
     def plan(self, *faults: str, path: str = "") -> None:
@@ -71,9 +86,11 @@ class FaultProxy:
         return sum(len(plan.faults) for plan in self._plans)
 
     def _fault(self, request: bytes) -> str:
-        if self._mode or not request.startswith(b"GET "):
-            return self._mode
         lines = request.split(b"\r\n")
+        if self._mode and all(part in lines[0] for part in self._parts):
+            return self._mode
+        if self._mode or not request.startswith(b"GET "):
+            return ""
         asked = b"".join([lines[0], *(line for line in lines if line.lower().startswith(b"range:"))])
         for plan in self._plans:
             if plan.faults and plan.path in lines[0] and plan.asked in (b"", asked):
@@ -108,9 +125,9 @@ class FaultProxy:
         connection = _Connection()
         answers = None
         try:
-            if self._mode != "silent":
+            if self._mode != "silent" or self._parts:
                 back, server = await asyncio.open_connection(*self._target)
-                answers = asyncio.ensure_future(_pass(back, client, connection))
+                answers = asyncio.ensure_future(_pass(back, client, connection, self.rate))
                 await self._requests(reader, client, server, connection)
                 server.close()
             else:
@@ -131,17 +148,19 @@ class FaultProxy:
         connection: "_Connection",
     ) -> None:
         while data := await reader.read(1 << 16):
-            if data.startswith(METHODS):  # a client waits for the answer before it asks for more
-                connection.fault, connection.left = self._fault(data), -1
+            begins = data.startswith(METHODS)  # a client waits for the answer before it asks for more
+            if begins:
+                connection.fault, connection.left, connection.sent = self._fault(data), -1, _half(data)
                 self.counts[connection.fault or "pass"] += 1
-            if connection.fault == "slow_down":
-                if data.startswith(METHODS):
-                    body = b"" if data.startswith(b"HEAD ") else SLOW_DOWN
-                    head = "HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
-                    client.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            if connection.fault == "refuse":
+                _reset(client)
+            elif connection.fault in ANSWERS:  # what else is sent goes nowhere
+                if begins:
+                    client.write(_answer(connection.fault, head=data.startswith(b"HEAD ")))
                     await client.drain()
-                continue  # what else is sent goes nowhere
-            if server is not None and connection.fault != "silent":
+            elif server is not None and connection.fault != "silent":
+                if connection.fault == "half":
+                    data, connection.sent = data[: connection.sent], max(0, connection.sent - len(data))
                 server.write(data)
                 await server.drain()
 
@@ -161,12 +180,18 @@ class _Connection:
     fault: str = ""
     left: int = -1
     """How many bytes of it get through; below 0 until its head has come."""
+    sent: int = 0
+    """How many bytes of a request get through, if half of it is to."""
 
 
-async def _pass(server: asyncio.StreamReader, client: asyncio.StreamWriter, connection: _Connection) -> None:
+async def _pass(
+    server: asyncio.StreamReader, client: asyncio.StreamWriter, connection: _Connection, rate: float
+) -> None:
     """Sends the server's answers on, or the first part of one."""
     with contextlib.suppress(OSError):
-        while data := await server.read(1 << 16):
+        while data := await server.read(1 << 16 if connection.fault != "slow" else 1 << 12):
+            if connection.fault == "slow":
+                await asyncio.sleep(len(data) / rate)
             if connection.fault in ("reset", "stall"):
                 if connection.left < 0:
                     connection.left = _half(data)
@@ -178,9 +203,17 @@ async def _pass(server: asyncio.StreamReader, client: asyncio.StreamWriter, conn
         client.close()
 
 
-def _half(answer: bytes) -> int:
+def _answer(fault: str, *, head: bool) -> bytes:
+    """What the proxy says itself; the answer to HEAD has no body."""
+    status, code, message = ANSWERS[fault]
+    body = "" if head else f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    lines = [f"HTTP/1.1 {status}", "Content-Type: application/xml", "Connection: close", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, "", body]).encode()
+
+
+def _half(message: bytes) -> int:
     """Bytes of its head and half of its body."""
-    head, _, _ = answer.partition(b"\r\n\r\n")
+    head, _, _ = message.partition(b"\r\n\r\n")
     length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
     return len(head) + 4 + (int(length[1]) // 2 if length else 0)
 

@@ -77,6 +77,15 @@ class S3Server:
         """Starts it again on the same ports and data; returns at once."""
         self.start(self._ports)
 
+    def bring_back(self) -> None:
+        """Starts it again as `restart` does, until it answers: one of its ports may be taken for a moment."""
+        for _ in range(30):
+            self.restart()
+            if self._wait():
+                return
+            self.stop()
+        raise RuntimeError(f"SeaweedFS did not come back; its log is {self._folder / 'weed.log'}")
+
     def stop(self) -> None:
         """Ends the process."""
         if self._process is not None:

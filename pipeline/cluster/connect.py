@@ -3,13 +3,15 @@
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 
 _CURRENT_CLUSTER = "ray/ray_current_cluster"
 
@@ -23,6 +25,10 @@ def connect(*, state_api: bool = False) -> None:
 
     Args:
         state_api: let a private cluster answer questions about itself, which takes a dashboard process.
+
+    Raises:
+        UserError: the cluster of this machine cannot be joined.
+        RunError: the private one did not come up in time.
     """
     private = not os.environ.get("RAY_ADDRESS") and not _running()
     _environment(token=private and "ray" not in sys.modules)  # Ray reads it when it is imported
@@ -32,14 +38,24 @@ def connect(*, state_api: bool = False) -> None:
         options: dict[str, Any] = {"address": "local", "include_dashboard": state_api} if private else {}
         if private and state_api:
             options["dashboard_port"] = _announced_port()
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process with code 15, and without a word
         except (ConnectionError, RuntimeError) as error:
             if private:
                 raise
             raise UserError(
                 "the Ray cluster noted on this machine cannot be joined: start its head again or end it with "
                 "`ray stop`, and export the RAY_AUTH_MODE that it was started with"
+            ) from error
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            raise RunError(
+                "Ray gives its processes 30 s to start, too few on a machine as busy as this one now: give the "
+                "same command again"
             ) from error
 
 
@@ -52,7 +68,7 @@ def quiet_data() -> None:
     context.print_on_execution_start = False
     context.use_datasource_v2 = False
     context.execution_no_progress_timeout_s = -1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is wrong is raised, and told once
 
 
 def default_root() -> Path:
@@ -93,6 +109,7 @@ def _environment(*, token: bool) -> None:
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 s that some clouds leave, 5 are many
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it makes of Ctrl-C a sweep that seems done
         "RAY_AIR_NEW_OUTPUT": "0",  # Tune's: it prints tables even when told not to
+        "RAY_task_oom_retries": "2",  # by default a task that finds no memory is tried for ever
         "RAY_worker_maximum_startup_concurrency": "16",  # of processes that mostly wait; beyond 4 x it Ray warns
     }.items():
         os.environ.setdefault(name, value)

@@ -6,18 +6,22 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from pipeline.cluster import nodes
 from pipeline.cluster.internals import (
+    DataParallelTrainer,
+    DatasetsCallback,
     ElasticScalingPolicy,
+    EndingCleanerCallback,
     NoopDecision,
+    PlacementGroupCleanerCallback,
     ScalingDecision,
     WorkerGroupPollStatus,
     WorkerGroupState,
     draining_nodes,
 )
 from pipeline.cluster.nodes import Machine, Workers, places
+from pipeline.cluster.process_group import ProcessGroup
 
 RESIZE_SECONDS = 30.0
 """Least time between two checks whether more workers fit: each change restarts all of them."""
@@ -34,13 +38,25 @@ def scaling_config(workers: Workers) -> ScalingConfig:
     )
 
 
-class ElasticTrainer(TorchTrainer):
-    """A TorchTrainer whose number of workers, where it may change, is always one that shares the batch."""
+class ElasticTrainer(DataParallelTrainer):
+    """Ray Train with torch, whose number of workers, where it may change, is always one that shares the batch."""
 
     def __init__(self, *args: Any, workers: Workers, **options: Any) -> None:
-        """Args: workers: numbers and resources; the other arguments are those of `TorchTrainer`."""
-        super().__init__(*args, scaling_config=scaling_config(workers), **options)
+        """Args: workers: numbers and resources; the other arguments are those of Ray's trainer."""
+        backend = ProcessGroup("nccl" if workers.gpus else "gloo")
+        super().__init__(*args, backend_config=backend, scaling_config=scaling_config(workers), **options)
         self._workers = workers
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Leaves out that of Ray's `datasets=`, which is an actor: here each worker reads a plan of its own."""
+        return [
+            EndingCleanerCallback() if isinstance(each, PlacementGroupCleanerCallback) else each
+            for each in super()._create_default_callbacks()
+            if not isinstance(each, DatasetsCallback)
+        ]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leaves Ctrl-C to `console.Console`; Ray's handler would end the run without a checkpoint."""
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if len(self._workers.counts) > 1:

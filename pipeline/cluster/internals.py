@@ -9,29 +9,69 @@ from typing import Any
 from ray._private.state import state
 from ray.core.generated import autoscaler_pb2
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
+from ray.train._internal.utils import get_address_and_port
+from ray.train.v2._internal.callbacks import placement_group_callback
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
     _CheckpointManagerState,
     _TrainingResultState,
 )
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 __all__ = [
+    "DataParallelTrainer",
+    "DatasetsCallback",
     "ElasticScalingPolicy",
+    "EndingCleaner",
+    "EndingCleanerCallback",
     "NoopDecision",
+    "PlacementGroupCleanerCallback",
     "ScalingDecision",
     "WorkerGroupPollStatus",
     "WorkerGroupState",
     "checkpoint_record",
     "cluster_status",
     "draining_nodes",
+    "get_address_and_port",
+    "preemption",
 ]
+
+
+class EndingCleaner(PlacementGroupCleaner):
+    """Ray's detached actor on the head that frees the workers' place once the controller of a run is gone, and ends.
+
+    Ray's own looks for the controller once the controller asks it to. One that has gone before that, as the actor takes
+    seconds to start, leaves it waiting on the head for ever, with 200 MB.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.start_monitoring()
+
+
+class EndingCleanerCallback(PlacementGroupCleanerCallback):
+    """Ray's callback of a controller, with a cleaner that ends."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Starts the cleaner; called in the controller's process, which is this run's alone."""
+        setattr(placement_group_callback, "PlacementGroupCleaner", EndingCleaner)  # noqa: B010
+        super().after_controller_start(train_run_context)
 
 
 def draining_nodes() -> dict[str, Any]:
     """The nodes that are about to be taken away, by id: Ray has no public way to them."""
     found: dict[str, Any] = state.get_draining_nodes()
     return found
+
+
+def preemption() -> Any:
+    """Ray's PreemptionInfo as this worker of Ray Train knows it, or None; the public way is a barrier of workers."""
+    return get_train_context().preemption_context.preemption_info
 
 
 def checkpoint_record(metrics: Mapping[str, Mapping[str, float]]) -> str:

@@ -21,6 +21,8 @@ LOCAL = "http://127.0.0.1:8265"
 """Where the job server is, on the head node or at the near end of a tunnel to it."""
 PULSE_S = 10.0
 """Seconds between two requests for the job's status."""
+STOP_S = 120
+"""Seconds that `ray job stop` leaves a job for its last checkpoint; Ray's own 3 are too few for most."""
 NOT_FOUND = 127
 """Exit code of a shell that does not find the program."""
 MISSES = 3
@@ -109,9 +111,10 @@ def _entrypoint(command: list[str]) -> list[str]:
 
 def _environment() -> dict[str, Any]:
     """The runtime environment: the checkout without what its .rayignore names, or the installed package."""
+    patience = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
     if CHECKOUT:
-        return {"working_dir": str(CHECKOUT)}
-    return {"py_modules": [str(Path(pipeline.__file__).parent)]}
+        return {"working_dir": str(CHECKOUT), **patience}
+    return {"py_modules": [str(Path(pipeline.__file__).parent)], **patience}
 
 
 def _check_config(words: list[str]) -> None:

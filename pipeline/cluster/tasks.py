@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.cluster import nodes
 from pipeline.cluster.connect import connect, quiet_data
 from pipeline.errors import UserError
 
@@ -18,7 +19,13 @@ WAVE = 1000
 
 
 def run(
-    task: Callable[[T], R], items: Iterable[T], total: int, doing: str, workers: int | None = None, gpus: int = 0
+    task: Callable[[T], R],
+    items: Iterable[T],
+    total: int,
+    doing: str,
+    workers: int | None = None,
+    *,
+    on_gpus: bool = False,
 ) -> Iterator[R]:
     """Results of `task` for each item, in order; both are sent by pickle.
 
@@ -28,13 +35,14 @@ def run(
         total: how many there are.
         doing: what is shown of the progress: `prepare: %d of %d shards`.
         workers: tasks at a time; None: as many as the cluster has CPUs for.
-        gpus: that each task needs.
+        on_gpus: give each task a GPU, if the cluster has any.
 
     Raises:
         UserError: the first one that a task raised.
     """
     connect()
     quiet_data()
+    gpus = int(on_gpus and any(machine.gpus for machine in nodes.machines()))
     return _progress(_results(task, iter(items), workers, gpus), total, doing)
 
 

@@ -1,6 +1,6 @@
 """The command line of every job: flags from the config's dataclasses, and exit codes.
 
-0 done, 2 user error (one line on stderr, no traceback), 1 failure.
+0 done, 2 user error (one line on stderr, no traceback), 1 failure, 128 + N ended by signal N.
 """
 
 import argparse
@@ -9,24 +9,35 @@ import dataclasses
 import inspect
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, get_origin, get_type_hints
+from types import FrameType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from pipeline.config import schema as configs
-from pipeline.config.parse import build, convert, suggest
+from pipeline.config.hints import hint
+from pipeline.config.parse import build, convert, is_list, suggest
 from pipeline.config.schema import Config
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, Stopped, UserError
 
-_SHORT = {"data.root": ["--data"]}
+_SHORT = {
+    "data.root": "--data",
+    "data.crop": "--crop",
+    "optim.lr": "--lr",
+    "optim.steps": "--steps",
+    "scaling.workers": "--workers",
+}
 """Flags that have a short form beside their dotted name."""
+_BATCH = ("optim.batch_labeled", "optim.batch_unlabeled")
+"""The keys of `--batch`."""
 _FIELDS = tuple(item.name for item in dataclasses.fields(Config) if item.name != "options")
 Sections = Mapping[str, Mapping[str, type]]
-"""Sections of options by method name, each a dataclass by its name: `pipeline.methods.OPTIONS`.
+"""Sections of options by method name, each a dataclass by its name: `pipeline.config.options.OPTIONS`.
 
 A dataclass may list keys of other sections that its method does not read, as a class variable `ignored`."""
 COMMON = (
@@ -37,11 +48,17 @@ COMMON = (
 """The keys that `--help` shows; `--help all` shows every key."""
 
 
+FLAGS_FLAG = "--flags_for_completion"
+"""Asks a command for its flags, one a line with the values that each may have; for the shell, so no help shows it."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s and whose flags are never abbreviated."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.known: dict[str, Sequence[str]] = {}
+        """Values of flags that may have others, too, by the flag's key; for completion."""
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the whole usage."""
@@ -53,12 +70,23 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an argument is unknown (the nearest flag is named), missing or of the wrong type.
         """
+        if [*argv] == [FLAGS_FLAG]:
+            print("\n".join(self._completions()))
+            sys.exit(0)
         values, unknown = self.parse_known_args(argv)
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            near = suggest(unknown[0].partition("=")[0], known)
-            raise UserError(f"unknown argument {unknown[0]!r}{near if 'did you mean' in near else '; see --help'}")
+            raise UserError(f"unknown argument {unknown[0]!r}{hint(unknown[0], known) or '; see --help'}")
         return values
+
+    def _completions(self) -> list[str]:
+        """Each flag, and behind it the values that it may have."""
+        return [
+            " ".join([flag, *map(str, each.choices or self.known.get(each.dest) or _alternatives(each.metavar))])
+            for each in self._actions
+            for flag in each.option_strings
+            if flag.startswith("--")
+        ]
 
     def own_flags(self) -> list[tuple[str, str]]:
         """The flags that are no key of the config, each with its help."""
@@ -70,18 +98,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs a job's `main` and ends the process with the right code."""
+    """Runs a job's `main` and ends the process with the right code; SIGTERM is told, as Ctrl-C is."""
+    program = Path(sys.argv[0]).name
+    received: list[Stopped] = []
+
+    def on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+        del frame
+        received.append(Stopped("ended by SIGTERM", number))
+        raise received[-1]
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
         main(sys.argv[1:])
         code = 0
     except (UserError, RunError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        code = 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except KeyboardInterrupt as error:
+        stop = error if isinstance(error, Stopped) else received.pop() if received else None
+        if stop:
+            print(f"{program}: {stop}", file=sys.stderr)
+        code = 128 + (stop.number if stop else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code)
 
 
@@ -143,7 +185,8 @@ def parse_values(
 def _flags_of(args: argparse.Namespace, options: Sections) -> dict[str, Any]:
     """The flags that are keys of the config; the others are the command's own."""
     places = {*_FIELDS, *_sections(options)}
-    return {key: value for key, value in vars(args).items() if value is not None and key.partition(".")[0] in places}
+    own = {key: value for key, value in vars(args).items() if value is not None and key.partition(".")[0] in places}
+    return {**({} if args.batch is None else dict.fromkeys(_BATCH, args.batch)), **own}
 
 
 def _values_of(args: argparse.Namespace, options: Sections) -> dict[str, Any]:
@@ -217,12 +260,14 @@ def resolve(values: Mapping[str, Any], options: Sections) -> Config:
 
 def _parser(description: str, options: Sections) -> Parser:
     usage = "%(prog)s [--preset NAME] [--split SPLIT] [--SECTION.KEY VALUE ...]"
-    parser = Parser(description=description, usage=usage, add_help=False)
+    parser = Parser(description=description, usage=usage, add_help=False, formatter_class=_Formatter)
     parser.add_argument("-h", "--help", nargs="?", metavar="[all]", help="this text; `--help all` shows every key")
     parser.add_argument("--preset", metavar="NAME", help=", ".join(configs.presets()))
     parser.add_argument("--config", metavar="FILE", help="YAML file (path or URI); flags override it")
     parser.add_argument("--print_config", action="store_true", help="print every key with its value and stop")
+    parser.add_argument("--batch", metavar="N", help=f"{' and '.join(_BATCH)} at once")
     _add_fields(parser, Config, "")
+    parser.known = {"preset": configs.presets(), "method": [*options]}
     for name, kind in get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             _add_fields(parser.add_argument_group(name, inspect.getdoc(kind)), kind, f"{name}.")
@@ -240,8 +285,27 @@ def _add_fields(parser: Any, kind: Any, prefix: str) -> None:
             continue
         bare = {"nargs": "?", "const": "true"} if hint is bool else {"nargs": "*"} if get_origin(hint) is tuple else {}
         path = prefix + item.name
-        text = f"{docs.get(item.name, '')} (default: {item.default})".replace("%", "%%")
-        parser.add_argument(f"--{path}", *_SHORT.get(path, []), dest=path, metavar=_type_name(hint), help=text, **bare)
+        text = f"{docs.get(item.name, '')} (default: {_shown(item.default) or 'none'})".replace("%", "%%")
+        parser.add_argument(*flag_names(path), dest=path, metavar=_type_name(hint), help=text, **bare)
+
+
+def _alternatives(metavar: Any) -> list[str]:
+    """The values that a metavar such as `sgd|adamw` lists."""
+    return metavar.split("|") if isinstance(metavar, str) and "|" in metavar else []
+
+
+def flag_names(path: str) -> list[str]:
+    """The flags of a key, the short one first."""
+    return [*filter(None, [_SHORT.get(path)]), f"--{path}"]
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Shows a flag that takes several values, or may stand alone, as its metavar says it."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs in ("*", "?") and isinstance(action.metavar, str):
+            return action.metavar
+        return super()._format_args(action, default_metavar)
 
 
 def _print_help(parser: Parser, argv: Sequence[str], options: Sections) -> None:
@@ -282,15 +346,21 @@ def _print_help(parser: Parser, argv: Sequence[str], options: Sections) -> None:
 def _key_row(path: str, config: Config, wide: int) -> str:
     section, _, name = path.rpartition(".")
     holder = config.options.get(section) or (getattr(config, section) if section else config)
-    value = getattr(holder, name)
-    shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else "" if value is None else str(value)
-    return _row(_SHORT.get(path, [f"--{path}"])[0], _first(field_docs(type(holder)).get(name)), shown, wide)
+    text, shown = _first(field_docs(type(holder)).get(name)), _shown(getattr(holder, name))
+    return _row(", ".join(flag_names(path)), text, shown, wide)
+
+
+def _shown(value: Any) -> str:
+    """A value as flags take it; none is empty."""
+    if isinstance(value, tuple):
+        return " ".join(map(_shown, value))
+    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def _row(name: str, text: str, value: str, wide: int) -> str:
     """One line of help: name, text and value. The text is shortened to fit."""
     value = f" [{value}]" if value else ""
-    head = f"  {name:<25} "
+    head = f"  {name:<28} "
     return head + textwrap.shorten(text, max(20, wide - len(head) - len(value)), placeholder=" ...") + value
 
 
@@ -300,20 +370,33 @@ def _first(doc: str | None) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    text = str(hint).replace("typing.Literal", "").replace(" | None", "").replace("'", "")
-    return text if "[" in text else getattr(hint, "__name__", text)
+    """A type as people write its values: N, NUMBER, TEXT, true|false, sgd|adamw, N,N or TEXT ... ."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if is_list(hint):
+        return f"{_type_name(args[0])} ..."
+    if origin is tuple:
+        return ",".join(map(_type_name, args))
+    kind = next((each for each in args if each is not type(None)), hint)
+    return {int: "N", float: "NUMBER", bool: "true|false"}.get(kind, "TEXT")
 
 
-@cache
 def field_docs(kind: type) -> dict[str, str]:
-    """The string that stands below each field of a dataclass, on one line."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    """The string that stands below each field of a dataclass at the top of its module, on one line."""
     docs = {}
-    for field, below in pairwise(getattr(definition, "body", [])):
+    for field, below in pairwise(_classes(kind.__module__)[kind.__name__].body):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 docs[name] = " ".join(text.split())
     return docs
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes at the top of a module, as they are written; `inspect` would read the whole file for each anew."""
+    body = ast.parse(inspect.getsource(sys.modules[module])).body
+    return {each.name: each for each in body if isinstance(each, ast.ClassDef)}
 
 
 def _nested(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,10 +42,15 @@ def _require(section: str, values: Any, names: Sequence[str], fits: Callable[[An
             raise UserError(f"{section}.{name}: must be {what}, got {value}")
 
 
+LISTED = 30
+"""Names in an error line at most."""
+
+
 def suggest(name: str, valid: list[str]) -> str:
-    """The end of an error line: the nearest valid name, or all of them."""
+    """The end of an error line: the nearest valid name, or all of them; of more than `LISTED` the first ones."""
     near = difflib.get_close_matches(name, valid, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(valid)}"
+    more = f" and {len(valid) - LISTED} more" if len(valid) > LISTED else ""
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(valid[:LISTED])}{more}"
 
 
 def build(kind: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
@@ -131,13 +136,27 @@ def _scalar(hint: type, value: Any, path: str) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if hint is str:
             return text
-        number = hint(text)
+        number = _whole(text) if hint is int else hint(text)
         if "_" in text or not 0 <= number < math.inf:  # int("1_2") is 12; nothing here may be negative
             raise ValueError(text)
         return number
     except (ValueError, KeyError):
         wanted = {"int": "a whole number from 0 on", "float": "a number from 0 on", "bool": "true or false"}
         raise UserError(f"{path}: expected {wanted.get(hint.__name__, 'a text')}, got {value!r}") from None
+
+
+def _whole(text: str) -> int:
+    """The whole number that a text such as `45600` or `1e3` writes.
+
+    Raises:
+        ValueError: it writes none.
+    """
+    if "e" not in text.lower():
+        return int(text)
+    number = float(text)
+    if not number.is_integer():  # nor is infinity
+        raise ValueError(text)
+    return int(number)
 
 
 # ---- YAML -------------------------------------------------------------------------------------------------------
@@ -166,10 +185,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """Reads a YAML mapping; numbers stay strings until a field says what they are, so `1_2` stays a split.
 
     Raises:
-        UserError: not YAML, not a mapping, or larger than 1 MiB.
+        UserError: not YAML, or not a mapping.
     """
-    if len(text) > MAX_YAML_BYTES:
-        raise UserError(f"{where}: larger than 1 MiB; this is no config file")
     try:
         values = yaml.load(text, Loader=_Yaml12Loader)
     except yaml.YAMLError as error:

@@ -13,11 +13,16 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from pipeline.config.parse import parse_yaml, require_positive, require_share, suggest
+from pipeline.config.backbones import find_decoder
+from pipeline.config.parse import MAX_YAML_BYTES, parse_yaml, require_positive, require_share, suggest
 from pipeline.errors import UserError
-from pipeline.storage import read_text
+from pipeline.storage import file_size, read_text
 
 Section = TypeVar("Section")
+BatchNorm = Literal["joint", "separate", "frozen"]
+"""Which images share the statistics of batch norm in training: `joint`, labeled and unlabeled ones pass the network in
+one batch; `separate`, each group by itself; `frozen`, each group by itself, and the encoder keeps the statistics that
+came with its weights. Releases differ, and on small sets it moves scores by points (docs/methods.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +86,28 @@ class DataConfig:
 class ModelConfig:
     """The network of student and teacher."""
 
-    backbone: Literal["tiny", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    """Encoder; tiny is a small network from scratch for CPUs."""
+    backbone: str = "resnet50"
+    """Encoder: tiny or vit_tiny (small, from scratch, for CPUs); mobilenet_v2, resnet18, resnet34, resnet50, resnet101;
+    dinov2_vits14, dinov2_vitb14, dinov2_vitl14; or timm/NAME."""
+    decoder: str = "auto"
+    """tiny, deeplab, segformer or dpt; auto: tiny for tiny, dpt for ViTs, deeplab for all others."""
     weights: str = "torchvision"
-    """Encoder weights: none, torchvision (downloads ImageNet weights), or a file or URI of a state dict."""
+    """What the network begins with: none, torchvision or timm (download weights of the encoder), a file or URI of a
+    state dict of the encoder, or a trained network: run directory, checkpoint folder or export as safetensors."""
     output_stride: Literal[8, 16] = 8
-    """Input pixels per cell of the encoder's last feature map."""
+    """Input pixels per cell of the encoder's last feature map, for deeplab."""
     width: int = 256
-    """Channels of the decoder."""
+    """Channels of the decoder; those of dpt follow from the encoder."""
     feature_dim: int = 256
     """Channels of the representation head (contrastive methods)."""
     dropout: float = 0.1
-    """Channel dropout in the decoder's heads."""
+    """Channel dropout in the heads of deeplab and segformer."""
+    checkpoint_activations: bool = False
+    """Hold the inputs of the encoder's blocks alone and compute the blocks again in the backward pass: less memory, a
+    quarter to a third more work, the same result. May change when a run is resumed."""
 
     def __post_init__(self) -> None:
+        find_decoder(self.decoder, self.backbone)
         require_positive("model", self, "width", "feature_dim")
         require_share("model", self, "dropout")
 
@@ -106,26 +119,41 @@ class OptimConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has momentum 0.9."""
     lr: float = 1e-3
-    """Base learning rate of the encoder, reached after the warm-up; it falls as (1 - step/steps)^power."""
+    """Base learning rate of the encoder, reached after the warm-up."""
     head_lr_mult: float = 10.0
     """Learning rate of decoder and heads, relative to the encoder's."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer of the encoder, relative to the layer behind it; the last one has the encoder's."""
     weight_decay: float = 1e-4
-    """Decay of all weights."""
+    """Decay of the weights."""
+    decay_norms: bool = True
+    """Decay norms, biases, and embeddings of class and position, too; most recipes of transformers do not."""
+    schedule: Literal["poly", "cosine"] = "poly"
+    """How the learning rate falls: as (1 - step/steps)^power, or as half a cosine; both from the first step on."""
     power: float = 0.9
     """Exponent of the poly schedule."""
     warmup: float = 0.0
     """Length of the learning rate's linear rise from lr / warmup: steps, or below 1 a share of the run; 0: none."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0: no limit."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A gradient that is not finite: stop ends the run; skip leaves that update out and waits for each gradient."""
     steps: int = 45600
     """Training steps of the whole run."""
     batch_labeled: int = 16
     """Labeled images per step over all workers."""
     batch_unlabeled: int = 16
     """Unlabeled images per step over all workers."""
+    accumulate: int = 1
+    """Micro-batches of a worker's images, for less memory: networks pass one after the other, and all but one pass
+    twice. Losses are those of the whole batch; statistics of batch norm are of a micro-batch."""
 
     def __post_init__(self) -> None:
-        require_positive("optim", self, "steps", "batch_labeled", "batch_unlabeled")
+        require_positive("optim", self, "steps", "batch_labeled", "batch_unlabeled", "accumulate", "layer_decay")
+        require_share("optim", self, "layer_decay")
+        largest = 1e36  # optimisers multiply and divide it, in single precision
+        if not abs(self.lr) * max(1.0, abs(self.head_lr_mult)) < largest:
+            raise UserError(f"optim.lr {self.lr:g}: with optim.head_lr_mult it is beyond {largest:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,10 +227,16 @@ class RunConfig:
     decode: Literal["worker", "cluster"] = "worker"
     """Where images are decoded and cut: in the worker's own CPUs, or in tasks on any CPUs of the cluster, for GPU nodes
     that have few. The batches are the same."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the forward pass."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"
+    """bf16, fp16: autocast of the forward pass; tf32: fp32 whose convolutions may round to TF32 on GPUs; fp32: they may
+    not. On CPUs tf32 is fp32. fp16, for GPUs without bf16 (T4, V100), scales the loss, leaves out updates whose
+    gradient overflows, and waits for each gradient."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the losses; auto: on GPUs, and on CPUs from 4 million pixels times classes a step, where it pays."""
+    compile_network: bool = False
+    """Compile encoder stages and heads for training steps, too; the first steps then take minutes."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """What workers exchange of their gradients; bf16: half the bytes, each worker's gradient rounded."""
     log_every: int = 25
     """Steps between log lines."""
     checkpoint_every: int = 570
@@ -213,6 +247,12 @@ class RunConfig:
     """Seconds for which storage that fails or does not answer is asked again before the run stops."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    pictures: int = 4
+    """Validation images that are drawn at each evaluation, into RUN/pictures and TensorBoard; 0: none."""
+    wandb: bool = False
+    """Send the records to Weights & Biases, too (u2pl-ray[wandb]); WANDB_PROJECT and its other variables hold."""
+    mlflow: bool = False
+    """Send the records to MLflow, too (u2pl-ray[mlflow]), at MLFLOW_TRACKING_URI."""
 
     def __post_init__(self) -> None:
         require_positive("run", self, "log_every", "checkpoint_every", "storage_patience")
@@ -240,7 +280,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the chosen method by section: its own, and those of the methods that it builds on. Each is a frozen
-    dataclass that the method's file defines; in files and flags the sections stand beside `data` and `optim`."""
+    dataclass of `config/options.py`; in files and flags the sections stand beside `data` and `optim`."""
 
     def options_of(self, kind: type[Section]) -> Section:
         """The section of one type.
@@ -273,7 +313,13 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def read_file(uri: str) -> dict[str, Any]:
-    """The values of a YAML file at `uri`."""
+    """The values of a YAML file at `uri`.
+
+    Raises:
+        UserError: it is not there, or no config file; one that is too large for that is not read.
+    """
+    if file_size(uri) > MAX_YAML_BYTES:
+        raise UserError(f"{uri}: larger than 1 MiB; this is no config file")
     return parse_yaml(read_text(uri), uri)
 
 
@@ -307,7 +353,13 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(as_dict(config), sort_keys=False)
 
 
+def without_weights(config: Config) -> Config:
+    """The config for building networks that are filled afterwards: what `model.weights` names is not read."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, weights="none"))
+
+
 def identity(config: Config) -> dict[str, Any]:
-    """What makes the result what it is: everything but the place and the machines."""
+    """What makes the result what it is: everything but the place, the machines, and what only saves memory."""
     values = as_dict(config)
+    del values["model"]["checkpoint_activations"]
     return {key: value for key, value in values.items() if key not in ("out", "scaling", "run")}

@@ -2,6 +2,7 @@
 
 import posixpath
 import unicodedata
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from pipeline.errors import UserError
@@ -56,6 +57,11 @@ def escaped(name: str) -> str:
     r"""A name in which everything that cannot be printed stands as an escape: `caf\xe9.jpg`."""
     shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(char if _is_plain(char) else char.encode("unicode_escape").decode() for char in shown)
+
+
+def counts_of(passed: Mapping[str, int]) -> str:
+    """Counts of what was passed over, for people: `1 .heic, 3 .svg`."""
+    return ", ".join(f"{count} {what}" for what, count in sorted(passed.items()))
 
 
 def check_name(folder: str, path: str) -> None:

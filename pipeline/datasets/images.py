@@ -132,6 +132,11 @@ def orientation(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
+def notes_rotation(image: Image.Image) -> bool:
+    """Whether the file notes a rotation that decoded pixels do not follow: Pillow turns TIFF files, and only these."""
+    return image.format != "TIFF" and orientation(image) != 1
+
+
 def reduce(image: Image.Image, factor: int) -> int:
     """Has a JPEG decoded at 1/factor of its size, which takes a fraction of the time.
 

@@ -1,6 +1,7 @@
 """Scores of a whole set from one confusion matrix: every pixel counts once, whatever image it is in."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,16 +9,18 @@ from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.config.parse import suggest
 from pipeline.config.schema import EvalConfig
 from pipeline.datasets.images import DecodeError, decode_image, decode_mask
 from pipeline.datasets.prepared.dataset import Dataset, read_group
 from pipeline.errors import UserError
-from pipeline.inference.predict import sliding, whole
-from pipeline.storage import Patience
+from pipeline.inference.logits import sliding, whole
+from pipeline.patience import Patience
 
 # ---- scores of a set --------------------------------------------------------------------------------------------
 
@@ -112,8 +115,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class ValSample(NamedTuple):
-    """A validation image."""
+class Sample(NamedTuple):
+    """An image and its truth."""
 
     id: str
     image: np.ndarray
@@ -122,13 +125,13 @@ class ValSample(NamedTuple):
     """uint8 [H,W]: class ids or the ignore index."""
 
 
-class ValGroup(NamedTuple):
-    """A row group, and which of its rows belong to the validation set."""
+class ScoredGroup(NamedTuple):
+    """A row group, and which of its rows are scored."""
 
     shard: str
     row_group: int
     rows: tuple[int, ...]
-    """Which of its rows are validation images."""
+    """Positions inside the row group, ascending."""
 
 
 def evaluate(
@@ -154,15 +157,13 @@ def evaluate(
     Raises:
         UserError: there are no validation images, or one has no mask or cannot be decoded.
     """
-    groups = val_groups(dataset)
-    if not groups:
-        raise UserError(f"{dataset.root}: no validation images; prepare the dataset with a val list")
+    groups = scored_groups(dataset)
     logits = scorer(predictor, dataset, config)
     matrix = ConfusionMatrix(len(dataset.info.classes), dataset.info.ignore_index, device)
     # no_grad, not inference_mode: what a network caches meanwhile must stay usable in training
     with eval_mode(predictor), torch.no_grad():
         for samples in ahead(partial(read_samples, dataset, patience=patience), groups[rank::world]):
-            for image, mask in batches(samples):
+            for image, mask in map(stacked, batches(samples)):
                 matrix.update(logits(image.to(device), scale=config.scale).argmax(1), mask.to(device))
     return matrix
 
@@ -173,16 +174,26 @@ def scorer(predictor: nn.Module, dataset: Dataset, config: EvalConfig) -> Callab
     return partial(sliding, predictor, window=config.window) if mode == "sliding" else partial(whole, predictor)
 
 
-def val_groups(dataset: Dataset) -> list[ValGroup]:
-    """The row groups that hold validation images, in stored order."""
+def scored_groups(dataset: Dataset, subset: str = "val") -> list[ScoredGroup]:
+    """The row groups that hold the images of a subset, in stored order; of train only images with a mask.
+
+    Raises:
+        UserError: there are none.
+    """
+    index = dataset.subset(subset)
+    if subset == "train":
+        index = index.filter(pc.field("mask_bytes") > 0)
     rows: dict[tuple[str, int], list[int]] = {}
-    for entry in dataset.subset("val").select(["shard", "row_group", "row"]).to_pylist():
+    for entry in index.select(["shard", "row_group", "row"]).to_pylist():
         rows.setdefault((entry["shard"], entry["row_group"]), []).append(entry["row"])
-    return [ValGroup(shard, group, tuple(sorted(members))) for (shard, group), members in rows.items()]
+    if not rows:
+        what = "validation images" if subset == "val" else f"{subset} images with a mask"
+        raise UserError(f"{dataset.root}: no {what}; prepare the dataset with some")
+    return [ScoredGroup(shard, group, tuple(sorted(members))) for (shard, group), members in rows.items()]
 
 
-def read_samples(dataset: Dataset, group: ValGroup, patience: Patience | None = None) -> list[ValSample]:
-    """Reads and decodes the validation images of a row group.
+def read_samples(dataset: Dataset, group: ScoredGroup, patience: Patience | None = None) -> list[Sample]:
+    """Reads and decodes the images of a row group.
 
     Raises:
         UserError: an image has no mask or cannot be decoded. Leaving it out would change the score silently.
@@ -191,38 +202,61 @@ def read_samples(dataset: Dataset, group: ValGroup, patience: Patience | None = 
     return [_sample(dataset.root, row) for row in table.take(list(group.rows)).to_pylist()]
 
 
-def _sample(root: str, row: dict[str, str | bytes | None]) -> ValSample:
+def spread(dataset: Dataset, count: int) -> list[str]:
+    """Ids of `count` validation images, evenly over the set in stored order; of all images if there are fewer."""
+    ids = dataset.subset("val").column("id").to_pylist()
+    return [ids[place] for place in np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)]
+
+
+def read_images(dataset: Dataset, ids: Sequence[str], patience: Patience | None = None) -> list[Sample]:
+    """Reads and decodes these validation images, in this order.
+
+    Raises:
+        UserError: there is no such image, or it has no mask or cannot be decoded.
+    """
+    places = {each["id"]: each for each in dataset.subset("val").to_pylist()}
+    for name in ids:
+        if name not in places:
+            raise UserError(f"{dataset.root}: no validation image {name}{suggest(name, list(places))}")
+    groups = [ScoredGroup(places[name]["shard"], places[name]["row_group"], (places[name]["row"],)) for name in ids]
+    return [read_samples(dataset, group, patience)[0] for group in groups]
+
+
+def _sample(root: str, row: dict[str, str | bytes | None]) -> Sample:
     name, image, mask = row["id"], row["image"], row["mask"]
     assert isinstance(name, str)
     assert isinstance(image, bytes)
     if not isinstance(mask, bytes):
         raise UserError(f"{root}: validation image {name} has no mask; prepare the dataset again")
     try:
-        return ValSample(name, decode_image(image), decode_mask(mask))
+        return Sample(name, decode_image(image), decode_mask(mask))
     except DecodeError as error:
-        raise UserError(f"{root}: validation image {name}: {error}; prepare the dataset again") from error
+        raise UserError(f"{root}: image {name}: {error}; prepare the dataset again") from error
 
 
-def batches(samples: Iterable[ValSample]) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(samples: Iterable[Sample], size: int | None = None) -> Iterator[list[Sample]]:
     """Joins neighbours of one size.
 
-    Yields:
-        uint8 images [B,3,H,W] and uint8 masks [B,H,W], at most `MAX_IMAGES` and `MAX_PIXELS` (or one image).
+    Args:
+        samples: images with masks.
+        size: how many at most, whatever their pixels; None: `MAX_IMAGES`, and of several at most `MAX_PIXELS`.
     """
-    batch: list[ValSample] = []
+    images, pixels = (size, math.inf) if size else (MAX_IMAGES, MAX_PIXELS)
+    batch: list[Sample] = []
     for sample in samples:
         other_size = batch and batch[0].mask.shape != sample.mask.shape
-        if other_size or len(batch) == MAX_IMAGES or (len(batch) + 1) * sample.mask.size > MAX_PIXELS:
-            yield from _stacked(batch)
+        if batch and (other_size or len(batch) == images or (len(batch) + 1) * sample.mask.size > pixels):
+            yield batch
             batch = []
         batch.append(sample)
-    yield from _stacked(batch)
-
-
-def _stacked(batch: list[ValSample]) -> Iterator[tuple[Tensor, Tensor]]:
     if batch:
-        image = torch.from_numpy(np.stack([sample.image for sample in batch]))
-        yield image.permute(0, 3, 1, 2), torch.from_numpy(np.stack([sample.mask for sample in batch]))
+        yield batch
+
+
+def stacked(batch: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Images of one size as tensors: uint8 [B,3,H,W], and their masks, uint8 [B,H,W]."""
+    image = torch.from_numpy(np.stack([sample.image for sample in batch]))
+    return image.permute(0, 3, 1, 2), torch.from_numpy(np.stack([sample.mask for sample in batch]))
 
 
 def ahead(load: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -273,10 +307,10 @@ def class_table(
     width = max(map(len, [*classes, "class"]))
     head = _line("class", list(columns), width)
     rows = [
-        _line(name, [_percent(values[index]) for values in columns.values()], width)
+        _line(name, [percent(values[index]) for values in columns.values()], width)
         for index, name in enumerate(classes)
     ]
-    mean = _line("mIoU", [_percent(_mean(values)) for values in columns.values()], width)
+    mean = _line("mIoU", [percent(mean_of(values)) for values in columns.values()], width)
     return "\n".join([head, "-" * len(head), *rows, "-" * len(head), mean])
 
 
@@ -290,10 +324,12 @@ def _line(name: str, cells: Sequence[str], width: int) -> str:
     return name.ljust(width) + "".join(cell.rjust(8) for cell in cells)
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in percent, with two decimals; `ABSENT` for None."""
     return ABSENT if value is None else f"{100 * value:.2f}"
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of the numbers among `values`; None if there is none."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None

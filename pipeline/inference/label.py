@@ -11,8 +11,7 @@ import pyarrow as pa
 import torch
 
 from pipeline import checkpoint, storage
-from pipeline.cluster import nodes, tasks
-from pipeline.cluster.connect import connect
+from pipeline.cluster import tasks
 from pipeline.datasets.images import DecodeError, decode_image, encode_png
 from pipeline.datasets.prepared import pseudo
 from pipeline.datasets.prepared.dataset import IGNORE_INDEX, SCHEMA_VERSION, Dataset, open_dataset
@@ -20,12 +19,12 @@ from pipeline.datasets.prepared.pseudo import LABEL_SCHEMA, LabelsInfo
 from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import scorer
-from pipeline.inference.load import autocast, restore
-from pipeline.inference.predict import averaged
-from pipeline.ingest.order import Group, select_groups
+from pipeline.inference.load import autocast, restore, task_device
+from pipeline.inference.logits import averaged
+from pipeline.ingest.groups import Group, select_groups
 from pipeline.ingest.read import read_rows
 from pipeline.ops.entropy import entropy
-from pipeline.storage import Patience
+from pipeline.patience import Patience
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 """Scales that probabilities are averaged over (ST++ release, base.py)."""
@@ -83,10 +82,8 @@ def label_unlabeled(recipe: Labeling, split: Split, out: str) -> LabelsInfo:
     jobs: dict[str, ShardJob] = {}
     for group in select_groups(dataset, split.unlabeled):
         jobs.setdefault(group.shard, ShardJob(out, digest, [])).groups.append(group)
-    connect()
-    gpus = 1 if any(machine.gpus for machine in nodes.machines()) else 0
     todo = [(recipe, job) for job in jobs.values()]
-    for _ in tasks.run(_label, todo, len(todo), "label: %d of %d shards", gpus=gpus):
+    for _ in tasks.run(_label, todo, len(todo), "label: %d of %d shards", on_gpus=True):
         pass
     info = LabelsInfo(
         digest=digest, index_hash=dataset.info.index_hash, images=len(split.unlabeled), shards=tuple(jobs)
@@ -104,8 +101,7 @@ def _label(task: tuple[Labeling, ShardJob]) -> None:
 @lru_cache(maxsize=1)
 def _labeler(recipe: Labeling) -> "Labeler":
     """The network, loaded once per worker process."""
-    torch.set_num_threads(1)
-    return Labeler(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Labeler(recipe, task_device())
 
 
 class Labeler:

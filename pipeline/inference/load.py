@@ -1,9 +1,10 @@
-"""A trained method back from its checkpoint: as a model for images, and its score."""
+"""A trained method back from its checkpoint: as a model for images, or with all its networks."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +13,28 @@ from torch import Tensor
 
 from pipeline import checkpoint, storage
 from pipeline.config import cli
-from pipeline.config.schema import Config, RunConfig
+from pipeline.config.options import OPTIONS
+from pipeline.config.schema import Config, RunConfig, without_weights
 from pipeline.datasets.images import DecodeError, decode_image
 from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.errors import UserError
-from pipeline.inference.evaluate import Scores, evaluate
-from pipeline.inference.predict import sliding, whole
-from pipeline.methods import OPTIONS, Method, Predictor, build_method
+from pipeline.inference.logits import sliding, whole
+from pipeline.methods import Method, build_method
+from pipeline.models.weights import SAFETENSORS
+
+WEIGHTS_FILE = "model.safetensors"
+"""What `u2pl export --format safetensors` writes."""
+
+
+class Description(NamedTuple):
+    """What is known of a trained network without its weights."""
+
+    config: Config
+    """Of its run."""
+    classes: tuple[str, ...]
+    """Names by class id."""
+    about: Mapping[str, Any]
+    """What its run was made of and with, see `checkpoint.save`."""
 
 
 class Model:
@@ -59,24 +75,97 @@ class Model:
         return self.logits(image).argmax(0).to(torch.uint8).cpu().numpy()
 
 
-def load_model(run: str | Path, device: str = "cpu") -> Model:
+def load_model(run: str | Path, device: str | torch.device = "cpu") -> Model:
     """The network that a run has trained: the teacher where the method scores it, else the student.
 
     Args:
-        run: run directory (its newest checkpoint is taken) or checkpoint folder, local or a URI.
+        run: as `find_network` takes it.
         device: `cpu`, `cuda`, `cuda:1`.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or its networks are not those of this version.
+        UserError: there is none of them, it is damaged, or its networks are not those of this version.
     """
-    place = checkpoint.find(str(run))
-    config, method = restore(place, torch.device(device))
-    meta = checkpoint.read_meta(place)
-    if not {"palette", "evaluation"} <= meta.about.keys():
+    place, target = find_network(str(run)), torch.device(device)
+    config, classes, about = describe(place)
+    if not {"palette", "evaluation"} <= about.keys():
         raise UserError(
             f"{place}: made by an older version, which noted no palette; train it anew or evaluate it there"
         )
-    return Model(config, method, meta.data["classes"], meta.about)
+    method = _exported(place, config, len(classes), target) if is_export(place) else restore(place, target)[1]
+    return Model(config, method, classes, about)
+
+
+def find_network(uri: str) -> str:
+    """The place of a trained network: a checkpoint folder, or the file of an export.
+
+    Args:
+        uri: run directory (its newest checkpoint is taken), checkpoint folder, or an export as safetensors: the folder
+            or the file itself; local or a URI.
+
+    Raises:
+        UserError: there is none of them.
+    """
+    if is_export(uri):
+        return uri
+    weights = storage.join(uri, WEIGHTS_FILE)
+    return weights if storage.exists(weights) else checkpoint.find(uri)
+
+
+def is_export(place: str) -> bool:
+    """Whether a place of `find_network` is the file of an export."""
+    return place.endswith(SAFETENSORS)
+
+
+def is_described(place: str) -> bool:
+    """Whether a safetensors file says what network it is, as exports do; those of others hold an encoder alone.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _damage_told(place):
+        return "u2pl" in _header(place).get("__metadata__", {})
+
+
+def describe(place: str) -> Description:
+    """What is known of the network at a place of `find_network`; its weights are not read.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not is_export(place):
+        meta = checkpoint.read_meta(place)
+        return Description(cli.resolve(meta.config, OPTIONS), tuple(meta.data["classes"]), meta.about)
+    with _damage_told(place):
+        known = json.loads(_header(place)["__metadata__"]["u2pl"])
+        return Description(cli.resolve(known["config"], OPTIONS), tuple(known["classes"]), known["about"])
+
+
+def _header(place: str) -> dict[str, Any]:
+    """What stands at the head of a safetensors file."""
+    size = int.from_bytes(storage.read_range(place, 0, 8), "little")
+    return json.loads(storage.read_range(place, 8, min(size, storage.file_size(place))))
+
+
+def _exported(place: str, config: Config, num_classes: int, device: torch.device) -> Method:
+    """The method of an export; its parts beside the network stay as they are built, and nothing uses them."""
+    from safetensors.torch import load
+
+    with _damage_told(place):
+        state = load(storage.read_bytes(place))
+        method = build_method(without_weights(config), num_classes)
+        method.predictor().load_state_dict(state)
+    return method.to(device).eval()
+
+
+@contextmanager
+def _damage_told(place: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: damaged, or no export of this version ({why}); export the run again") from error
 
 
 def _pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -105,8 +194,7 @@ def restore(uri: str, device: torch.device) -> tuple[Config, Method]:
     place = checkpoint.find(uri)
     meta = checkpoint.read_meta(place)
     config = cli.resolve(meta.config, OPTIONS)
-    bare = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has them all
-    method = build_method(bare, len(meta.data["classes"]))
+    method = build_method(without_weights(config), len(meta.data["classes"]))
     state = checkpoint.read_state(place)["method"]
     try:
         method.load_state_dict(state)
@@ -115,31 +203,41 @@ def restore(uri: str, device: torch.device) -> tuple[Config, Method]:
     return config, method.to(device).eval()
 
 
-def score(uri: str, data: str | None, device: torch.device) -> tuple[Dataset, dict[str, Scores]]:
-    """Scores every network of a checkpoint as the training loop does.
-
-    Args:
-        uri: checkpoint folder or run directory.
-        data: prepared dataset; None: the one of the run.
-        device: where to compute.
-
-    Returns:
-        The dataset, and the scores by network; the first network is the method's result.
+def open_data(config: Config, classes: Sequence[str], data: str | None) -> Dataset:
+    """The dataset that a run's network of these classes is to be looked at with: `data`, or the one of its run.
 
     Raises:
-        UserError: checkpoint or dataset cannot be used, or they have different classes.
+        UserError: it cannot be opened, or has other classes, or the same ones in another order.
     """
-    config, method = restore(uri, device)
     dataset = open_dataset(data or str(config.data.root))
-    if len(dataset.info.classes) != method.num_classes:
-        raise UserError(f"{dataset.root} has {len(dataset.info.classes)} classes, the checkpoint {method.num_classes}")
-    scores = {}
-    for name, network in method.networks().items():
-        with autocast(device, config.run):
-            scores[name] = evaluate(Predictor(network), dataset, config.eval, device).scores()
-    return dataset, scores
+    theirs = dataset.info.classes
+    if len(theirs) != len(classes):
+        raise UserError(f"{dataset.root} has {len(theirs)} classes, the checkpoint {len(classes)}")
+    for number, (name, own) in enumerate(zip(theirs, classes, strict=True)):
+        if name.strip("_").lower() != own.strip("_").lower():  # labelme calls the background _background_
+            raise UserError(
+                f"{dataset.root}: class {number} is {name}, but {own} in the checkpoint; prepare the dataset with the "
+                "checkpoint's classes, in its order"
+            )
+    return dataset
+
+
+def any_device() -> torch.device:
+    """A GPU if this process sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def task_device() -> torch.device:
+    """Where a task of Ray computes; on CPUs with one thread, as each core has a task of its own."""
+    torch.set_num_threads(1)
+    return any_device()
 
 
 def autocast(device: torch.device, config: RunConfig) -> torch.autocast:
-    """A context in which forward passes have the precision of `run.precision`: bfloat16 autocast, or float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    """A context in which forward passes have the precision of `run.precision`: autocast to 16 bits, or float32.
+
+    From then on this process lets the convolutions that stay float32 round to TF32 on GPUs, unless it is `fp32`.
+    """
+    torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+    half = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=config.precision in ("bf16", "fp16"))

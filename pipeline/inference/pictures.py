@@ -8,24 +8,28 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from pipeline.config.schema import EvalConfig
-from pipeline.datasets.prepared.dataset import Dataset, open_dataset
+from pipeline.datasets.prepared.dataset import Dataset, DatasetInfo, open_dataset
 from pipeline.errors import UserError
-from pipeline.inference.evaluate import ValSample, read_samples, val_groups
+from pipeline.inference.evaluate import Sample, read_images, spread
 from pipeline.inference.load import restore
-from pipeline.inference.predict import whole
-from pipeline.ops.entropy import entropy
+from pipeline.inference.logits import whole
+from pipeline.ops.entropy import relative_entropy
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 RELIABLE: Colour = (128, 205, 138)
 UNRELIABLE: Colour = (186, 30, 50)  # much darker, so that the two differ without hue as well
 IGNORED: Colour = (150, 150, 150)
-RELIABILITY_LEGEND = (("reliable", RELIABLE), ("unreliable", UNRELIABLE), ("ignored", IGNORED))
+RELIABILITY_LEGEND = (("reliable", RELIABLE), ("unreliable", UNRELIABLE))
 """What the colours of `reliability` mean, for the legend of `panel`."""
+MIX = 0.5
+"""Share of the class colour in an overlay."""
 MIN_SIDE = 192
 """Smaller images are enlarged by whole factors until their longer side has this many pixels."""
 MAX_SIDE = 512
 """Larger images are shrunk to that."""
+THUMBNAIL = 192
+"""The longer side of a thumbnail, pixels."""
 GAP = 8
 MARGIN = 16
 FONT_SIZE = 15
@@ -37,19 +41,70 @@ _HEAT = np.array([[13, 8, 61], [84, 15, 109], [187, 55, 84], [249, 142, 9], [252
 """Dark blue over red to pale yellow: brightness grows with the value, so it reads in grey too."""
 
 
-def colour_mask(mask: np.ndarray, palette: Sequence[Colour]) -> np.ndarray:
+def colour_mask(mask: np.ndarray, palette: Sequence[Colour], other: Colour = IGNORED) -> np.ndarray:
     """Class ids as colours.
 
     Args:
-        mask: uint8 or int64 [H,W]; what the palette has no colour for (ignored) becomes grey.
+        mask: uint8 or int64 [H,W].
+        palette: RGB by class id.
+        other: colour of what the palette has none for (ignored).
+
+    Returns:
+        uint8 [H,W,3].
+    """
+    table = np.full((len(palette) + 1, 3), other, dtype=np.uint8)
+    table[:-1] = np.asarray(palette, dtype=np.uint8).reshape(-1, 3)
+    return table[np.minimum(mask.astype(np.int64), len(palette))]
+
+
+def class_legend(info: DatasetInfo, subset: str = "val") -> list[tuple[str, Colour]]:
+    """The classes of a dataset and their colours; last that of ignored pixels, if masks of the subset have any."""
+    ignored = [("ignored", IGNORED)] if info.ignored(subset) else []
+    return [*zip(info.classes, info.palette, strict=True), *ignored]
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, palette: Sequence[Colour]) -> np.ndarray:
+    """An image under its mask.
+
+    Args:
+        image: uint8 [H,W,3].
+        mask: [H,W], as for `colour_mask`.
         palette: RGB by class id.
 
     Returns:
         uint8 [H,W,3].
     """
-    table = np.full((len(palette) + 1, 3), IGNORED, dtype=np.uint8)
-    table[:-1] = np.asarray(palette, dtype=np.uint8).reshape(-1, 3)
-    return table[np.minimum(mask.astype(np.int64), len(palette))]
+    return ((1 - MIX) * image + MIX * colour_mask(mask, palette)).round().astype(np.uint8)
+
+
+def side_by_side(
+    image: np.ndarray,
+    masks: Sequence[np.ndarray],
+    palette: Sequence[Colour],
+    side: int = THUMBNAIL,
+    *,
+    over: bool = False,
+) -> np.ndarray:
+    """A thumbnail of an image, and its masks at the same size beside it.
+
+    Args:
+        image: uint8 [H,W,3].
+        masks: [H,W] each, as for `colour_mask`.
+        palette: RGB by class id.
+        side: pixels of the longer side of each, at most.
+        over: lay the masks over the image.
+
+    Returns:
+        uint8 [h,w,3].
+    """
+    small = Image.fromarray(image)
+    small.thumbnail((side, side))
+    gap = np.full((small.height, 4, 3), _BACKGROUND, np.uint8)
+    parts = [np.asarray(small)]
+    for mask in masks:
+        ids = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST))
+        parts += [gap, overlay(parts[0], ids, palette) if over else colour_mask(ids, palette)]
+    return np.concatenate(parts, axis=1)
 
 
 def heat(values: np.ndarray) -> np.ndarray:
@@ -67,20 +122,10 @@ def heat(values: np.ndarray) -> np.ndarray:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def reliability(entropy: np.ndarray, threshold: float, ignored: np.ndarray | None = None) -> np.ndarray:
-    """U2PL's partition: green where the entropy is below the threshold, red elsewhere, grey where ignored.
-
-    Args:
-        entropy: float [H,W].
-        threshold: in the unit of `entropy`.
-        ignored: bool [H,W], or None for nowhere.
-
-    Returns:
-        uint8 [H,W,3].
-    """
-    reliable, unreliable, grey = np.array([RELIABLE, UNRELIABLE, IGNORED], dtype=np.uint8)
-    colours = np.where((entropy < threshold)[..., None], reliable, unreliable)
-    return colours if ignored is None else np.where(ignored[..., None], grey, colours)
+def reliability(reliable: np.ndarray) -> np.ndarray:
+    """A partition in the colours of `RELIABILITY_LEGEND`: bool [H,W] to uint8 [H,W,3]."""
+    yes, no = np.array([RELIABLE, UNRELIABLE], dtype=np.uint8)
+    return np.where(reliable[..., None], yes, no)
 
 
 def panel(
@@ -197,9 +242,9 @@ def draw(networks: Mapping[str, nn.Module], dataset: Dataset, config: EvalConfig
     Returns:
         uint8 [h,w,3].
     """
-    samples = _spread(dataset, count)
+    samples = read_images(dataset, spread(dataset, count))
     logits = {title: [_logits(network, sample, config) for sample in samples] for title, network in networks.items()}
-    uncertain = [entropy(each)[0].cpu().numpy() for each in list(logits.values())[-1]]
+    uncertain = [relative_entropy(each[0]).cpu().numpy() for each in list(logits.values())[-1]]
     threshold = float(np.quantile(np.concatenate([values.ravel() for values in uncertain]), 1 - UNRELIABLE_SHARE))
     palette = dataset.info.palette
     rows = []
@@ -210,21 +255,15 @@ def draw(networks: Mapping[str, nn.Module], dataset: Dataset, config: EvalConfig
                 "input": sample.image,
                 "truth": colour_mask(sample.mask, palette),
                 **{title: colour_mask(prediction, palette) for title, prediction in seen.items()},
-                "entropy": heat(uncertain[index] / np.log(len(palette))),
-                "reliable": reliability(uncertain[index], threshold),
+                "entropy": heat(uncertain[index]),
+                "reliable": reliability(uncertain[index] < threshold),
             }
         )
-    legend = [*zip(dataset.info.classes, palette, strict=True), *RELIABILITY_LEGEND[:2]]
+    legend = [*class_legend(dataset.info), *RELIABILITY_LEGEND]
     return np.asarray(panel(rows, list(rows[0]), legend))
 
 
-def _spread(dataset: Dataset, count: int) -> Sequence[ValSample]:
-    groups = val_groups(dataset)
-    chosen = np.linspace(0, len(groups) - 1, min(count, len(groups))).astype(int)
-    return [read_samples(dataset, groups[i])[0] for i in chosen]
-
-
 @torch.no_grad()
-def _logits(network: nn.Module, sample: ValSample, config: EvalConfig) -> Tensor:
+def _logits(network: nn.Module, sample: Sample, config: EvalConfig) -> Tensor:
     image = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1).unsqueeze(0)
     return whole(network, image, config.scale).float()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.batch import Batch, Views, ViewSpec
 from pipeline.config.schema import Config
@@ -15,9 +16,10 @@ from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError
 from pipeline.ingest.augment import Outcome, ViewRecipe, view_bytes
 from pipeline.ingest.decode import Buffers, ClusterDecoder, Decoded, Decoder, ThreadDecoder
-from pipeline.ingest.order import Mixture, Source, open_sources, owned_lanes
-from pipeline.ingest.read import LabeledSet, Reader, Sample, UnlabeledStream
-from pipeline.storage import Patience
+from pipeline.ingest.groups import LABELED, select_images
+from pipeline.ingest.order import LanePlan, Mixture, Source, open_sources, owned_lanes
+from pipeline.ingest.read import Reader, Sample, SampleStream, held_reader, is_held
+from pipeline.patience import Patience
 
 log = logging.getLogger(__name__)
 MAX_SKIPPED_SHARE = 0.01
@@ -124,9 +126,10 @@ class Loader:
         reader: Reader,
         patience: Patience | None = None,
         sources: Sequence[Source] | None = None,
+        shared: Sequence[Any] = (),
         pinned: bool = False,
     ) -> None:
-        """Loads the labeled set; reading and decoding begin with the first `next`.
+        """Takes up the labeled set if it is small; other reading, and decoding, begin with the first `next`.
 
         Args:
             config: batch sizes, crop and scale, seed, where to decode.
@@ -137,27 +140,27 @@ class Loader:
             world: number of workers; divides both batch sizes.
             start: first step to deliver.
             threads: decoding threads.
-            reader: how the unlabeled side is read.
+            reader: how both sides are read.
             patience: with the storage; None: one of its own.
             sources: of the unlabeled images; None: opened as the config says.
+            shared: labeled images that others have read, by `read.share`; empty: this worker reads them.
             pinned: whether batches lie in page-locked memory, for a GPU.
         """
         self.stats = IngestStats()
         self._patience = patience or Patience()
-        self._config, self._start = config, start
         recipe = ViewRecipe(config.data, config.seed, spec.strong)
         self._decoder = _decoder(config, recipe, threads, Buffers(pinned=pinned))
-        self._labeled = LabeledSet(dataset, split.labeled, config.seed, self._patience)
-        self._labeled_lanes = owned_lanes(config.optim.batch_labeled, rank, world)
-        self._unlabeled: UnlabeledStream | None = None
         sources = (sources or open_sources(config, dataset, split)) if spec.unlabeled else ()
         self._origins = origins(dataset, split, sources)
+        lanes, seed = config.optim.batch_labeled, config.seed
+        images = LanePlan(select_images(dataset, split.labeled, LABELED), lanes, seed, "labeled")
+        held = is_held(dataset, split.labeled)
+        held_or = held_reader(dataset, split.labeled, shared, reader, self._patience) if held else reader
+        self._streams = [SampleStream(images, owned_lanes(lanes, rank, world), start, held_or, None, self._patience)]
         if spec.unlabeled:
-            lanes = config.optim.batch_unlabeled
-            plan = Mixture(sources, lanes, config.seed)
-            labels = config.data.pseudo_labels
-            owned = owned_lanes(lanes, rank, world)
-            self._unlabeled = UnlabeledStream(plan, owned, start, reader, labels, self._patience)
+            lanes, labels = config.optim.batch_unlabeled, config.data.pseudo_labels
+            plan, owned = Mixture(sources, lanes, seed), owned_lanes(lanes, rank, world)
+            self._streams.append(SampleStream(plan, owned, start, reader, labels, self._patience))
         self._ready: queue.Queue[list[Side] | BaseException] = queue.Queue(_steps_ahead(config, recipe, spec, world))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
@@ -177,7 +180,7 @@ class Loader:
             views = [self._collect(*side) for side in item]
             self.stats.stalled += time.perf_counter() - began
             self.stats.retries = self._patience.retries
-            yield Batch(views[0], views[1] if self._unlabeled else None)
+            yield Batch(views[0], views[1] if len(views) > 1 else None)
 
     def close(self) -> None:
         """Stops the threads and waits for them. A thread that outlives the interpreter would abort the process."""
@@ -190,14 +193,10 @@ class Loader:
 
     def _produce(self) -> None:
         try:
-            unlabeled = iter(self._unlabeled) if self._unlabeled else None
-            step = self._start
+            streams = [iter(stream) for stream in self._streams]
             while not self._closed.is_set():
-                sides = [self._labeled.samples(self._labeled_lanes, step, self._config.optim.batch_labeled)]
-                if unlabeled:
-                    sides.append(next(unlabeled))
+                sides = [next(stream) for stream in streams]
                 self._put([(samples, self._decoder.submit(samples)) for samples in sides])
-                step += 1
         except BaseException as error:  # handed to the consumer: a thread that dies silently would hang the run
             self._put(error)
 

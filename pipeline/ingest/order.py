@@ -1,12 +1,16 @@
-"""The order of the unlabeled stream: a pure function of (index, seed, global batch size).
+"""The order of the images of either side: a pure function of (index, seed, global batch size).
 
-Position j of the global batch is lane j. A lane walks through its own sequence of row groups, a permutation of all
+Position j of the global batch is lane j. A lane walks through its own sequence of groups, a permutation of all
 groups per epoch dealt out over the lanes, and serves the rows of each in a permuted order. Workers own contiguous
 lanes, so who reads changes with their number and what is read does not; any step can be reached by arithmetic.
 A plan never looks at all groups: it knows how many there are, how many rows nearly all of them hold, and which do not.
 
-Sources are the dataset's own images and pools. Each has a plan of its own over its lanes, so a pool's order depends on
-nothing but itself, the seed and how many lanes it has. Opening a pool reads one small file, whatever its size.
+A group of the unlabeled side is a row group. Labeled images are few and come often: each is a group of its own, so an
+epoch of theirs is a permutation of images.
+
+Sources of unlabeled images are the dataset's own and pools. Each has a plan of its own over its lanes, so a pool's
+order depends on nothing but itself, the seed and how many lanes it has. Opening a pool reads one small file, whatever
+its size.
 
 Randomness is keyed by names, never by the order in which threads or workers arrive.
 """
@@ -14,7 +18,7 @@ Randomness is keyed by names, never by the order in which threads or workers arr
 import hashlib
 import heapq
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,10 +26,11 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.config.schema import Config
-from pipeline.datasets.pools.pool import Pool, open_pool, part_name
+from pipeline.datasets.pools.pool import open_pool
 from pipeline.datasets.prepared.dataset import INFO_FILE, Dataset, open_dataset
 from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError
+from pipeline.ingest.groups import Group, GroupTable, PoolTable, select_groups
 
 # ---- keyed randomness -------------------------------------------------------------------------------------------
 
@@ -103,30 +108,6 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Group:
-    """The rows of one row group that the stream serves."""
-
-    root: str
-    shard: str
-    row_group: int
-    rows: Sequence[int]
-    """Positions inside the row group, ascending."""
-    ids: tuple[str, ...]
-    """Sample ids of these rows. Empty for a pool, whose ids are known only when rows are read."""
-    size: int
-    """Encoded bytes of these rows, approximately."""
-    links: str | None = None
-    """Where the images lie, if the row group holds links to them."""
-    keyed: str = ""
-    """What the order of its rows depends on in place of `shard`, if it may lie in other folders."""
-
-    @property
-    def copied(self) -> bool:
-        """Whether prepare copied the images of a pool: what it had to leave out has no bytes."""
-        return not self.ids and self.links is None
-
-
-@dataclass(frozen=True)
 class Unit:
     """One visit of a lane to a group."""
 
@@ -147,57 +128,17 @@ class Plan(Protocol):
         ...
 
 
-class GroupTable(Protocol):
-    """The row groups that a plan orders, by number. Each is made on demand."""
-
-    rows: int
-    """Rows of every group that is not in `short`."""
-    short: np.ndarray
-    """int64 [n]: numbers of the groups with fewer rows."""
-    counts: np.ndarray
-    """int64 [n]: the rows of those, at least 1."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Group: ...
-
-
-class GroupList(list[Group]):
-    """A table of groups that are all in memory."""
-
-    def __init__(self, groups: Iterable[Group]) -> None:
-        super().__init__(groups)
-        counts = np.array([len(group.rows) for group in self], np.int64)
-        self.rows = int(counts.max(initial=0))
-        self.short = np.flatnonzero(counts < self.rows)
-        self.counts = counts[self.short]
-
-
-def select_groups(dataset: Dataset, ids: Sequence[str]) -> GroupList:
-    """The row groups that hold `ids`, with those rows alone, in the order of the index."""
-    wanted = set(ids)
-    found: dict[tuple[str, int], list[tuple[int, str, int]]] = {}
-    columns = ("id", "shard", "row_group", "row", "image_bytes")
-    for name, shard, group, row, size in zip(*(dataset.index[c].to_pylist() for c in columns), strict=True):
-        if name in wanted:
-            found.setdefault((shard, group), []).append((row, name, size))
-    groups = []
-    for (shard, number), members in found.items():
-        rows, names, sizes = zip(*sorted(members), strict=True)
-        groups.append(Group(dataset.root, shard, number, rows, names, sum(sizes)))
-    return GroupList(groups)
-
-
 class LanePlan:
     """The plan of one table of groups."""
 
-    def __init__(self, groups: GroupTable, lanes: int, seed: int) -> None:
-        """Args: groups: what to serve, not empty; lanes: global batch size; seed: of the order."""
+    def __init__(self, groups: GroupTable, lanes: int, seed: int, name: str = "groups") -> None:
+        """Args: groups: what to serve, not empty; lanes: global batch size; seed, name: the order depends on them."""
         if not len(groups):
             raise ValueError("a plan without row groups")
         self.groups = groups
         self.lanes = lanes
         self.seed = seed
+        self._name = name
 
     def units(self, lanes: Sequence[int], start: int) -> Iterator[Unit]:
         """See `Plan`."""
@@ -242,7 +183,7 @@ class LanePlan:
         return found
 
     def _permutation(self, epoch: int) -> Permutation:
-        return Permutation(len(self.groups), self.seed, "groups", epoch)
+        return Permutation(len(self.groups), self.seed, self._name, epoch)
 
 
 class _Visits:
@@ -272,33 +213,6 @@ def owned_lanes(lanes: int, rank: int, world: int) -> range:
 
 
 # ---- sources ----------------------------------------------------------------------------------------------------
-
-
-class PoolTable:
-    """The row groups of a pool's first generations; see `GroupTable`."""
-
-    def __init__(self, pool: Pool, generations: int) -> None:
-        """Args: pool: an open pool; generations: how many of its generations count, at least 1."""
-        self._pool, self._counted = pool, pool.info.generations[:generations]
-        self.rows = pool.info.group_rows
-        self._ends = np.cumsum([-(-each.rows // self.rows) for each in self._counted])
-        rest = np.array([each.rows % self.rows for each in self._counted])
-        self.short, self.counts = self._ends[rest > 0] - 1, rest[rest > 0]
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, number: int) -> Group:
-        index = bisect_right(self._ends, number)
-        generation, info = self._counted[index], self._pool.info
-        place = number - (int(self._ends[index - 1]) if index else 0)
-        rows = min(self.rows, generation.rows - place * self.rows)
-        part, row_group = divmod(place, info.groups_per_shard)
-        return Group(
-            self._pool.root, part_name(info.first + index, part), row_group, range(rows), (),
-            rows * generation.bytes // generation.rows, info.root if info.kind == "links" else None,
-            part_name(index, part),
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

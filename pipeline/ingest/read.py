@@ -1,40 +1,49 @@
-"""Reading the samples of a step: the labeled set into memory, the unlabeled units of a plan as a stream.
+"""Reading the samples of a step, labeled or unlabeled: the units of a plan as a stream.
 
 Units are read inline, or on the cluster through Ray Data in bounded segments. One interface: `read(units) -> (unit,
-table)` in the order of the units, the table holding `id` and `image` of the unit's group. The unlabeled side asks a
-dataset for no other column, so no method can see an unlabeled mask; what a network saw in the images, its
-pseudo-labels, comes from files of their own.
+table)` in the order of the units, the table holding `id` and the columns of the unit's group. Those of the unlabeled
+side are `image` alone, so no method can see an unlabeled mask; what a network saw in the images, its pseudo-labels,
+comes from files of their own.
+
+A labeled set that is small comes again and again: it is read once, into the object store of Ray, where the workers of a
+node share it. The plan is the same, so the order is, too.
 """
 
+import logging
 import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.datasets.pools.pool import LINKS_SCHEMA, fetch
-from pipeline.datasets.prepared.dataset import Dataset, read_group
+from pipeline import storage
+from pipeline.cluster.connect import quiet_data
+from pipeline.datasets.pools.pool import FETCHES, LINKS_SCHEMA, fetch
+from pipeline.datasets.prepared.dataset import SHARD_SCHEMA, Dataset, read_group, read_places
 from pipeline.datasets.prepared.pseudo import read_labels
 from pipeline.errors import UserError
-from pipeline.ingest.order import Group, Permutation, Plan, Unit, select_groups
-from pipeline.storage import Patience
+from pipeline.ingest.groups import LABELED, UNLABELED, Group, select_groups
+from pipeline.ingest.order import Plan, Unit
+from pipeline.patience import Patience
+
+log = logging.getLogger(__name__)
 
 # ---- units of a plan --------------------------------------------------------------------------------------------
 
 
 class Reader(Protocol):
-    """How the unlabeled stream is read."""
+    """How a stream is read."""
 
     def __call__(
         self, units: Iterable[Unit], labels: str | None, patience: Patience
     ) -> Iterator[tuple[Unit, pa.Table]]:
-        """Reads `id` and `image`, and `label` if pseudo-labels are named; counts trouble in `patience`."""
+        """Reads `id`, the group's columns, and `label` if pseudo-labels are named; counts trouble in `patience`."""
         ...
 
 
@@ -46,6 +55,11 @@ READ_CPUS = 0.25
 SEGMENT_ITEMS = 4
 """Items per Ray Data execution. The object store holds two segments at a time. The first segments are smaller, so that
 the first batch waits for one item and a short run reads less ahead."""
+SPARE = {UNLABELED: 1.0, LABELED: 0.2}
+"""Bytes between images of a row group that may be read with them, as a share of theirs. Of the unlabeled side most are
+wanted, and one request is worth more than bytes; a labeled split may be a sixteenth."""
+HELD_BYTES = 1 << 30
+"""A labeled set of at most so many encoded bytes is held, a larger one streams."""
 _PROBLEM = "problem"
 """Name of the only column of a block that reports an error instead of rows."""
 _RETRIES = "retries"
@@ -64,30 +78,41 @@ def read_ray(units: Iterable[Unit], labels: str | None, patience: Patience) -> I
     A long execution must not stay open behind a slow consumer: once its budget is full, Ray Data's scheduling thread
     spins. A segment is bounded, so its execution ends by itself and its blocks wait in the object store.
     """
-    segments = cut_segments(iter(units))
     with ThreadPoolExecutor(1, thread_name_prefix="segment") as pool:
-        pending = pool.submit(_execute, next(segments), labels, patience)
-        while True:
+        executions = (pool.submit(_execute, segment, labels, patience) for segment in cut_segments(iter(units)))
+        pending = next(executions, None)
+        while pending is not None:
             segment, blocks = pending.result()
-            pending = pool.submit(_execute, next(segments), labels, patience)
+            pending = next(executions, None)
             for items, block in zip(segment, blocks, strict=True):
                 yield from split_block(items, block, patience)
 
 
 def read_rows(group: Group, labels: str | None, patience: Patience) -> pa.Table:
-    """`id` and `image` of the rows of a group, and `label` if a place of pseudo-labels is named.
+    """`id` and the columns of a group, and `label` if a place of pseudo-labels is named.
 
     Raises:
         UserError: missing or damaged, fewer rows than planned, an image without a label, or the storage refuses.
     """
-    table = _read(group, patience)
+    table = _located(group, patience) if group.places else _read(group, patience)
     if labels is None:
         return table
     return table.append_column("label", read_labels(labels, group.shard, group.row_group, group.ids, patience))
 
 
+def _located(group: Group, patience: Patience) -> pa.Table:
+    """The rows of a group whose places are known, and little more."""
+    places, names = list(chain(*group.places)), group.ids * len(group.columns)
+    files = read_places(storage.join(group.root, group.shard), places, names, SPARE[group.columns], patience)
+    count = len(group.rows)
+    columns = [pa.array(files[start : start + count], pa.binary()) for start in range(0, len(files), count)]
+    schema = pa.schema([SHARD_SCHEMA.field(name) for name in ("id", *group.columns)])
+    return pa.table([pa.array(group.ids, pa.string()), *columns], schema=schema)
+
+
 def _read(group: Group, patience: Patience) -> pa.Table:
-    columns = ["id", "image"] if group.links is None else LINKS_SCHEMA.names
+    """The rows of a group out of the whole row group."""
+    columns = ["id", *group.columns] if group.links is None else LINKS_SCHEMA.names
     table = read_group(group.root, group.shard, group.row_group, columns, patience)
     rows = group.rows
     if rows[-1] >= table.num_rows:
@@ -108,6 +133,8 @@ def cut_items(units: Iterator[Unit]) -> Iterator[list[Unit]]:
         if size >= ITEM_BYTES or rows >= ITEM_ROWS:
             yield item
             item, size, rows = [], 0, 0
+    if item:
+        yield item
 
 
 def cut_segments(units: Iterator[Unit]) -> Iterator[list[list[Unit]]]:
@@ -121,19 +148,23 @@ def cut_segments(units: Iterator[Unit]) -> Iterator[list[list[Unit]]]:
 def _execute(
     segment: list[list[Unit]], labels: str | None, patience: Patience
 ) -> tuple[list[list[Unit]], list[pa.Table]]:
-    """One bounded Ray Data execution: a task and a block per item."""
+    """One bounded execution."""
+    blocks: Any = _data_of(segment, labels, patience).iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=0
+    )
+    return segment, list(blocks)
+
+
+def _data_of(segment: list[list[Unit]], labels: str | None, patience: Patience) -> Any:
+    """A dataset of Ray Data with a task and a block per item."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.print_on_execution_start = False
+    quiet_data()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
     items = [{"item": pack_item([unit.group for unit in item], labels, patience)} for item in segment]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read_item, batch_size=None, num_cpus=READ_CPUS
     )
-    blocks: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    return segment, list(blocks)
 
 
 def pack_item(groups: Sequence[Group], labels: str | None, patience: Patience) -> bytes:
@@ -142,14 +173,16 @@ def pack_item(groups: Sequence[Group], labels: str | None, patience: Patience) -
 
 
 def read_item(batch: Any) -> pa.Table:
-    """Runs in a Ray task: the groups of one item, one after the other, or the reason why they cannot be read.
+    """Runs in a Ray task: the rows of the groups of one item in their order, or the reason why they cannot be read.
 
     The reason is returned as a row, because Ray Data would turn an exception into one of another type.
     """
     (packed,) = batch["item"]
     groups, labels, patience = pickle.loads(packed)
+    at_once = FETCHES if all(group.places for group in groups) else 1  # links are read several at a time anyway
     try:
-        table = pa.concat_tables(read_rows(group, labels, patience) for group in groups)
+        with ThreadPoolExecutor(at_once) as pool:
+            table = pa.concat_tables(pool.map(partial(read_rows, labels=labels, patience=patience), groups))
     except UserError as error:
         return pa.table({_PROBLEM: [str(error)]})
     return table.append_column(_RETRIES, pa.array(np.full(table.num_rows, patience.retries, np.int32)))
@@ -172,6 +205,73 @@ def split_block(item: list[Unit], block: pa.Table, patience: Patience) -> Iterat
         raise RuntimeError(f"a block of {block.num_rows} rows where {start} were planned")
 
 
+# ---- small labeled sets -----------------------------------------------------------------------------------------
+
+
+def is_held(dataset: Dataset, ids: Sequence[str]) -> bool:
+    """Whether these labeled images are held: they are few bytes, or the index does not say where each one lies."""
+    return not dataset.located or select_groups(dataset, ids, LABELED).size <= HELD_BYTES
+
+
+def share(dataset: Dataset, ids: Sequence[str], patience: Patience) -> list[Any]:
+    """Reads labeled images through Ray Data into the object store, if they are to be held.
+
+    Returns:
+        References to the blocks, for `held_reader` on any worker; none if the images stream.
+    """
+    if not is_held(dataset, ids):
+        return []
+    items = list(cut_items(_visits(dataset, ids)))
+    return _data_of(items, None, patience).materialize().to_arrow_refs()
+
+
+def held_reader(
+    dataset: Dataset, ids: Sequence[str], blocks: Sequence[Any], reader: Reader, patience: Patience
+) -> Reader:
+    """A reader of single images that are held in memory.
+
+    Args:
+        dataset: where they are.
+        ids: of all that it may be asked for.
+        blocks: what `share` returned. Ray brings it to this node once, for all workers. Empty: `reader` reads them now.
+        reader: reads them if they are not shared, or lost.
+        patience: with the storage.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    units = list(_visits(dataset, ids))
+    pairs = _shared(units, blocks) if blocks else None
+    held = pa.concat_tables(table for _, table in pairs or reader(units, None, patience))
+    places = {name: place for place, name in enumerate(held["id"].to_pylist())}
+
+    def read(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+        for unit in units:
+            yield unit, held.slice(places[unit.group.ids[0]], 1)
+
+    return read
+
+
+def _visits(dataset: Dataset, ids: Sequence[str]) -> Iterator[Unit]:
+    """Each row group with labeled images once."""
+    for group in select_groups(dataset, ids, LABELED):
+        yield Unit(0, 0, 0, group, tuple(range(len(group.rows))))
+
+
+def _shared(units: list[Unit], blocks: Sequence[Any]) -> list[tuple[Unit, pa.Table]] | None:
+    """What `share` has read, or nothing if it went with the nodes that held it."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        tables = ray.get(list(blocks))
+    except RayError as error:
+        log.warning("the shared labeled images are lost (%s): this worker reads them anew", type(error).__name__)
+        return None
+    items = zip(cut_items(iter(units)), tables, strict=True)
+    return [pair for item, block in items for pair in split_block(item, block, Patience())]
+
+
 # ---- samples of a step ------------------------------------------------------------------------------------------
 
 
@@ -182,7 +282,7 @@ class Sample:
     epoch: int
     id: str
     image: memoryview | bytes
-    mask: memoryview | bytes | None
+    mask: memoryview | bytes | None = None
     """The truth, on the labeled side alone."""
     label: memoryview | bytes | None = None
     """The pseudo-label mask, if the method uses one."""
@@ -192,43 +292,8 @@ class Sample:
     """Whether prepare was told to leave it out of its pool: it has no bytes, and that is no damage."""
 
 
-class LabeledSet:
-    """The labeled samples: encoded bytes in memory, drawn by an endless seeded permutation.
-
-    Every worker holds the whole set, because any worker may need any sample. So the sequence of global batches does not
-    depend on the number of workers.
-    """
-
-    def __init__(self, dataset: Dataset, ids: Sequence[str], seed: int, patience: Patience) -> None:
-        """Reads the row groups that hold `ids` and keeps only these rows."""
-        self._seed, self._root = seed, dataset.root
-        self._ids = sorted(ids)
-        self._bytes: dict[str, tuple[bytes, bytes]] = {}
-        with ThreadPoolExecutor(4) as pool:
-            for rows in pool.map(partial(_labeled_rows, patience=patience), select_groups(dataset, ids)):
-                self._bytes.update(rows)
-
-    def samples(self, positions: Sequence[int], step: int, global_batch: int) -> list[Sample]:
-        """The samples at `positions` of the global batch of `step`."""
-        epochs, places = np.divmod(np.asarray(positions) + step * global_batch, len(self._ids))
-        found = []
-        for epoch, place in zip(epochs.tolist(), places, strict=True):
-            order = Permutation(len(self._ids), self._seed, "labeled", epoch)
-            name = self._ids[int(order(place[None])[0])]
-            image, mask = self._bytes[name]
-            found.append(Sample(epoch, name, memoryview(image), memoryview(mask), root=self._root))
-        return found
-
-
-def _labeled_rows(group: Group, patience: Patience) -> list[tuple[str, tuple[bytes, bytes]]]:
-    table = read_group(group.root, group.shard, group.row_group, ["id", "image", "mask"], patience)
-    table = table.take(list(group.rows))
-    columns = (table[name].to_pylist() for name in ("id", "image", "mask"))
-    return [(name, (image, mask)) for name, image, mask in zip(*columns, strict=True)]
-
-
-class UnlabeledStream:
-    """The samples of this rank's lanes, step by step, read ahead of need in the plan's order."""
+class SampleStream:
+    """The samples of this rank's lanes of one side, step by step, read ahead of need in the plan's order."""
 
     def __init__(
         self, plan: Plan, lanes: Sequence[int], start: int, reader: Reader, labels: str | None, patience: Patience
@@ -247,16 +312,12 @@ class UnlabeledStream:
         queue = self._queues[lane]
         while not queue:  # units come in order of need: at most the other lanes' next ones are queued on the way
             unit, table = next(self._units)
-            ids, images = unit.group.ids or table["id"].to_pylist(), table["image"].combine_chunks()
-            labels = table["label"].combine_chunks() if "label" in table.column_names else None
+            ids = unit.group.ids or table["id"].to_pylist()
+            columns = {name: table[name].combine_chunks() for name in table.column_names if name != "id"}
             for row in unit.order:
-                image, label = _view(images, row), None if labels is None else _view(labels, row)
-                left_out = unit.group.copied and not len(image)
-                sample = Sample(unit.epoch, ids[row], image, None, label, unit.group.root, left_out)
+                # the bytes where they lie: no copy out of the object store
+                files = {name: memoryview(column[row].as_buffer()) for name, column in columns.items()}
+                left_out = unit.group.copied and not len(files["image"])
+                sample = Sample(unit.epoch, ids[row], **files, root=unit.group.root, left_out=left_out)
                 self._queues[unit.lane].append(sample)
         return queue.popleft()
-
-
-def _view(column: pa.Array, row: int) -> memoryview:
-    """The bytes of one image, where they lie (no copy out of the object store)."""
-    return memoryview(column[row].as_buffer())

@@ -1,9 +1,11 @@
-"""The systems of the comparison. Adding one: a file here and a line in `METHODS`."""
+"""The systems of the comparison. Adding one: a file here, its options in `config/options.py`, a line in each table."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import cli
+from pipeline.config.backbones import check_crop
+from pipeline.config.options import OPTIONS
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods.ael.ael import AEL
@@ -21,6 +23,7 @@ from pipeline.methods.suponly import SupOnly
 from pipeline.methods.u2pl.u2pl import U2PL
 from pipeline.methods.u2pl.with_ael import U2PLAEL
 from pipeline.methods.unimatch import UniMatch
+from pipeline.methods.unimatch_v2 import UniMatchV2
 from pipeline.ops.schedules import steps_of
 
 METHODS: dict[str, type[Method]] = {
@@ -38,12 +41,9 @@ METHODS: dict[str, type[Method]] = {
     "u2pl_ael": U2PLAEL,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
+    "unimatch_v2": UniMatchV2,
 }
 """In the order of the paper's tables; after U2PL what came later."""
-OPTIONS: dict[str, dict[str, type]] = {
-    name: {each: METHODS[each].Options for each in (name, *method.builds_on)} for name, method in METHODS.items()
-}
-"""By method the sections that it reads: its own, and those of the methods that it builds on."""
 
 
 def make_config(
@@ -80,6 +80,20 @@ def check_durations(config: Config) -> None:
             )
 
 
+def check_frozen(config: Config) -> None:
+    """Refuses batch norms that are to be frozen and have no statistics yet.
+
+    Raises:
+        UserError: they are.
+    """
+    frozen = getattr(config.options[config.method], "batch_norm", None) == "frozen"
+    if frozen and config.model.weights == "none":
+        raise UserError(
+            f"{config.method}.batch_norm frozen: model.weights none brings no statistics to keep; "
+            "name weights, or take separate"
+        )
+
+
 def build_method(config: Config, num_classes: int) -> Method:
     """The method that the config names, with freshly initialised networks.
 
@@ -87,6 +101,7 @@ def build_method(config: Config, num_classes: int) -> Method:
         UserError: an option does not fit the run, the classes or the network.
     """
     check_durations(config)
+    check_crop(config.data.crop, config.model.backbone)
     return METHODS[config.method](config, num_classes)
 
 
@@ -99,5 +114,6 @@ __all__ = [
     "Step",
     "build_method",
     "check_durations",
+    "check_frozen",
     "make_config",
 ]

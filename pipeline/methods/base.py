@@ -4,13 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.schema import Config
+from pipeline.config.schema import BatchNorm, Config
 from pipeline.errors import UserError
 from pipeline.models import Prediction, SegmentationModel, build_model
 from pipeline.models.norm import freeze_batchnorm
@@ -20,10 +20,6 @@ from pipeline.ops.losses import cross_entropy, ohem_cross_entropy
 from pipeline.ops.schedules import steps_of
 from pipeline.ops.world import World, uniform
 
-BatchNorm = Literal["joint", "separate", "frozen"]
-"""Which images share the statistics of batch norm in training: `joint`, labeled and unlabeled ones pass the network in
-one batch; `separate`, each group by itself; `frozen`, each group by itself, and the encoder keeps the statistics that
-came with its weights. Releases differ, and on small sets it moves scores by points (docs/methods.md)."""
 In = TypeVar("In", Tensor, FeatureMaps)
 Out = TypeVar("Out", FeatureMaps, Prediction)
 
@@ -35,6 +31,15 @@ class Losses(NamedTuple):
     """0-dim losses by name, already weighted; the trainer minimises their sum."""
     logs: dict[str, Tensor]
     """Detached values for the run's records, by name: 0-dim, or [C] with one value a class."""
+
+
+class Partition(NamedTuple):
+    """What a method would make of n unlabeled pixels."""
+
+    reliable: Tensor
+    """bool [n], the pixels that would carry a pseudo-label."""
+    negative: Tensor | None = None
+    """bool [n,C], the classes of which each pixel could be a negative; None: the method takes no negatives."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Predictor(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [B,3,H,W] to logits float [B,C,h,w] at the network's own resolution."""
-        return self.model(image).logits
+        return self.model.logits(image)
 
 
 class Method(nn.Module, ABC):
@@ -102,14 +107,13 @@ class Method(nn.Module, ABC):
     trainable parameter a gradient; nothing in `forward` waits for the device; all state is parameters and buffers.
     """
 
-    Options: ClassVar[type]
-    """Frozen dataclass of the method's own options."""
     views: ClassVar[ViewSpec]
     """Which views of the images the method needs."""
-    builds_on: ClassVar[tuple[str, ...]] = ()
-    """Names of other methods whose options it reads, too."""
     durations: ClassVar[tuple[str, ...]] = ()
     """Keys of options, such as `u2pl.warmup`, that are steps or, below 1, a share of the run; must end before it."""
+
+    warmup: int = 0
+    """Steps at the start in which it learns from the labels alone."""
 
     def __init__(self, config: Config, num_classes: int, batch_norm: BatchNorm = "joint") -> None:
         super().__init__()
@@ -147,6 +151,20 @@ class Method(nn.Module, ABC):
         """Updates the method's state after the optimiser's step, such as an EMA teacher; without gradient."""
         del step
 
+    def partition(self, logits: Tensor, step: Step) -> Partition | None:
+        """How the method would part unlabeled pixels at a step, for people to look at; None: it parts none.
+
+        Args:
+            logits: float [n,C] of `predictor`; a threshold that is a quantile is that of these n pixels.
+            step: whose thresholds to take.
+        """
+        del logits, step
+        return None
+
+    def stored_keys(self) -> list[Tensor] | None:
+        """What a memory bank holds as negatives of each class, by class float [n,D]; None: the method has no bank."""
+        return None
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser: `params`, `lr_mult` (relative to `optim.lr`)."""
         nets = self.trained()
@@ -166,15 +184,16 @@ class Method(nn.Module, ABC):
         """A network as the config says, its auxiliary head included if its loss has a weight.
 
         Raises:
-            UserError: its batch norms are to be frozen and have no statistics yet, or its weights do not fit.
+            UserError: its weights do not fit.
         """
-        model = self.config.model
-        if self.batch_norm == "frozen" and model.weights == "none":
-            raise UserError(
-                f"{self.config.method}.batch_norm frozen: model.weights none brings no statistics to keep; "
-                "name weights, or take separate"
-            )
-        network = build_model(model, self.num_classes, features=features, aux=self.config.loss.aux_weight > 0)
+        aux = self.config.loss.aux_weight > 0
+        network = build_model(
+            self.config.model,
+            self.num_classes,
+            features=features,
+            aux=aux,
+            micro_batches=self.config.optim.accumulate,
+        )
         if self.batch_norm == "frozen":
             freeze_batchnorm(network.encoder)
         return network

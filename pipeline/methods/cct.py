@@ -5,18 +5,17 @@ encoder's last feature map of an unlabeled image, P_k one of seven perturbations
 arguments, so that a step is a function of its seed. Code: yassouali/CCT; `docs/methods.md` says where we differ.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config.parse import require_positive, require_share
-from pipeline.config.schema import Config, ModelConfig
-from pipeline.errors import UserError
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
+from pipeline.config.options import CCTOptions
+from pipeline.config.schema import Config
+from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.models.parts import subpixel_decoder
 from pipeline.ops import mixing
@@ -99,65 +98,13 @@ def _unit(x: Tensor) -> Tensor:
 # ---- the method -------------------------------------------------------------------------------------------------
 
 
-KINDS = ("dropout", "feature_noise", "feature_drop", "cutout", "context", "objects", "adversarial")
-"""The perturbations; each has an option of that name, the number of its decoders."""
 Draw = Callable[..., Tensor]
 """Called with a shape, and `shared=True` for the same numbers on all ranks: uniform numbers in [0,1)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CCTOptions:
-    """CCT: auxiliary decoders of perturbed features agree with the main one.
-
-    One auxiliary decoder per perturbation; other defaults as in the release's config or the paper (said).
-    """
-
-    weight: float = 30.0
-    """Weight of the consistency loss after its rise (release: unsupervised_w)."""
-    ramp: float = 0.1
-    """Length of the weight's rise: steps, or below 1 a share of the run (release: rampup_ends)."""
-    dropout: int = 1
-    """Decoders that see spatial dropout (release: 6)."""
-    feature_noise: int = 1
-    """Decoders that see multiplicative noise (release: 6)."""
-    feature_drop: int = 1
-    """Decoders that miss the most active cells (release: 6)."""
-    cutout: int = 1
-    """Decoders that miss a part of every object (release: 6)."""
-    context: int = 1
-    """Decoders that see objects alone, without their context (release: 2)."""
-    objects: int = 1
-    """Decoders that see the background alone, without objects (release: 2)."""
-    adversarial: int = 1
-    """Decoders that see the most harmful shift, VAT (release: 2)."""
-    dropout_rate: float = 0.5
-    """Share of channels that dropout zeroes."""
-    noise: float = 0.3
-    """Largest noise of feature_noise, relative to the feature."""
-    drop_low: float = 0.7
-    """Least threshold of feature_drop, relative to the highest activity (paper; the release has 0.6)."""
-    drop_high: float = 0.9
-    """Largest threshold of feature_drop."""
-    erase: float = 0.4
-    """Height and width of a cutout, relative to the object's box."""
-    xi: float = 1.0
-    """Length of the probing step of VAT (release: 1e-6, at which float32 gives no direction at all)."""
-    epsilon: float = 2.0
-    """Length of the adversarial shift, over a whole feature map."""
-    batch_norm: BatchNorm = "separate"
-    """Whether labeled and unlabeled images share batch statistics (release: separate)."""
-
-    def __post_init__(self) -> None:
-        require_positive("cct", self, "xi")
-        require_share("cct", self, "dropout_rate", "drop_low", "drop_high", "erase")
-        if not any(getattr(self, kind) for kind in KINDS) or self.dropout_rate == 1.0:
-            raise UserError("cct: needs an auxiliary decoder, and a dropout_rate below 1")
 
 
 class CCT(Method):
     """A network, and K small auxiliary decoders that are used in training alone."""
 
-    Options = CCTOptions
     views = ViewSpec(unlabeled=True)
     durations = ("cct.ramp",)
 
@@ -166,8 +113,9 @@ class CCT(Method):
         super().__init__(config, num_classes, options.batch_norm)
         self.options = options
         self.student = self.build_network(features=False)
-        self.kinds = [kind for kind in KINDS for _ in range(getattr(self.options, kind))]
-        inputs, doublings = self.student.channels.high, _doublings(config.model)
+        self.kinds = [kind for kind in options.kinds for _ in range(getattr(self.options, kind))]
+        encoder, decoder = self.student.encoder, self.student.decoder
+        inputs, doublings = encoder.channels.high, round(math.log2(encoder.strides.high / decoder.stride))
         self.auxiliary = nn.ModuleList(subpixel_decoder(inputs, num_classes, doublings) for _ in self.kinds)
 
     def networks(self) -> dict[str, SegmentationModel]:
@@ -220,7 +168,7 @@ class CCT(Method):
         """The perturbed features P_k(f), float [B,c,h,w] (paper section 3.3).
 
         Args:
-            kind: one of `KINDS`.
+            kind: one of `CCTOptions.kinds`.
             features: float [B,c,h,w].
             label: int64 [B,h,w], predicted classes.
             foreground: bool [B,C], which classes are objects.
@@ -251,8 +199,3 @@ class CCT(Method):
         if self.background is None:
             return step.uniform_per_image("cct/foreground", (count, self.num_classes), device) < 0.5
         return (torch.arange(self.num_classes, device=device) != self.background).expand(count, -1)
-
-
-def _doublings(config: ModelConfig) -> int:
-    """Doublings from the stride of the last feature map to that of the logits: 8 to 2 (tiny), 8 or 16 to 4."""
-    return 1 if config.backbone != "tiny" and config.output_stride == 8 else 2

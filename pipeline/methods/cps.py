@@ -3,14 +3,13 @@
 L = L_s1 + L_s2 + lambda_cps L_cps. The networks differ in the initial weights of their heads alone.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.config.options import CPSOptions
 from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
+from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import mixing
 from pipeline.ops.entropy import IGNORE
@@ -23,22 +22,9 @@ AREA = (0.25, 0.5)
 """Smallest and largest share of the image that the boxes take together (release: cutmix_boxmask_prop_range)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CPSOptions:
-    """CPS: two networks label each other's images. The defaults are the release's for PASCAL VOC with CutMix."""
-
-    cutmix: bool = True
-    """Label clean unlabeled images and learn from mixed ones; false: cross supervision of all images as they are."""
-    lambda_cps: float = 1.0
-    """Weight of the cross supervision (release: VOC 1 with CutMix, 1.5 without; Cityscapes 5 and 6)."""
-    batch_norm: BatchNorm = "separate"
-    """Whether labeled and unlabeled images share batch statistics (release: separate)."""
-
-
 class CPS(Method):
     """Two students, no teacher."""
 
-    Options = CPSOptions
     views = ViewSpec(unlabeled=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:

@@ -4,14 +4,12 @@ L = L_s + lambda_u L_u. The targets are probabilities of an EMA teacher; L_u is 
 batch, the share of its pixels with a confident target.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config.parse import require_share
+from pipeline.config.options import CutMixSegOptions
 from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Losses, Step
+from pipeline.methods.base import Losses, Step
 from pipeline.methods.teacher import TeacherMethod
 from pipeline.models import upsample
 from pipeline.ops import mixing
@@ -22,29 +20,9 @@ AREA = (0.5, 0.5)
 """Share of the image that the box covers (release: mask_prop_range 0.5)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CutMixSegOptions:
-    """CutMix-Seg: Mean Teacher on images mixed of two. The defaults are the release's for PASCAL VOC and Cityscapes."""
-
-    lambda_u: float = 1.0
-    """Weight of the consistency loss (release: cons_weight 1, no ramp)."""
-    threshold: float = 0.97
-    """Teacher probability from which a pixel counts as confident (release: conf_thresh)."""
-    ema_decay: float = 0.99
-    """Largest decay of the EMA teacher (release: teacher_alpha)."""
-    strong: bool = True
-    """Change the colours of the student's images (release since 2021; false: as in its first version)."""
-    batch_norm: BatchNorm = "separate"
-    """Whether labeled and unlabeled images share batch statistics (release: separate, on VOC frozen: --freeze_bn)."""
-
-    def __post_init__(self) -> None:
-        require_share("cutmix_seg", self, "threshold", "ema_decay")
-
-
 class CutMixSeg(TeacherMethod):
     """Student and EMA teacher; the teacher sees whole images, the student their mixture."""
 
-    Options = CutMixSegOptions
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
@@ -60,7 +38,7 @@ class CutMixSeg(TeacherMethod):
         (labeled, unlabeled), options = self.sides(batch), self.options
         size, device = unlabeled.size, unlabeled.image.device
         with torch.no_grad():
-            clean = upsample(self.teacher.eval()(unlabeled.image).logits.float(), size).softmax(1)
+            clean = upsample(self.teacher.eval().logits(unlabeled.image).float(), size).softmax(1)
         draws = step.uniform_per_image("cutmix", (len(clean), 1, 4), device)
         box, partner = box_masks(draws, size, AREA), mixing.partners(len(clean), device)
         view = unlabeled.strong[0] if options.strong else unlabeled.image

@@ -4,37 +4,20 @@ L = (L_s + lambda_u L_u) / 2. No teacher: the network's own confident labels of 
 of the strong view.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config.parse import require_share
+from pipeline.config.options_fixmatch import FixMatchOptions
 from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
+from pipeline.methods.base import Losses, Method, Partition, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops import mixing
 from pipeline.ops.entropy import IGNORE
 from pipeline.ops.losses import confident_labels, masked_cross_entropy
 from pipeline.ops.mixing import small_box_masks
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixMatchOptions:
-    """FixMatch: confident labels of the weak view supervise the strong one. The defaults are UniMatch's for VOC."""
-
-    lambda_u: float = 1.0
-    """Weight of L_u (release: 1)."""
-    threshold: float = 0.95
-    """Least probability of a pseudo-label (release: VOC 0.95, Cityscapes 0)."""
-    cutmix: float = 0.5
-    """Probability that an image is mixed."""
-    batch_norm: BatchNorm = "joint"
-    """Whether labeled and weak unlabeled images share batch statistics; strong ones never do (release: joint)."""
-
-    def __post_init__(self) -> None:
-        require_share("fixmatch", self, "threshold", "cutmix")
 
 
 class Pseudo(NamedTuple):
@@ -51,7 +34,6 @@ class Pseudo(NamedTuple):
 class FixMatch(Method):
     """One network that labels its own weak view."""
 
-    Options = FixMatchOptions
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
@@ -63,6 +45,11 @@ class FixMatch(Method):
     def networks(self) -> dict[str, SegmentationModel]:
         """The student alone."""
         return {"student": self.student}
+
+    def partition(self, logits: Tensor, step: Step) -> Partition:
+        """Reliable: a probability of `threshold` or more."""
+        del step
+        return confident(logits, self.options.threshold)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_u = mean_valid [max q >= threshold] CE(S(strong), argmax q), q = softmax S(weak) (paper eq. 4)."""
@@ -79,6 +66,12 @@ class FixMatch(Method):
             / 2,
         }
         return Losses(terms, {"kept": kept_share(label, unlabeled.valid)})
+
+
+def confident(logits: Tensor, threshold: float) -> Partition:
+    """Pixels parted by whether the likeliest class of their logits, float [n,C], has a probability of `threshold`."""
+    everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    return Partition(confident_labels(logits, everywhere, threshold) != IGNORE)
 
 
 def cutmixed(own: Pseudo, step: Step, name: str, probability: float) -> Pseudo:

@@ -5,7 +5,6 @@ It alternates between networks and detector. Here one backward does both: the ne
 parameters, the detector sees detached predictions, so each loss reaches its own parameters alone.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import require_positive, require_share
+from pipeline.config.options import GCTOptions
 from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
+from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops.entropy import IGNORE
 from pipeline.ops.losses import squared_error
@@ -155,40 +154,9 @@ def exchange(left: Tensor, right: Tensor, left_flaw: Tensor, right_flaw: Tensor,
 # ---- the method -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class GCTOptions:
-    """GCT: two networks and a flaw detector that picks between them. The defaults are the release's for VOC."""
-
-    consistency: float = 100.0
-    """Weight of the dynamic consistency after its rise (dc_ssl_scale)."""
-    ramp: float = 0.11
-    """Length of that rise: steps, or below 1 a share of the run (5 of 45 epochs)."""
-    correction: float = 1.0
-    """Weight of the flaw correction (fc_ssl_scale)."""
-    detector: float = 10.0
-    """Weight of the detector's loss (fd_scale)."""
-    limit: float = 0.6
-    """xi: a flaw above it is bad (dc_threshold)."""
-    mu: float = 0.5
-    """Weight of the error in the detector's target."""
-    nu: int = 1
-    """How often the target is dilated and blurred."""
-    detector_lr: float = 1e-4
-    """Base learning rate of the detector's Adam, reached after the warm-up; it follows the schedule of the run."""
-    detector_width: int = 64
-    """Channels of the detector's first layer; the last has eight times as many."""
-    batch_norm: BatchNorm = "joint"
-    """Whether labeled and unlabeled images share batch statistics (release: joint)."""
-
-    def __post_init__(self) -> None:
-        require_positive("gct", self, "detector_width")
-        require_share("gct", self, "limit")
-
-
 class GCT(Method):
     """Two networks that differ in their heads' initial weights, and the flaw detector."""
 
-    Options = GCTOptions
     views = ViewSpec(unlabeled=True)
     durations = ("gct.ramp",)
 

@@ -6,7 +6,6 @@ the fixed target of the strong one; the negatives come from other images and hav
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import require_positive
+from pipeline.config.options import PC2SegOptions
 from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
+from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import Prediction, SegmentationModel
 from pipeline.ops.grid import shrink
 from pipeline.ops.losses import mean_count, probability_mse
@@ -84,33 +83,9 @@ def pair_contrast(
 # ---- the method -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class PC2SegOptions:
-    """PC2Seg: consistent labels, contrasted features (a reconstruction). All defaults are ours: no code is public."""
-
-    consistency: float = 1.0
-    """l_1: weight of the squared distance of the two views' probabilities, summed over the classes."""
-    contrast: float = 0.1
-    """l_2: weight of the contrastive loss."""
-    temperature: float = 0.1
-    """tau of the contrastive loss."""
-    anchors: int = 256
-    """Anchors per image."""
-    keys: int = 64
-    """Pixels per image that others may take as negatives."""
-    negatives: int = 256
-    """N: number of negatives that an anchor's mean negative stands for."""
-    batch_norm: BatchNorm = "separate"
-    """Whether labeled and strong unlabeled images share batch statistics (ours: separate)."""
-
-    def __post_init__(self) -> None:
-        require_positive("pc2seg", self, "temperature", "anchors", "keys", "negatives")
-
-
 class PC2Seg(Method):
     """One network with a projection head (U2PL's representation head); no teacher, no bank."""
 
-    Options = PC2SegOptions
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:

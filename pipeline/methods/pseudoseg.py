@@ -5,16 +5,14 @@ activation maps (CAM), and self-attention over the encoder's features spreads th
 the weak view they are the soft labels of the strong view. Code: googleinterns/wss.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import require_positive, require_share
+from pipeline.config.options import PseudoSegOptions
 from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
+from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import FeatureMaps, SegmentationModel, upsample
 from pipeline.ops.grid import shrink
 from pipeline.ops.losses import cross_entropy, soft_cross_entropy
@@ -43,34 +41,9 @@ def calibrated_fusion(decoder: Tensor, attention: Tensor, temperature: float, wo
     return (fused.log() / temperature).softmax(1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PseudoSegOptions:
-    """PseudoSeg: labels from decoder and class activation maps. The defaults are the release's for PASCAL VOC."""
-
-    weight: float = 1.0
-    """Weight of the consistency loss (unlabeled_weight)."""
-    head_weight: float = 1.0
-    """Weight of L_att and L_cls (release: 1); 0 with weight 0 is SupOnly."""
-    temperature: float = 0.5
-    """T: below 1 the fused pseudo-labels are sharpened."""
-    attention_dim: int = 128
-    """Channels of the attention's queries and keys."""
-    present: float = 0.5
-    """Least probability of a class in an unlabeled image to get an activation map."""
-    cutout: float = 0.2
-    """Height and width of the hole in the strong view, relative to the crop (release: 100 of 513 pixels)."""
-    batch_norm: BatchNorm = "separate"
-    """Whether labeled and strong unlabeled images share batch statistics (release: separate)."""
-
-    def __post_init__(self) -> None:
-        require_positive("pseudoseg", self, "temperature", "attention_dim")
-        require_share("pseudoseg", self, "present", "cutout")
-
-
 class PseudoSeg(Method):
     """A segmentation network, an image classifier and an attention; the last two are used in training alone."""
 
-    Options = PseudoSegOptions
     views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
@@ -78,7 +51,7 @@ class PseudoSeg(Method):
         super().__init__(config, num_classes, options.batch_norm)
         self.options = options
         self.student = self.build_network(features=False)
-        channels = self.student.channels
+        channels = self.student.encoder.channels
         self.cam = AttentiveCAM(
             channels.mid, channels.high, num_classes, self.options.attention_dim, background=self.background
         )
@@ -100,9 +73,7 @@ class PseudoSeg(Method):
         maps = self.forward_groups(self.student.encode, labeled.image, strong)
         of_labeled, prediction = self.forward_groups(self.student.decode, *maps)
         with torch.autocast(strong.device.type, enabled=False):
-            attention, classifier = self._labeled_losses(
-                FeatureMaps(*(each.float() for each in maps[0])), labeled, step
-            )
+            attention, classifier = self._labeled_losses(maps[0].changed(lambda _, each: each.float()), labeled, step)
             grid = (target.shape[2], target.shape[3])
             consistency = soft_cross_entropy(prediction.logits, target, shrink(valid, grid), step.world)
         terms = {
@@ -119,7 +90,7 @@ class PseudoSeg(Method):
         maps = self.student.encode(unlabeled.image)
         logits = self.student.decode(maps).logits.float()
         with torch.autocast(logits.device.type, enabled=False):
-            maps = FeatureMaps(*(each.float() for each in maps))
+            maps = maps.changed(lambda _, each: each.float())
             present = self.cam.logits(maps.high).sigmoid() >= self.options.present
             refined = self.cam(maps, present, unlabeled.valid)
         refined = upsample(refined, (logits.shape[2], logits.shape[3]))

@@ -5,45 +5,22 @@ in the second labels the dataset's unlabeled images once. With strong views this
 CVPR 2022; main.py, dataset/semi.py of its release); without, the plain recipe.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import require_share
+from pipeline.config.options import SelfTrainingOptions
 from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
+from pipeline.methods.base import Losses, Method, Step
 from pipeline.methods.fixmatch import kept_share
 from pipeline.models import SegmentationModel
 from pipeline.ops.entropy import IGNORE
 from pipeline.ops.mixing import small_box_masks
 
 
-@dataclass(frozen=True, kw_only=True)
-class SelfTrainingOptions:
-    """Self-training, the student: learns from labels made beforehand. The defaults are ST's, of the ST++ release."""
-
-    strong: bool = True
-    """Change the colours of pseudo-labeled images and cut holes into them (ST); false: plain weak views."""
-    cutout: float = 0.5
-    """Probability of a hole in a strong view (release: 0.5)."""
-    tta: bool = True
-    """Label by probabilities averaged over five scales and mirror images, as the release does; false: of the image
-    as it is."""
-    keep: float = 1.0
-    """Share of each image's pixels that get a label, the most certain ones (release: all)."""
-    batch_norm: BatchNorm = "joint"
-    """Whether labeled and pseudo-labeled images share batch statistics (release: joint, one list of both)."""
-
-    def __post_init__(self) -> None:
-        require_share("self_training", self, "cutout", "keep")
-
-
 class SelfTraining(Method):
     """One network, trained from its initial weights on labels of another."""
 
-    Options = SelfTrainingOptions
     views = ViewSpec(unlabeled=True, strong=1, pseudo=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:

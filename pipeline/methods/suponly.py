@@ -1,22 +1,14 @@
 """SupOnly: the supervised baseline, trained on the labeled images alone."""
 
-from dataclasses import dataclass
-
 from pipeline.batch import Batch, ViewSpec
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class SupOnlyOptions:
-    """SupOnly: the supervised baseline, trained on the labeled images alone. It has no options of its own."""
-
-
 class SupOnly(Method):
     """One network and L = L_s."""
 
-    Options = SupOnlyOptions
     views = ViewSpec(unlabeled=False)
 
     def __init__(self, config: Config, num_classes: int) -> None:

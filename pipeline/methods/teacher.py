@@ -3,10 +3,10 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.config.schema import Config
-from pipeline.methods.base import BatchNorm, Method, Step
+from pipeline.config.schema import BatchNorm, Config
+from pipeline.methods.base import Method, Step
 from pipeline.models import SegmentationModel
 from pipeline.ops.schedules import ema_decay
 
@@ -61,7 +61,7 @@ class TeacherMethod(Method):
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, decay: float, *, buffers: bool = False) -> None:
-    """Sets teacher to decay * teacher + (1 - decay) * student, parameter by parameter.
+    """Sets teacher to decay * teacher + (1 - decay) * student, all parameters in a few kernels.
 
     A decay of 0 makes an exact copy, buffers included. Storage is never shared.
 
@@ -71,11 +71,15 @@ def follow(teacher: nn.Module, student: nn.Module, decay: float, *, buffers: boo
         decay: in 0..1.
         buffers: average floating-point buffers too, and copy the others (counters).
     """
-    for mine, other in zip(teacher.parameters(), student.parameters(), strict=True):
-        mine.lerp_(other, 1.0 - decay)
+    averaged: list[tuple[Tensor, Tensor]] = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    counters = list[tuple[Tensor, Tensor]]()
     if decay == 0.0 or buffers:
-        for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):
-            if decay == 0.0 or not mine.is_floating_point():
-                mine.copy_(other)
-            else:
-                mine.lerp_(other, 1.0 - decay)
+        for pair in zip(teacher.buffers(), student.buffers(), strict=True):
+            (averaged if pair[0].is_floating_point() else counters).append(pair)
+    torch._foreach_lerp_(*_unzipped(averaged), 1.0 - decay)  # type: ignore[attr-defined]
+    if counters:
+        torch._foreach_copy_(*_unzipped(counters))  # type: ignore[attr-defined]
+
+
+def _unzipped(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [mine for mine, _ in pairs], [other for _, other in pairs]

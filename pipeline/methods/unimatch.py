@@ -3,50 +3,23 @@
 L = (L_s + lambda_s (L_s1 + L_s2)/2 + lambda_fp L_fp) / 2.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, ViewSpec
-from pipeline.config.parse import require_share
+from pipeline.config.options_fixmatch import UniMatchOptions
 from pipeline.config.schema import Config
-from pipeline.errors import UserError
-from pipeline.methods.base import BatchNorm, Losses, Method, Step
-from pipeline.methods.fixmatch import Pseudo, cutmixed, kept_share
-from pipeline.models import FeatureMaps, Prediction, SegmentationModel, upsample
+from pipeline.methods.base import Losses, Method, Partition, Step
+from pipeline.methods.fixmatch import Pseudo, confident, cutmixed, kept_share
+from pipeline.models import Prediction, SegmentationModel, upsample
 from pipeline.models.parts import joined
 from pipeline.ops.losses import confident_labels, masked_cross_entropy
 from pipeline.ops.mixing import drop_channels
 
 
-@dataclass(frozen=True, kw_only=True)
-class UniMatchOptions:
-    """UniMatch V1: FixMatch with two strong views and perturbed features. The defaults are the release's for VOC."""
-
-    threshold: float = 0.95
-    """Least probability of a pseudo-label (release: VOC 0.95, Cityscapes 0)."""
-    cutmix: float = 0.5
-    """Probability that a strong view is mixed."""
-    dropout: float = 0.5
-    """Probability that a feature channel of the perturbed stream is dropped."""
-    lambda_s: float = 0.5
-    """Weight of the mean loss of the two strong views."""
-    lambda_fp: float = 0.5
-    """Weight of the loss of the perturbed features."""
-    batch_norm: BatchNorm = "joint"
-    """Whether labeled and weak unlabeled images share batch statistics; strong ones never do (release: joint)."""
-
-    def __post_init__(self) -> None:
-        require_share("unimatch", self, "threshold", "cutmix", "dropout")
-        if self.dropout == 1:
-            raise UserError("unimatch.dropout 1: must be below 1")
-
-
 class UniMatch(Method):
     """One network and five batches of predictions: labeled, weak, weak with dropped channels, two strong views."""
 
-    Options = UniMatchOptions
     views = ViewSpec(unlabeled=True, strong=2)
 
     def __init__(self, config: Config, num_classes: int) -> None:
@@ -58,6 +31,11 @@ class UniMatch(Method):
     def networks(self) -> dict[str, SegmentationModel]:
         """The student alone."""
         return {"student": self.student}
+
+    def partition(self, logits: Tensor, step: Step) -> Partition:
+        """Reliable: a probability of `threshold` or more."""
+        del step
+        return confident(logits, self.options.threshold)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         """L_s1, L_s2 and L_fp are each the L_u of FixMatch, with the labels of the one weak view (paper section 3)."""
@@ -88,14 +66,11 @@ class UniMatch(Method):
         The encoder runs once. The decoder sees both versions in one batch, as in the release.
         """
         of_labeled, maps = self.forward_groups(self.student.encode, labeled, unlabeled)
-        dropped = FeatureMaps(
-            *(
-                drop_channels(
-                    each,
-                    step.uniform_per_image(f"drop/{name}", tuple(each.shape[:2]), each.device),
-                    self.options.dropout,
-                )
-                for name, each in zip(FeatureMaps._fields, maps, strict=True)
+        dropped = maps.changed(
+            lambda name, each: drop_channels(
+                each,
+                step.uniform_per_image(f"drop/{name}", (each.shape[0], each.shape[1]), each.device),
+                self.options.dropout,
             )
         )
         prediction, both = self.forward_groups(self.student.decode, of_labeled, joined([maps, dropped]))

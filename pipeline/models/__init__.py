@@ -1,4 +1,4 @@
-"""Networks: a dilated torchvision encoder or a tiny one from scratch, a decoder, and the heads of U2PL."""
+"""Networks: encoders and decoders, one file a family (`config/backbones.py` lists them), and the heads of U2PL."""
 
 from pipeline.models.network import SegmentationModel, build_model
 from pipeline.models.parts import FeatureMaps, Prediction

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
-from pipeline.models.parts import Channels, FeatureMaps, Prediction, conv_bn_relu
+from pipeline.models.parts import Decoder, Encoder, FeatureMaps, conv_bn_relu
 from pipeline.ops.grid import upsample
 
 RATES = {8: (12, 24, 36), 16: (6, 12, 18)}
@@ -28,23 +28,26 @@ class SpatialPyramid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,inputs,h,w] float to [B,width,h,w]; the image-wide branch is repeated over all cells."""
         outputs = [branch(x).expand(-1, -1, *x.shape[2:]) for branch in self.branches]
-        return self.merge(torch.cat(outputs, dim=1))
+        # joined along the last axis in memory: a repeated cell has no layout, and by it the others would lose theirs
+        joined = torch.cat([output.permute(0, 2, 3, 1) for output in outputs], dim=3)
+        return self.merge(joined.permute(0, 3, 1, 2))
 
 
-class DeepLabDecoder(nn.Module):
-    """`FeatureMaps` of a backbone to a `Prediction` at stride 4.
+class DeepLabDecoder(Decoder):
+    """`FeatureMaps` of a convolutional encoder to a `Prediction` at the stride of `FeatureMaps.low`, 4.
 
     Args:
         config: width, feature_dim, dropout and output stride.
-        channels: of the encoder.
+        encoder: gives the channels.
         num_classes: C.
         features: whether to add the representation head.
         aux: whether to add the auxiliary head, at the resolution of `FeatureMaps.mid`.
     """
 
-    def __init__(self, config: ModelConfig, channels: Channels, num_classes: int, *, features: bool, aux: bool) -> None:
+    def __init__(self, config: ModelConfig, encoder: Encoder, num_classes: int, *, features: bool, aux: bool) -> None:
         super().__init__()
-        width, dropout = config.width, config.dropout
+        channels, width, dropout = encoder.channels, config.width, config.dropout
+        self.stride = encoder.strides.low
         self.pyramid = SpatialPyramid(channels.high, width, RATES[config.output_stride], dropout)
         self.low = conv_bn_relu(channels.low, width, 1)
         self.classifier = _head(2 * width, width, num_classes, dropout)
@@ -53,14 +56,11 @@ class DeepLabDecoder(nn.Module):
             conv_bn_relu(channels.mid, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1)
         ) if aux else None  # fmt: skip
 
-    def forward(self, maps: FeatureMaps) -> Prediction:
-        """Upsamples the pyramid's output to the resolution of `low`, joins the two, and applies the heads."""
+    def fused(self, maps: FeatureMaps) -> Tensor:
+        """`low` and, upsampled to its resolution, the pyramid's output: [B,2*width,h,w]."""
         low = self.low(maps.low)
         wide = upsample(self.pyramid(maps.high), (low.shape[2], low.shape[3]))
-        x = torch.cat([low, wide], dim=1)
-        features = None if self.representation is None else self.representation(x)
-        aux = None if self.auxiliary is None else self.auxiliary(maps.mid)
-        return Prediction(self.classifier(x), features, aux)
+        return torch.cat([low, wide], dim=1)
 
 
 def _head(inputs: int, width: int, outputs: int, dropout: float) -> nn.Sequential:

@@ -1,19 +1,18 @@
 """The network of student and teacher: from an image to class logits and features."""
 
-import logging
+from collections.abc import Callable
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.batch import MEAN_COLOUR
+from pipeline.config.backbones import DECODERS, find_backbone, find_decoder
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
-from pipeline.models.deeplab import DeepLabDecoder
-from pipeline.models.encoders import build_encoder
-from pipeline.models.parts import Channels, FeatureMaps, Prediction
-from pipeline.models.tiny import TINY_CHANNELS, TinyDecoder, TinyEncoder
+from pipeline.models.parts import Decoder, Encoder, FeatureMaps, Prediction
+from pipeline.models.recompute import In, Out, by_parts
 
-log = logging.getLogger(__name__)
 COLOUR_STD = (58.395, 57.12, 57.375)
 """Standard deviation of ImageNet's colours in RGB, 0..255."""
 
@@ -26,11 +25,19 @@ class SegmentationModel(nn.Module):
     std: Tensor
     """float32 [3,1,1], its standard deviation."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, channels: Channels) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder, micro_batches: int = 1) -> None:
+        """Puts the parts together.
+
+        Args:
+            encoder: Tensor to FeatureMaps.
+            decoder: FeatureMaps to Prediction.
+            micro_batches: in how many parts a batch passes in training, see `by_parts`; passes without gradient are
+                whole.
+        """
         super().__init__()
+        self.micro_batches = micro_batches
         self.encoder = encoder
         self.decoder = decoder
-        self.channels = channels
         # constants, not state: they are in no checkpoint
         self.register_buffer("mean", torch.tensor(MEAN_COLOUR).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(COLOUR_STD).view(3, 1, 1), persistent=False)
@@ -42,15 +49,27 @@ class SegmentationModel(nn.Module):
             image: uint8 [B,3,H,W], RGB, of any size. It is normalised here, on the device: bytes are a quarter of the
                 traffic of floats.
         """
-        return self.decode(self.encode(image))
+        return self._by_parts(lambda part: self.decoder(self._encode(part)), image)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """The logits of `forward` alone, for passes of which nothing else is read: other heads are not computed."""
+        return self._by_parts(lambda part: self.decoder.logits(self._encode(part)), image)
 
     def encode(self, image: Tensor) -> FeatureMaps:
         """The encoder's feature maps of uint8 [B,3,H,W]; for methods that look at them or change them."""
-        return self.encoder(self.normalise(image).contiguous(memory_format=torch.channels_last))
+        return self._by_parts(self._encode, image)
 
     def decode(self, maps: FeatureMaps) -> Prediction:
         """The prediction from feature maps of `encode`."""
-        return self.decoder(maps)
+        return self._by_parts(self.decoder, maps)
+
+    def _encode(self, image: Tensor) -> FeatureMaps:
+        return self.encoder(self.normalise(image).contiguous(memory_format=torch.channels_last))
+
+    def _by_parts(self, function: Callable[[In], Out], given: In) -> Out:
+        if self.micro_batches == 1 or not (self.training and torch.is_grad_enabled()):
+            return function(given)
+        return by_parts(self, function, given, self.micro_batches)
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [B,3,H,W], RGB, to the encoder's input: float32 of about zero mean and unit deviation."""
@@ -65,37 +84,31 @@ class SegmentationModel(nn.Module):
         return list(self.decoder.parameters())
 
 
-def build_model(config: ModelConfig, num_classes: int, *, features: bool, aux: bool = False) -> SegmentationModel:
+def build_model(
+    config: ModelConfig, num_classes: int, *, features: bool, aux: bool = False, micro_batches: int = 1
+) -> SegmentationModel:
     """Makes a network with freshly initialised decoder and heads, from torch's global random numbers.
 
     Its parameters are in channels-last layout, in which convolutions run faster on CPUs and tensor cores.
 
     Args:
-        config: backbone, its weights and the sizes.
+        config: backbone, its weights, decoder and the sizes.
         num_classes: C of `Prediction.logits`.
         features: whether to add the representation head.
         aux: whether to add the auxiliary head.
+        micro_batches: in how many parts a batch passes in training.
 
     Raises:
-        UserError: the weights cannot be had or do not fit.
+        UserError: the weights cannot be had or do not fit, or encoder and decoder do not.
     """
-    build = _tiny if config.backbone == "tiny" else _deeplab
-    model = SegmentationModel(*build(config, num_classes, features, aux))
+    backbone, decoder = find_backbone(config.backbone), find_decoder(config.decoder, config.backbone)
+    encoder: Encoder = resolve_name(backbone.build)(config)
+    if config.checkpoint_activations and not encoder.has_blocks:
+        raise UserError(
+            f"model.checkpoint_activations: the blocks of model.backbone {config.backbone} are not known here; "
+            "--optim.accumulate needs less memory, too"
+        )
+    made: Decoder = resolve_name(DECODERS[decoder])(config, encoder, num_classes, features=features, aux=aux)
+    encoder.recompute = config.checkpoint_activations
+    model = SegmentationModel(encoder, made, micro_batches)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-_Parts = tuple[nn.Module, nn.Module, Channels]
-"""Encoder, decoder, and the channels of the feature maps between them."""
-
-
-def _tiny(config: ModelConfig, num_classes: int, features: bool, aux: bool) -> _Parts:
-    if config.weights != "none":
-        raise UserError(f"model.weights {config.weights}: tiny has no pretrained weights; use none or another backbone")
-    log.info("encoder tiny: from scratch")
-    decoder = TinyDecoder(TINY_CHANNELS, num_classes, config.feature_dim if features else 0, aux=aux)
-    return TinyEncoder(TINY_CHANNELS), decoder, TINY_CHANNELS
-
-
-def _deeplab(config: ModelConfig, num_classes: int, features: bool, aux: bool) -> _Parts:
-    encoder, channels = build_encoder(config)
-    return encoder, DeepLabDecoder(config, channels, num_classes, features=features, aux=aux), channels

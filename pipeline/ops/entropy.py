@@ -1,4 +1,6 @@
-"""The entropy of a network's predictions, pixel by pixel, and its quantiles over the pixels of all ranks."""
+"""The entropy of a network's predictions, pixel by pixel, and its quantiles: of one tensor, and over all ranks."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -20,6 +22,25 @@ def entropy(logits: Tensor) -> Tensor:
     weights = shifted.exp()
     total = weights.sum(1)
     return (total.log() - (weights * shifted).sum(1) / total).clamp_min(0.0)
+
+
+def relative_entropy(logits: Tensor) -> Tensor:
+    """The entropy of each pixel of an image in units of log C: float32 [H,W] of logits [C,H,W], 0..1."""
+    return (entropy(logits[None])[0] / math.log(len(logits))).clamp(0, 1)
+
+
+def quantile(values: Tensor, share: Tensor) -> Tensor:
+    """The quantile of float32 [n], 0-dim, linearly interpolated; NaN of no values. `torch.quantile` stops at 2^24.
+
+    Args:
+        values: float32 [n].
+        share: float, 0-dim, in 0..1.
+    """
+    if not len(values):
+        return values.new_full((), torch.nan)
+    ordered, place = values.sort().values.double(), share.double() * (len(values) - 1)
+    below, above = ordered[place.floor().long()], ordered[place.ceil().long()]
+    return torch.lerp(below, above, place - place.floor()).float()
 
 
 # ---- exact quantiles over all ranks, without a sort and without a host sync -------------------------------------

@@ -124,7 +124,8 @@ class QuarterGrid(Grid):
     def label(self, logits: Tensor) -> Tensor:
         """As `FullGrid`, up to ties in the last bit."""
         (h, w), batch = self.small, len(logits)
-        cells = _likeliest(_corners(logits, -math.inf)).view(batch, h, 4, 4, w).transpose(3, 4)
+        likeliest = _argmax if logits.is_cuda else _likeliest
+        cells = likeliest(_corners(logits, -math.inf)).view(batch, h, 4, 4, w).transpose(3, 4)
         return cells.reshape(batch, 4 * h, 4 * w)[:, : self.size[0], : self.size[1]].long()
 
     def entropy(self, logits: Tensor) -> Tensor:
@@ -207,10 +208,20 @@ def _entropy(x: Tensor) -> Tensor:
 
 @kernel(one_pass=True, contract=False)  # a maximum rounded otherwise would be found nowhere
 def _likeliest(x: Tensor) -> Tensor:
-    """Argmax over the classes: float32 [B,h,16,w]. A maximum and a comparison vectorise better than an argmax."""
-    classes = torch.arange(x.shape[2], device=x.device, dtype=x.dtype).view(-1, 1)
-    best = [torch.where(value >= value.amax(2, keepdim=True), classes, math.inf).amin(2) for value in _values(x)]
+    """Argmax over the classes: float32 [B,h,16,w]. On CPUs a maximum and a comparison vectorise better than an argmax.
+
+    Where no class equals the maximum, as beside a NaN, it is the last one.
+    """
+    last = x.shape[2] - 1
+    classes = torch.arange(last + 1, device=x.device, dtype=x.dtype).view(-1, 1)
+    best = [torch.where(value >= value.amax(2, keepdim=True), classes, last).amin(2) for value in _values(x)]
     return torch.stack(best, 2)
+
+
+@kernel(one_pass=True)  # Triton rounds as it likes: each value is made once, for one reduction
+def _argmax(x: Tensor) -> Tensor:
+    """As `_likeliest`, for GPUs: int64 [B,h,16,w]."""
+    return torch.stack([value.argmax(2) for value in _values(x)], 2)
 
 
 @kernel(one_pass=True)

@@ -1,12 +1,14 @@
 """Pure tensor functions that run compiled if compilation was switched on (`activate`), and eagerly otherwise.
 
 Compiled, a chain of small operations becomes one pass over memory. There is one switch for the process, as compilation
-pays at some sizes and not at others.
+pays at some sizes and not at others. A function that fails compiled is said once and runs as it is written; a failure
+of its backward pass is not caught.
 """
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -42,9 +44,22 @@ def kernel(*, one_pass: bool = False, contract: bool = True) -> Callable[[Callab
             chosen = {name: value for name, value in options.items() if name in known}
             return torch.compile(function, fullgraph=True, dynamic=False, options=chosen)
 
+        fails = False
+
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            return (compiled() if _active else function)(*args, **kwargs)
+            nonlocal fails
+            if not _active or fails:
+                return function(*args, **kwargs)
+            try:
+                return compiled()(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                result = function(*args, **kwargs)  # raises what is no fault of the compiler
+                fails = True
+                log.warning("%s runs uncompiled, right but slower: %s", function.__name__, problem_of(error))
+                return result
 
         return run
 
@@ -63,6 +78,17 @@ def activate(device: torch.device) -> bool:
     return _active
 
 
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Inside, kernels run uncompiled: on tensors without values there is nothing to compile for."""
+    global _active
+    before, _active = _active, False
+    try:
+        yield
+    finally:
+        _active = before
+
+
 def is_active() -> bool:
     """Whether kernels run compiled."""
     return _active
@@ -74,7 +100,14 @@ def compiles(device: torch.device) -> bool:
     try:
         torch.compile(torch.square, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:
-        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        log.warning("no compiler for %s (%s): the losses run uncompiled, right but slower", device.type, problem)
+        log.warning(
+            "no compiler for %s (%s): the losses run uncompiled, right but slower", device.type, problem_of(error)
+        )
         return False
     return True
+
+
+def problem_of(error: Exception) -> str:
+    """An error of a compiler in one line: what its backend met, where it says so."""
+    error = getattr(error, "inner_exception", error)
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

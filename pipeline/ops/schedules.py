@@ -9,12 +9,21 @@ def steps_of(duration: float, total: int) -> int:
 
 
 def poly(step: int, steps: int, power: float, warmup: int = 0) -> float:
-    """Factor of the learning rate: (1 - step/steps)^power, times a linear rise from 1/warmup to 1 over `warmup` steps.
+    """Factor of the learning rate: (1 - step/steps)^power, times the linear rise of the warm-up.
 
     It is a function of the step alone, so a resumed run has the right one; in the release of U2PL a resume freezes it.
     """
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return rise * max(0.0, 1.0 - step / steps) ** power
+    return linear_rise(step, warmup) * max(0.0, 1.0 - step / steps) ** power
+
+
+def cosine(step: int, steps: int, warmup: int = 0) -> float:
+    """Factor of the learning rate: (1 + cos(pi step/steps)) / 2, times the linear rise of the warm-up."""
+    return linear_rise(step, warmup) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def linear_rise(step: int, length: int) -> float:
+    """From 1/length to 1 over `length` steps; a length of 0 is none: always 1."""
+    return min(1.0, (step + 1) / length) if length else 1.0
 
 
 def ema_decay(step: int, start: int, cap: float) -> float:

@@ -16,7 +16,7 @@ BASELINE = "suponly"
 """The method that gains are over unless a report is told another one."""
 SUBJECT = "u2pl"
 """The method that pictures show, if there are runs of it."""
-BUDGET = ("optim.steps", "optim.batch_labeled", "model.backbone", "model.weights")
+BUDGET = ("optim.steps", "optim.batch_labeled", "model.backbone", "model.decoder", "model.weights")
 """What a gain needs to have in common with its baseline, beside dataset, protocol and split."""
 NAMED = 4
 """Runs or rows that a note names; further ones are counted."""
@@ -121,33 +121,41 @@ class Comparison:
         shares = [a.labeled / (a.labeled + a.unlabeled) for a in counts if a.labeled and a.unlabeled is not None]
         return shares[0] if shares else 1 / FRACTIONS[split] if split in FRACTIONS else None
 
-    def gain(self, row: MethodRow, split: str) -> Spread | None:
-        """Points of mIoU, last evaluation, over the baseline of the same split and budget, the nearest of several.
+    def _is_baseline(self, row: MethodRow) -> bool:
+        return self.baseline in (row.method, row.label)
 
-        Seed by seed, over the seeds that both have finished, as another seed is more than a small change; None without
-        any.
+    def pairs(self, row: MethodRow, split: str) -> list[tuple[float, float]]:
+        """Last evaluations 0..1 of a row and of its baseline, over the seeds that both have finished.
+
+        The baseline is of the same split and budget, the nearest of several. Empty if there is none, or if the row is
+        of the baseline itself.
         """
-        named = [each for each in self.rows if self.baseline in (each.method, each.label)]
-        bases = [each for each in named if each.budget == row.budget and each.finished(split)]
-        over = min(bases, key=row.distance, default=None)
-        if over is None or row in named:
-            return None
+        bases = [each for each in self.rows if self._is_baseline(each) and each.budget == row.budget]
+        over = min((each for each in bases if each.finished(split)), key=row.distance, default=None)
+        if over is None or self._is_baseline(row):
+            return []
         base, own = _by_seed(over, split), _by_seed(row, split)
-        both = base.keys() & own.keys()
-        return spread([own[seed] - base[seed] for seed in both])
+        return [(own[seed], base[seed]) for seed in sorted(base.keys() & own.keys())]
+
+    def gain(self, row: MethodRow, split: str) -> Spread | None:
+        """Points of mIoU over the baseline, seed by seed, as another seed is more than a small change; or None."""
+        return spread([own - base for own, base in self.pairs(row, split)])
+
+    def subject(self, split: str) -> MethodRow | None:
+        """The row that is spoken of on a split: U2PL if it is finished there, else the best but the baseline."""
+        others = [row for row in self.rows if row.finished(split) and not self._is_baseline(row)]
+        usual = [row for row in others if row.method == SUBJECT]
+        return usual[0] if usual else max(others, key=lambda row: _mean(row, split), default=None)
 
     def shown(self) -> list[tuple[MethodRow, Run]]:
-        """Two finished runs to look at, of one split and seed if there are: the baseline and U2PL, or the best.
+        """Two finished runs to look at, of one split and seed if there are: the baseline and the subject.
 
         Empty if no run is finished.
         """
         for split in self.splits:
-            there = [row for row in self.rows if row.finished(split)]
-            base = next((row for row in there if row.method == BASELINE), None)
-            others = [row for row in there if row.method != BASELINE]
-            usual = [row for row in others if row.method == SUBJECT] or sorted(others, key=lambda r: -_mean(r, split))
-            if usual:
-                return _of_one_seed([*([base] if base else []), usual[0]], split)
+            base = next((row for row in self.rows if self._is_baseline(row) and row.finished(split)), None)
+            if subject := self.subject(split):
+                return _of_one_seed([*([base] if base else []), subject], split)
         return [(row, row.finished(split)[0]) for row in self.rows for split in self.splits if row.finished(split)][:1]
 
     def missing(self) -> list[tuple[MethodRow, str, list[Run], list[int]]]:

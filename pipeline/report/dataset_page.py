@@ -6,11 +6,9 @@ import numpy as np
 
 from pipeline.datasets.check import Picture, Report
 from pipeline.datasets.prepared.dataset import DatasetInfo
-from pipeline.inference.pictures import IGNORED, colour_mask
+from pipeline.inference.pictures import IGNORED, overlay
 from pipeline.report.render import Table, render, text_table
 
-MIX = 0.5
-"""Share of the class colour in an overlay."""
 NAMED = 12
 """Classes that a row names; further ones are counted."""
 
@@ -100,11 +98,10 @@ def _splits(report: Report) -> Table:
 
 def _sample(picture: Picture, info: DatasetInfo) -> dict[str, Any]:
     """An image under its mask, and which classes it shows."""
-    colours = colour_mask(picture.mask, info.palette)
     present = [at for at in np.unique(picture.mask) if at < len(info.classes)]
     names = ", ".join(info.classes[at] for at in present)
     return {
-        "pixels": ((1 - MIX) * picture.image + MIX * colours).round().astype(np.uint8),
+        "pixels": overlay(picture.image, picture.mask, info.palette),
         "alt": f"{picture.id} under its mask: {names or 'nothing but ignored pixels'}",
         "caption": f"{picture.id} ({picture.note})" if picture.note else picture.id,
         "legend": [(info.classes[at], info.palette[at]) for at in present],

@@ -6,16 +6,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from pipeline.config.command import command
+from pipeline.config.options import OPTIONS
 from pipeline.config.schema import as_dict
-from pipeline.report import plots, results
+from pipeline.report import curves, plots, results
+from pipeline.report.answer import answers
 from pipeline.report.compare import Comparison, MethodRow
 from pipeline.report.published import published
 from pipeline.report.render import Table, render
+from pipeline.report.spikes import spikes
 
 LEGEND = (
-    "Last and best evaluation of finished runs, mean over seeds with the sample's standard deviation. In brackets the "
-    "gain: points of mIoU over the baseline on the same split with the same steps, labeled batch and backbone (of "
-    "several such rows the one with the fewest other differences), mean over the seeds that both have."
+    "Last and best evaluation of finished runs, mean over seeds with the sample's standard deviation; the highest mean "
+    "is bold. The gain is over the baseline on the same split with the same steps, labeled batch and backbone (of "
+    "several such rows the one with the fewest other differences), seed by seed, over the seeds that both have."
 )
 PICTURE = (
     "Validation images. Entropy: bright where the right-most method is unsure. Reliable: the four fifths of the shown "
@@ -58,15 +62,16 @@ def as_page(
 
 def as_markdown(comparisons: Sequence[Comparison], failed: Mapping[str, str] | None = None) -> str:
     """The page's tables and notes."""
-    blocks = [f"# {_plain(_title(comparisons))}", LEGEND, *([_markdown(_failed(failed))] if failed else [])]
+    blocks = [f"# {_plain(_title(comparisons))}", *([_markdown(_failed(failed))] if failed else [])]
     for each in comparisons:
         known = published(each)
-        blocks.append(f"## {_plain(results.headline(each))}")
+        blocks += [f"## {_plain(results.headline(each))}", *map(_plain, answers(each))]
         blocks += ["\n".join(f"- {_plain(note)}" for note in each.notes())] if each.notes() else []
-        blocks += [_markdown(table) for table in results.tables(each)]
+        blocks += [*(_markdown(table) for table in results.tables(each)), LEGEND]
         blocks += [_plain(results.recipes(each, known))] if known else []
         blocks += [_markdown(table) for split in each.splits if (table := results.classes(each, split)).rows]
-        blocks += [_markdown(results.production(each)), _plain(results.cost(each))]
+        blocks += [_markdown(results.production(each)), _plain(results.cost(each)), "### Commands"]
+        blocks += ["\n".join(f"    {line}" for row in each.rows for line in _commands(row))]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -84,19 +89,31 @@ def _section(comparison: Comparison, picture: Picture | None) -> dict[str, Any]:
     known = published(comparison)
     return {
         "headline": results.headline(comparison),
+        "answers": answers(comparison),
         "notes": comparison.notes(),
         "tables": results.tables(comparison),
         "overview": plots.overview(comparison),
         "recipes": results.recipes(comparison, known) if known else "",
         "splits": [
-            {"name": split, "charts": plots.of_split(comparison, split), "classes": results.classes(comparison, split)}
+            {
+                "name": split,
+                "charts": curves.of_split(comparison, split),
+                "constant": curves.constant(comparison, split),
+                "classes": results.classes(comparison, split),
+            }
             for split in comparison.splits
         ],
+        "spikes": spikes(comparison),
         "picture": picture,
         "cost": results.cost(comparison),
         "production": results.production(comparison),
-        "configs": [(row.label, _config(row)) for row in comparison.rows],
+        "configs": [(row.label, _commands(row), _config(row)) for row in comparison.rows],
     }
+
+
+def _commands(row: MethodRow) -> list[str]:
+    """What trains each of its runs anew, on one line each."""
+    return [" ".join(command(run.config, OPTIONS).splitlines()) for run in row.runs]
 
 
 def _config(row: MethodRow) -> str:
@@ -105,8 +122,12 @@ def _config(row: MethodRow) -> str:
 
 
 def _markdown(table: Table) -> str:
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join([f"### {_plain(table.title)}", "", *(f"| {' | '.join(map(_plain, line))} |" for line in lines)])
+    rows = [
+        [f"**{_plain(cell)}**" if (at, column) in table.strong else _plain(cell) for column, cell in enumerate(row)]
+        for at, row in enumerate(table.rows)
+    ]
+    lines = [[*map(_plain, table.columns)], ["---"] * len(table.columns), *rows]
+    return "\n".join([f"### {_plain(table.title)}", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _plain(text: str) -> str:

@@ -1,22 +1,26 @@
-"""What a comparison looks like: scores over the labeled share, learning curves, and what methods log of themselves.
+"""How charts look, and the charts of scores: over the labeled share, by row, and by how sure a network is.
 
 Series are told apart by colour, dash and marker. Charts are drawn small, so that their text can be read where a phone
 shows them at its width.
 """
 
 import io
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from pipeline.report.compare import Comparison, MethodRow, Spread
-from pipeline.report.runs import Run
+from pipeline.report.compare import Comparison, Spread
+from pipeline.report.inline import inline_svg
+
+if TYPE_CHECKING:
+    from pipeline.inference.measures import Bin  # needs torch, which a comparison does not wait for
 
 Point = tuple[float, float]
 
@@ -49,6 +53,17 @@ class Chart:
     """Its main numbers, for those who do not see it."""
     caption: str
     figure: Figure
+    values: Sequence["Values"] = ()
+
+    def inline(self) -> Markup:
+        """The drawing as part of a page, whose points tell their values where a mouse rests on them."""
+        for line, _ in self.values:
+            line.set_visible(True)
+        drawn = self.drawn("svg")
+        for line, _ in self.values:
+            line.set_visible(False)
+        titles = {str(line.get_gid()): texts for line, texts in self.values}
+        return inline_svg(drawn, self.name, f"{self.title}. {self.text}", titles)
 
     def drawn(self, kind: str) -> bytes:
         """The drawing as a file of one of `FORMATS`; the same bytes for the same numbers."""
@@ -59,37 +74,62 @@ class Chart:
         return buffer.getvalue()
 
 
-class Logged(NamedTuple):
-    """A number that some methods log in training."""
+class Values(NamedTuple):
+    """Points that a page tells on hover."""
 
-    key: str
-    title: str
-    unit: str
-
-
-LOGGED = (
-    Logged("kept", "Unlabeled pixels that keep a pseudo-label", "share"),
-    Logged("alpha", "alpha_t, the unreliable pixels", "share"),
-    Logged("entropy_threshold", "gamma_t, the entropy from which a pixel is unreliable", "nats"),
-    Logged("bank_fill", "Memory bank, filled part (mean over classes)", "share"),
-)
+    line: Line2D
+    """Marks without colour, hidden in files."""
+    texts: Sequence[str]
+    """One a point."""
 
 
-@dataclass(frozen=True)
-class Series:
-    """One line of a chart."""
-
-    label: str
-    points: Sequence[Point]
-    ends: Sequence[Point] = ()
-    """More marks without a line, such as each seed's last value."""
+def add_values(axes: Axes, points: Sequence[Point], texts: Sequence[str]) -> Values:
+    """Adds points that tell a text each."""
+    (line,) = axes.plot(*columns(points), linestyle="", marker="o", markersize=10, alpha=0, visible=False)
+    line.set_gid(f"values-{len(axes.lines)}")
+    return Values(line, texts)
 
 
-def charts(comparison: Comparison) -> Iterator[Chart]:
-    """All charts of a comparison."""
-    yield from filter(None, [overview(comparison)])
-    for split in comparison.splits:
-        yield from of_split(comparison, split)
+def said(ends: Sequence[tuple[str, float]]) -> str:
+    """The last values of series, in words."""
+    return f"At the right end: {'; '.join(f'{label} {value:.4g}' for label, value in ends)}."
+
+
+def columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    """The x and the y of points."""
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def new_axes(x: str, y: str, height: float) -> tuple[Figure, Axes]:
+    """A figure of a height in inches with one pair of axes; x and y are what stands beside them."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    return figure, axes
+
+
+def look(index: int) -> dict[str, Any]:
+    """Colour, dash and marker of a series; sixty differ."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
+def add_legend(figure: Figure, labels: Sequence[str]) -> None:
+    """Keys below the chart, which grows by their lines; none for one series, which the caption names."""
+    if len(labels) < 2:
+        return
+    columns = 1 if max(map(len, labels), default=0) > 22 else 2
+    figure.set_figheight(HEIGHT + 0.17 * -(-len(labels) // columns))
+    figure.legend(loc="outside lower left", ncols=columns, handlelength=3)
+
+
+def short(label: str) -> str:
+    """A label as legends and axes show it."""
+    return label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
 
 
 def overview(comparison: Comparison) -> Chart | None:
@@ -100,20 +140,32 @@ def overview(comparison: Comparison) -> Chart | None:
     return _shares(comparison, {split: share for split in splits if (share := comparison.fraction(split))})
 
 
-def of_split(comparison: Comparison, split: str) -> list[Chart]:
-    """Validation mIoU over the steps, and each of `LOGGED` that a run on the split logged."""
+def calibration(name: str, bins: Sequence["Bin"]) -> Chart:
+    """How often a network is right by how sure it is, beside the line of one that is as right as it is sure.
 
-    def scores(run: Run) -> list[Point]:
-        return [(score.step, 100 * score.value) for score in run.scores()]
-
-    title = f"Validation mIoU over steps, split {split}"
-    caption = f"{title}; lines: mean over seeds, marks at the end: each seed."
-    found = [_over_steps(f"miou-{split}", title, caption, "val mIoU, %", _series(comparison.rows, split, scores))]
-    for each in LOGGED:
-        series = _series(comparison.rows, split, lambda run, key=each.key: run.curve(key))
-        caption = f"{each.title}; mean over seeds."
-        found.append(_over_steps(f"{each.key}-{split}", each.title, caption, each.unit, series, lowest=0.0))
-    return [chart for chart in found if chart]
+    Args:
+        name: of the network.
+        bins: of its pixels; empty ones are left out.
+    """
+    shown, pixels = [each for each in bins if each.pixels], sum(each.pixels for each in bins)
+    texts = [f"confidence {each.confidence:.3f}: accuracy {each.accuracy:.3f}" for each in shown]
+    points = [(each.confidence, each.accuracy) for each in shown]
+    with mpl.rc_context(STYLE):
+        figure, axes = new_axes("confidence", "accuracy", WIDTH * 0.8)
+        axes.plot([0, 1], [0, 1], color="#8b949e", linestyle=DASHES[1])
+        axes.bar([each.confidence for each in shown], [each.pixels / pixels for each in shown], 0.03, color="#d0d4d9")
+        axes.plot(*columns(points), **look(0))
+        values = [add_values(axes, points, texts)]
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+    return Chart(
+        f"reliability-{name}",
+        f"Reliability of the {name}",
+        "; ".join(texts),
+        "Accuracy over confidence, both the mean of a bin; dashes: as right as sure; grey: share of the pixels.",
+        figure,
+        values,
+    )
 
 
 def _dots(comparison: Comparison, split: str) -> Chart:
@@ -121,20 +173,25 @@ def _dots(comparison: Comparison, split: str) -> Chart:
     rows = [
         (row.label, last, best) for row in comparison.rows if (last := row.last(split)) and (best := row.best(split))
     ]
+    values = []
     with mpl.rc_context(STYLE):
-        figure, axes = _axes("val mIoU, %", "", 0.5 + 0.17 * len(rows))
+        figure, axes = new_axes("val mIoU, %", "", 0.5 + 0.17 * len(rows))
         for place, (_, last, best) in enumerate(rows):
             axes.errorbar(last.mean, place, xerr=last.sd or 0, color=COLOURS[0], marker="o", capsize=0)
             axes.plot(best.mean, place, color=COLOURS[1], marker="o", markersize=7, fillstyle="none")
-        axes.set_yticks(range(len(rows)), [_short(label) for label, *_ in rows])
+            values.append(
+                add_values(axes, [(last.mean, place)], [f"{rows[place][0]}: {last.mean:.2f}, best {best.mean:.2f}"])
+            )
+        axes.set_yticks(range(len(rows)), [short(label) for label, *_ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
     return Chart(
         f"overview-{split}",
         f"mIoU on split {split}",
         "; ".join(f"{label} {last.mean:.2f}" for label, last, _ in rows),
-        f"Split {split}; dot: last evaluation with its standard deviation, ring: best.",
+        "Dot: last evaluation with its standard deviation over seeds, ring: best.",
         figure,
+        values,
     )
 
 
@@ -145,94 +202,21 @@ def _shares(comparison: Comparison, shares: dict[str, float]) -> Chart | None:
         (row.label, [(share, spread) for split, share in shares.items() if (spread := row.last(split))])
         for row in comparison.rows
     ]
+    values = []
     with mpl.rc_context(STYLE):
-        figure, axes = _axes("labeled share of the images", "val mIoU, %", HEIGHT)
+        figure, axes = new_axes("labeled share of the images", "val mIoU, %", HEIGHT)
         for index, (label, spreads) in enumerate(found):
             x, y = [share for share, _ in spreads], [spread.mean for _, spread in spreads]
-            axes.errorbar(x, y, yerr=[spread.sd or 0 for _, spread in spreads], label=_short(label), **_look(index))
+            axes.errorbar(x, y, yerr=[spread.sd or 0 for _, spread in spreads], label=short(label), **look(index))
+            points = list(zip(x, y, strict=True))
+            values.append(add_values(axes, points, [f"{label}, share {each:.3g}: {mean:.2f}" for each, mean in points]))
         axes.set_xscale("log", base=2)
         names = ["full" if split == "full" else split.replace("_", "/") for split in shares]
         axes.xaxis.set_major_locator(FixedLocator(list(shares.values())))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticklabels(names)
-        _legend(figure, [label for label, _ in found])
-    ends = [Series(label, [(share, spread.mean) for share, spread in spreads]) for label, spreads in found]
-    caption = "Last evaluation over the labeled share; bars: standard deviation over seeds."
-    return Chart("overview", "mIoU over the labeled share", _said(ends), caption, figure)
-
-
-def _series(rows: Sequence[MethodRow], split: str, curve: Callable[[Run], Sequence[Point]]) -> list[Series]:
-    """One for each row, empty where it has nothing, so that a row looks the same in all charts."""
-    series = []
-    for row in rows:
-        shown = row.finished(split) or row.of(split)
-        found = [points for run in shown if (points := curve(run))]
-        label = row.label if row.finished(split) or not shown else f"{row.label} (unfinished)"
-        series.append(Series(label, _mean_curve(found), [points[-1] for points in found]))
-    return series
-
-
-def _mean_curve(found: Sequence[Sequence[Point]]) -> list[Point]:
-    """Mean over curves at the steps that all of them have."""
-    if not found:
-        return []
-    values = [dict(points) for points in found]
-    common = sorted(set.intersection(*(set(each) for each in values)))
-    return [(step, statistics.fmean(each[step] for each in values)) for step in common]
-
-
-def _over_steps(
-    name: str, title: str, caption: str, unit: str, series: Sequence[Series], lowest: float | None = None
-) -> Chart | None:
-    """A chart whose vertical axis reaches down to `lowest`, or to the lowest value; None without a point."""
-    if not any(each.points or each.ends for each in series):
-        return None
-    with mpl.rc_context(STYLE):
-        figure, axes = _axes("step", unit, HEIGHT)
-        for index, each in enumerate(series):
-            look, every = _look(index), max(1, len(each.points) // 12)
-            if each.points or each.ends:
-                axes.plot(*_columns(each.points), label=_short(each.label), markevery=every, **look)
-                axes.plot(*_columns(each.ends), **{**look, "linestyle": ""})
-        axes.set_xlim(left=0)
-        if lowest is not None:
-            axes.set_ylim(bottom=lowest)
-        _legend(figure, [each.label for each in series if each.points or each.ends])
-    return Chart(name, title, _said(series), caption, figure)
-
-
-def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _axes(x: str, y: str, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.add_subplot(xlabel=x, ylabel=y)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    return figure, axes
-
-
-def _look(index: int) -> dict[str, Any]:
-    """Colour, dash and marker of a series; sixty differ."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": DASHES[index % len(DASHES)],
-        "marker": MARKERS[index % len(MARKERS)],
-    }
-
-
-def _legend(figure: Figure, labels: Sequence[str]) -> None:
-    """Keys below the chart, which grows by their lines."""
-    columns = 1 if max(map(len, labels), default=0) > 22 else 2
-    figure.set_figheight(HEIGHT + 0.17 * -(-len(labels) // columns))
-    figure.legend(loc="outside lower left", ncols=columns, handlelength=3)
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
-
-
-def _said(series: Sequence[Series]) -> str:
-    ends = [f"{each.label} {each.points[-1][1]:.4g}" for each in series if each.points]
-    return f"At the right end: {'; '.join(ends)}."
+        add_legend(figure, [label for label, _ in found])
+    text = said([(label, spreads[-1][1].mean) for label, spreads in found if spreads])
+    alone = f"{found[0][0]}, " if len(found) == 1 else ""
+    caption = f"{alone}last evaluation; bars: standard deviation over seeds."
+    return Chart("overview", "mIoU over the labeled share", text, caption, figure, values)

@@ -1,11 +1,12 @@
 """Tables as text, and pages out of templates: one file without scripts, which fetches nothing and fits a phone.
 
-The templates in `templates/` escape what they are given, and their policy forbids a browser to fetch or run anything.
+The templates in `templates/` escape what they are given, and their policy forbids a browser to fetch or run anything;
+the page of `u2pl demo` alone has a script, which asks its own server.
 """
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ class Table:
     """Length of a bar below each row's second cell, 0..1 of its width."""
     shades: Sequence[Sequence[float | None]] = ()
     """Depth 0..1 of each cell's background, from the second cell on."""
+    strong: Collection[tuple[int, int]] = ()
+    """Row and column of cells in bold."""
 
 
 def text_table(table: Table) -> str:
@@ -53,17 +56,21 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    pages.filters |= {"png": png_uri, "svg": svg_uri}
+    pages.filters |= {"png": png_uri, "jpeg": jpeg_uri}
     return pages
 
 
 def png_uri(picture: np.ndarray) -> str:
     """A picture, uint8 [h,w,3], as a place that a page holds in itself."""
+    return _picture_uri(picture, "png")
+
+
+def jpeg_uri(picture: np.ndarray) -> str:
+    """The same for photos, which take a tenth of the space so."""
+    return _picture_uri(picture, "jpeg")
+
+
+def _picture_uri(picture: np.ndarray, form: str) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def svg_uri(drawing: bytes) -> str:
-    """A drawing as a place that a page holds in itself."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(drawing).decode()}"
+    Image.fromarray(picture).save(buffer, form)
+    return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"

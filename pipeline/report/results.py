@@ -12,9 +12,10 @@ from pipeline.report.render import Table
 from pipeline.report.runs import UNKNOWN, Run
 
 NONE = "-"
-LAST_BEST = ("last", "best")
+KINDS = ("last", "gain", "best")
+"""What a row has on a split, in the order of the tables."""
 TOGETHER = 2
-"""Splits up to which last and best scores share a table."""
+"""Splits up to which they share a table."""
 HASH = 12
 """Shown digits of a hash."""
 COLUMNS: tuple[str, ...] = (
@@ -30,41 +31,58 @@ def headline(comparison: Comparison) -> str:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Last and best by row and split, what was published, and what is missing; empty ones are left out."""
+    """Scores and gains by row and split, what was published, and what is missing; empty ones are left out."""
     together = len(comparison.splits) <= TOGETHER
-    scores = [_scores(comparison, kinds) for kinds in ((LAST_BEST,) if together else ((kind,) for kind in LAST_BEST))]
+    scores = [_scores(comparison, kinds) for kinds in ((KINDS,) if together else ((kind,) for kind in KINDS))]
     return [table for table in (*scores, _published(comparison), _missing(comparison)) if table.rows]
 
 
 def _scores(comparison: Comparison, kinds: Sequence[str]) -> Table:
-    columns = [(split, kind) for split in comparison.splits for kind in kinds]
-    spreads = [[getattr(row, kind)(split) for split, kind in columns] for row in comparison.rows]
-    counts = [spread.seeds for line in spreads for spread in line if spread]
+    """A column for each split and kind of which a row has something; the best scores are bold."""
+    places = [(split, kind) for split in comparison.splits for kind in kinds]
+    found = {
+        place: line for place in places if any(line := [_of_kind(comparison, row, *place) for row in comparison.rows])
+    }
+    counts = [each.seeds for line in found.values() for each in line if each]
     usual = statistics.mode(counts) if counts else 0
-    rows, margins = [], False
-    for row, line in zip(comparison.rows, spreads, strict=True):
-        gains = [comparison.gain(row, split) if kind == "last" else None for split, kind in columns]
-        margins |= any(gain and gain.margin is not None for gain in gains)
-        cells = [_cell(spread, gain, usual) for spread, gain in zip(line, gains, strict=True)]
-        rows.append([row.label, *cells])
-    title = f"{' and '.join(kinds).capitalize()}: mIoU in %"
-    title += f" ± deviation of {usual} seeds" if usual > 1 else ", one seed"
-    title += "" if len(set(counts)) == 1 else " unless n says other"
-    title += f"; in brackets the gain over {comparison.baseline}, ± its 95 % interval" if margins else ""
-    names = [split if len(kinds) == 1 else f"{split} {kind}" for split, kind in columns]
-    return Table(title, ("method", *names), rows if counts else [])
+    rows = [
+        [row.label, *(_cell(kind, line[at], usual) for (_, kind), line in found.items())]
+        for at, row in enumerate(comparison.rows)
+    ]
+    seeds = "one seed" if usual == 1 else f"mean ± deviation of {usual} seeds"
+    seeds += "" if len(set(counts)) == 1 else " unless n says other"
+    title = _title(comparison.baseline, [kind for kind in kinds if any(kind == each for _, each in found)], seeds)
+    names = [split if len(kinds) == 1 else f"{split} {kind}" for split, kind in found]
+    best = [_best(line) if kind != "gain" else [] for (_, kind), line in found.items()]
+    strong = {(at, column) for column, top in enumerate(best, 1) for at in top}
+    return Table(title, ("method", *names), rows if counts else [], strong=strong)
 
 
-def _cell(spread: Spread | None, gain: Spread | None, usual: int) -> str:
-    """Mean, deviation, gain with its margin, and the number of seeds if it is not the usual one."""
-    if spread is None:
+def _of_kind(comparison: Comparison, row: MethodRow, split: str, kind: str) -> Spread | None:
+    return {"last": row.last, "best": row.best, "gain": lambda on: comparison.gain(row, on)}[kind](split)
+
+
+def _title(baseline: str, kinds: Sequence[str], seeds: str) -> str:
+    """What a table of scores shows, and how its numbers came about."""
+    scores, gains = f"mIoU in %, {seeds}", f"gain over {baseline} in points, ± its 95 % interval"
+    if len(kinds) > 1:
+        return f"{scores}; {gains}" if "gain" in kinds else scores
+    return gains.capitalize() if "gain" in kinds else f"{''.join(kinds).capitalize()} {scores}"
+
+
+def _cell(kind: str, found: Spread | None, usual: int) -> str:
+    """The mean, its deviation or the gain's margin, and the number of seeds if it is not the usual one."""
+    if found is None:
         return NONE
-    parts = [f"{spread.mean:.2f}"]
-    parts += [f"± {spread.sd:.2f}"] if spread.sd is not None else []
-    if gain is not None:
-        parts.append(f"({gain.mean:+.2f})" if gain.margin is None else f"({gain.mean:+.2f} ± {gain.margin:.2f})")
-    parts += [f"n={spread.seeds}"] if spread.seeds != usual else []
-    return " ".join(parts)
+    mean, width = (f"{found.mean:+.2f}", found.margin) if kind == "gain" else (f"{found.mean:.2f}", found.sd)
+    parts = [mean] if width is None else [mean, f"± {width:.2f}"]
+    return " ".join([*parts, *([f"n={found.seeds}"] if found.seeds != usual else [])])
+
+
+def _best(line: Sequence[Spread | None]) -> list[int]:
+    """The places of the highest mean, as it is shown; none where there is nothing to choose from."""
+    means = {at: float(_number(each.mean)) for at, each in enumerate(line) if each}
+    return [at for at, mean in means.items() if mean == max(means.values())] if len(means) > 1 else []
 
 
 def _published(comparison: Comparison) -> Table:
@@ -73,7 +91,7 @@ def _published(comparison: Comparison) -> Table:
     for each in known.rows if known else ():
         rows.append([each.label, *(_number(each.scores.get(split)) for split in comparison.splits), each.source])
         for row in filter(each.fits, comparison.rows):
-            for kind in LAST_BEST:
+            for kind in ("last", "best"):
                 spreads = [getattr(row, kind)(split) for split in comparison.splits]
                 rows.append([f"{row.label}, ours", *(_number(found and found.mean) for found in spreads), kind])
     return Table("Published beside ours: mIoU in %", ("method", *comparison.splits, "source"), rows)
@@ -164,7 +182,9 @@ def cost(comparison: Comparison) -> str:
     for hours, unit in costs:
         sums[unit] += hours  # type: ignore[assignment]
     spent = " + ".join(f"{hours:.2f} {unit}" for unit, hours in sums.items()) or f"cost {UNKNOWN}"
-    what = "of training and evaluation, without repeated steps and the teachers of self-training"
+    alone = sum(run.config.data.pseudo_labels is not None and not run.teacher for run in comparison.runs)
+    what = "of training and evaluation, without repeated steps"
+    what += f" and the teachers of {alone} students, which are not beside them" if alone else ""
     return f"{index}; {spent} {what}, {len(costs)} of {len(comparison.runs)} runs." if costs else f"{index}; {spent}."
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline import checkpoint, storage
-from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Progress, Score
+from pipeline.checkpoint import CONFIG_FILE, METRICS_FILE, STUDENT, SUMMARY_FILE, TEACHER, Progress, Score
 from pipeline.config import cli
 from pipeline.config.cli import Sections
 from pipeline.config.schema import Config, read_file
@@ -55,11 +55,27 @@ class Run:
     progress: Progress
     """From the summary of a finished run, else from the records."""
     finished: bool
+    teacher: Sequence[Mapping[str, Any]] = ()
+    """Records of the teacher that made the pseudo-labels, if the run is the student of self-training."""
 
     def curve(self, key: str) -> list[tuple[float, float]]:
-        """A logged number of the training records over the steps; the mean over the classes of one by class."""
-        found = [(record["step"], _mean(record.get(key))) for record in self.records if record["kind"] == "train"]
+        """A logged number of the training records over the steps; the mean over the classes of one by class.
+
+        A part of a loss is `loss.NAME`.
+        """
+        section, _, name = key.rpartition(".")
+        trained = [(record["step"], record.get(section, {}) if section else record) for record in self._trained]
+        found = [(step, _mean(values.get(name))) for step, values in trained]
         return [(step, value) for step, value in found if value is not None]
+
+    @property
+    def losses(self) -> list[str]:
+        """The parts of its loss, in the order in which they came."""
+        return list(dict.fromkeys(name for record in self._trained for name in record.get("loss", {})))
+
+    @property
+    def _trained(self) -> list[Mapping[str, Any]]:
+        return [record for record in self.records if record["kind"] == "train"]
 
     def scores(self) -> list[Score]:
         """Every evaluation."""
@@ -67,11 +83,11 @@ class Run:
 
     @property
     def cost(self) -> tuple[float, str] | None:
-        """Hours of training and evaluation together, and of what; None where a record does not tell.
+        """Hours of training and evaluation together, a student's with its teacher's; None where a record does not tell.
 
         Older versions did not record what a worker has: theirs are hours of workers.
         """
-        spent = [record.get("worker_seconds") for record in self.records]
+        spent = [record.get("worker_seconds") for record in (*self.teacher, *self.records)]
         if not spent or None in spent:
             return None
         hours = sum(spent) / 3600  # type: ignore[arg-type]
@@ -81,7 +97,7 @@ class Run:
 
 
 def find_runs(places: Sequence[str]) -> list[str]:
-    """The run directories at or below `places`, each once.
+    """The run directories at or below `places`, each once; a teacher that has a student is part of the student's run.
 
     Args:
         places: run directories, or folders or URIs that hold some.
@@ -96,10 +112,17 @@ def find_runs(places: Sequence[str]) -> list[str]:
         below = [file.removesuffix(CONFIG_FILE).rstrip("/") for file in files if file.split("/")[-1] == CONFIG_FILE]
         if not below:
             raise UserError(f"{place}: no run there ({CONFIG_FILE} is missing); name runs, or folders that hold some")
+        below = [name for name in below if _student_of(name) not in below]
         runs = [bare] if "" in below else [storage.join(bare, name) for name in below]
         found |= dict.fromkeys(runs)
     by_place = {storage.absolute(uri): uri for uri in reversed(found)}
     return [uri for uri in found if by_place[storage.absolute(uri)] == uri]
+
+
+def _student_of(teacher: str) -> str | None:
+    """Where the student lies of a run that could be a teacher."""
+    folder, _, name = teacher.rpartition("/")
+    return storage.join(folder, STUDENT) if folder and name == TEACHER else STUDENT if name == TEACHER else None
 
 
 def read_run(uri: str, options: Sections) -> Run:
@@ -117,7 +140,15 @@ def read_run(uri: str, options: Sections) -> Run:
     summary = storage.join(uri, SUMMARY_FILE)
     finished = storage.exists(summary)
     progress = checkpoint.read_summary(summary) if finished else _progress(records)
-    return Run(uri, config, _about(uri, config), records, progress, finished)
+    return Run(uri, config, _about(uri, config), records, progress, finished, _of_teacher(uri, config))
+
+
+def _of_teacher(uri: str, config: Config) -> list[dict[str, Any]]:
+    """The records of a student's teacher, which lies beside it."""
+    folder, _, name = uri.rstrip("/").rpartition("/")
+    if not (config.data.pseudo_labels and folder and name == STUDENT):
+        return []
+    return _records(storage.join(folder, TEACHER, METRICS_FILE))
 
 
 def _config(uri: str, options: Sections) -> Config:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from pipeline import storage
+from pipeline.config.options import OPTIONS
 from pipeline.config.parse import suggest
 from pipeline.errors import UserError
-from pipeline.inference.pictures import compare_networks
-from pipeline.methods import OPTIONS
-from pipeline.report import plots, results
+from pipeline.report import curves, plots, results
 from pipeline.report.compare import BASELINE, Comparison, compare
 from pipeline.report.page import ImagePanel, Picture, as_markdown, as_page
+from pipeline.report.plots import Chart
 from pipeline.report.runs import find_runs, read_run
 
 
@@ -53,14 +53,21 @@ def write_report(
     if figures:
         for at, each in enumerate(comparisons):
             place = storage.join(figures, str(at)) if len(comparisons) > 1 else figures
-            for chart in plots.charts(each):
+            for chart in _charts(each):
                 for kind in plots.FORMATS:
                     storage.write_bytes(storage.join(place, f"{chart.name}.{kind}"), chart.drawn(kind))
     return comparisons
 
 
+def _charts(comparison: Comparison) -> list[Chart]:
+    of_splits = [chart for split in comparison.splits for chart in curves.of_split(comparison, split)]
+    return [*filter(None, [plots.overview(comparison)]), *of_splits]
+
+
 def _picture(comparison: Comparison, images: int) -> Picture:
     """What the networks of two runs see, or why it cannot be drawn."""
+    from pipeline.inference.pictures import compare_networks  # needs torch, and the rest of a report does not
+
     shown = comparison.shown()
     try:
         pixels = compare_networks({row.label: run.uri for row, run in shown}, images)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import checkpoint, storage
-from pipeline.checkpoint import CONFIG_FILE, SUMMARY_FILE, Progress, read_summary
+from pipeline.checkpoint import CONFIG_FILE, STUDENT, SUMMARY_FILE, Progress, read_summary
 from pipeline.config import cli
+from pipeline.config.options import OPTIONS
 from pipeline.config.schema import Config, merge
 from pipeline.errors import UserError
-from pipeline.methods import METHODS, OPTIONS
+from pipeline.methods import METHODS
 from pipeline.training.preflight import check_identity, resolve, resolve_paths
-from pipeline.training.recipe import STUDENT, check_recipe
+from pipeline.training.recipe import check_recipe
 
 TRIALS = "trials"
 """Folder of the run directories below a sweep."""
@@ -124,14 +125,23 @@ def make_trials(
 
 
 def _pinned(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials, checked; all see the same generations of growing pools: those of one that has begun, else of now."""
+    """The trials, checked; all see the same of what grows: what one that has begun sees, else what is there now.
+
+    Growing are the generations of pools, and the checkpoints of a run that is still trained and that they begin with.
+    """
     known: dict[tuple[str, ...], tuple[int, ...]] = {}
+    starts: dict[str, str] = {}
     done = {}
     for trial, begun in sorted(((trial, trial.begun()) for trial in trials), key=lambda each: not each[1]):
         data, reads = trial.config.data, METHODS[trial.config.method].views.unlabeled
+        model, weights = trial.config.model, trial.config.model.weights
         if reads and data.unlabeled_pools in known and not begun:
             data = replace(data, pool_generations=known[data.unlabeled_pools])
-        checked = check_trial(replace(trial, config=replace(trial.config, data=data)))
+        if weights in starts and not begun:
+            model = replace(model, weights=starts[weights])
+        checked = check_trial(replace(trial, config=replace(trial.config, data=data, model=model)))
+        if not trial.staged:
+            starts.setdefault(weights, checked.config.model.weights)
         if reads:
             known.setdefault(data.unlabeled_pools, checked.config.data.pool_generations)
         done[trial.name] = checked

@@ -9,31 +9,34 @@ import shutil
 import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.util
 from ray import tune
-from ray.train import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import storage
 from pipeline.checkpoint import LOG_FILE, Progress
 from pipeline.config import cli
+from pipeline.config.options import OPTIONS
 from pipeline.config.schema import as_dict
 from pipeline.errors import RunError, UserError
-from pipeline.methods import OPTIONS
+from pipeline.patience import retried
 from pipeline.sweep.table import TrialRow, evaluations, look, screen, summary
 from pipeline.sweep.trials import Trial
 from pipeline.training.launch import launch
+from pipeline.training.lease import SILENCE_SECONDS
 from pipeline.training.recipe import self_train
 
 Find = Callable[[Mapping[str, Any], int], Trial]
 """Makes the trial of the values that Tune chose; the number counts Tune's trials."""
 LOOK_SECONDS = 5.0
 """How often the records of running trials are read."""
+LOG_SECONDS = 10.0
+"""Time between two copies of a trial's log into its run directory."""
 QUIET_SECONDS = 60.0
 """Time between lines where there is no terminal."""
 
@@ -185,29 +188,41 @@ def _train(values: dict[str, Any], run: Callable[..., Progress], out: str) -> di
         for step, score in evaluations(out):
             tune.report({"step": step, "score": score})
         try:
-            progress = run(cli.resolve(values, OPTIONS), callbacks=[ScoreReporter()])
+            # of a sweep that was killed a moment ago, trials may not know yet
+            progress = run(cli.resolve(values, OPTIONS), callbacks=[ScoreReporter()], grace=SILENCE_SECONDS)
             step, score = progress.step, progress.last.value if progress.last else score
         except (UserError, RunError) as error:
             problem = " ".join(str(error).split())
             print(problem)
-        except TrainingFailedError as error:  # workers that were lost too often, or a fault of the program
-            problem = str(error).strip().splitlines()[-1]
-            traceback.print_exc(file=sys.stdout)
     return {"problem": problem, "step": step, "score": score}
 
 
 @contextlib.contextmanager
 def _logged(out: str) -> Iterator[None]:
-    """Appends what is printed inside to the log of the run in `out`."""
+    """Appends what is printed inside to the log of the run in `out`, every few seconds: it can be read meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / LOG_FILE
-        try:
-            with path.open("w") as log, contextlib.redirect_stdout(log):
+        path, ended = Path(folder) / LOG_FILE, threading.Event()
+        with path.open("w", buffering=1) as log, contextlib.redirect_stdout(log):
+            thread = threading.Thread(target=_copy, args=(path, storage.join(out, LOG_FILE), ended), name="log")
+            thread.start()
+            try:
                 yield
-        finally:
-            with contextlib.suppress(UserError, OSError):  # a log that cannot be written costs no result
-                storage.retried(lambda: _append(storage.join(out, LOG_FILE), path.read_bytes()))
+            finally:
+                log.flush()
+                ended.set()
+                thread.join()
 
 
-def _append(uri: str, text: bytes) -> None:
-    storage.write_bytes(uri, (storage.read_bytes(uri) if storage.exists(uri) else b"") + text)
+def _copy(path: Path, uri: str, ended: threading.Event) -> None:
+    """Keeps a log in the storage that is being written on this disk, behind what was there before."""
+    with contextlib.suppress(UserError, OSError):  # a log that cannot be written costs no result
+        before = retried(lambda: storage.read_bytes(uri) if storage.exists(uri) else b"")
+        copied = b""
+        while True:
+            last = ended.wait(LOG_SECONDS)
+            text = path.read_bytes()
+            if text != copied:
+                retried(partial(storage.write_bytes, uri, before + text))
+                copied = text
+            if last:
+                return

@@ -1,5 +1,7 @@
 """What the steps of a log interval add up to: losses, speed, time left."""
 
+import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,13 @@ from pipeline.methods import Losses
 from pipeline.ops.world import World
 from pipeline.training.trackers import duration
 
+log = logging.getLogger(__name__)
+MOST_SKIPPED = 20
+"""Updates left out in a row after which a run has diverged."""
+RECENT = 0.3
+"""Weight of the last interval in the running mean of a step's time."""
+TOLD_SECONDS = 0.1
+"""For which training must stand still for checkpoints before the console says so."""
 _NEVER = 1 << 62
 """Stands for the step of the first non-finite loss while all are finite."""
 
@@ -26,33 +35,60 @@ class Diverged(RunError):
 
 
 class Meter:
-    """Sums what the steps report; looks at the device once per log interval."""
+    """Sums what the steps report; looks at the device after the first step and once per log interval."""
 
     def __init__(self, config: Config, world: World, loader: Loader, device: torch.device) -> None:
         self._config, self._world, self._loader, self._device = config, world, loader, device
         self._reset()
-
         self._last: tuple[int, tuple[str, ...]] = (-1, ())
+        self._row = 0
+        self._cold = (0.0, 0)
+        self._pace: float | None = None
+        self.stood_still = 0.0
+        """Seconds that this rank's training spent on handing checkpoints over, in all."""
 
     def _reset(self) -> None:
         self._terms: dict[str, Tensor] = {}
         self._logs: dict[str, Tensor] = {}
-        self._steps = 0
+        self._steps = self._skipped = 0
         self._ids: dict[int, tuple[str, ...]] = {}
         self._bad = torch.full((), _NEVER, device=self._device)
         self._began = time.perf_counter()
         self._before = astuple(self._loader.stats)
-        self._paused = 0.0
+        self._paused = self._saving = 0.0
 
-    def add(self, index: int, losses: Losses, batch: Batch) -> None:
-        """Takes a step's losses without waiting for the device."""
+    def add(self, index: int, losses: Losses | None, batch: Batch) -> None:
+        """Takes a step's losses without waiting for the device.
+
+        Args:
+            index: of the step.
+            losses: None: the update was left out, as the gradient was not finite.
+            batch: of this rank.
+
+        Raises:
+            Diverged: so many updates in a row were left out; on every rank alike.
+        """
+        self._steps += 1
+        self._ids[index] = batch.labeled.ids + (batch.unlabeled.ids if batch.unlabeled else ())
+        self._last = index, self._ids[index]
+        if losses is None:
+            self._skip(index)
+            return
+        self._row = 0
         for name, value in losses.terms.items():
             self._terms[name] = self._terms.get(name, 0) + value.detach()
             self._bad = torch.where(value.detach().isfinite(), self._bad, self._bad.clamp_max(index))
         self._logs = losses.logs
-        self._steps += 1
-        self._ids[index] = batch.labeled.ids + (batch.unlabeled.ids if batch.unlabeled else ())
-        self._last = index, self._ids[index]
+
+    def _skip(self, index: int) -> None:
+        self._skipped += 1
+        self._row += 1
+        log.warning("step %d: the gradient is not finite; the network stays as it was", index)
+        if self._row == MOST_SKIPPED:
+            raise Diverged(
+                f"the gradients of {self._row} steps in a row, up to step {index}, are not finite; this rank's "
+                f"samples: {', '.join(self._ids[index])}"
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -60,6 +96,17 @@ class Meter:
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """The block hands a checkpoint over, or waits for one."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self._saving += spent
+            self.stood_still += spent
 
     def check(self) -> None:
         """Stops the run if a loss of the interval was not finite; every rank calls it.
@@ -91,30 +138,61 @@ class Meter:
             more = f" and {len(bad) - 1} more tensors are" if len(bad) > 1 else " is"
             raise Diverged(f"{bad[0]}{more} not finite after step {index}; this rank's samples: {', '.join(ids)}")
 
+    def first(self, step: int, lr: float) -> dict[str, Any]:
+        """The first step by itself; the interval goes on.
+
+        It has no time left: this step waits for data and compiles, the others do not.
+
+        Raises:
+            Diverged: a loss was not finite; on every rank alike.
+        """
+        record = self._means(lr)
+        self._cold = self._elapsed(), self._steps
+        return record
+
     def summary(self, step: int, lr: float) -> dict[str, Any]:
         """Means of the interval over steps and ranks, speed and time left; begins a new interval.
 
         Raises:
             Diverged: a loss was not finite; on every rank alike.
         """
+        record = self._means(lr)
+        record["eta_seconds"] = round((self._config.optim.steps - step) * self._seconds_per_step(), 1)
+        self._reset()
+        return record
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._began - self._paused
+
+    def _seconds_per_step(self) -> float:
+        """The running mean over intervals, without the first step of all unless there is no other."""
+        seconds, steps = (now - cold for now, cold in zip((self._elapsed(), self._steps), self._cold, strict=True))
+        self._cold = (0.0, 0)
+        if not steps:
+            return self._elapsed() / self._steps
+        self._pace = seconds / steps if self._pace is None else self._pace + RECENT * (seconds / steps - self._pace)
+        return self._pace
+
+    def _means(self, lr: float) -> dict[str, Any]:
+        """Means of the interval over steps and ranks, and speed."""
         self.check()
-        sums = self._world.sum(torch.stack(list(self._terms.values())).double()) / (self._world.size * self._steps)
-        means = dict(zip(self._terms, sums.tolist(), strict=True))
-        elapsed = time.perf_counter() - self._began - self._paused
+        updates = self._steps - self._skipped
+        sums = self._world.sum(torch.stack([*self._terms.values()]).double()).tolist() if updates else []
+        means = {name: total / (self._world.size * updates) for name, total in zip(self._terms, sums, strict=True)}
+        elapsed = self._elapsed()
         images = sum(map(len, self._ids.values())) * self._world.size
-        record = {
-            "total": sum(means.values()),
+        return {
+            "total": sum(means.values()) if means else math.nan,
             "loss": means,
             "lr": lr,
             "workers": self._world.size,
             "images_per_second": round(images / elapsed, 2),
             "worker_seconds": round(elapsed * self._world.size, 3),
-            "eta_seconds": round((self._config.optim.steps - step) * elapsed / self._steps, 1),
+            **({"updates_left_out": self._skipped} if self._skipped else {}),
+            **({"checkpoint_stall": round(self._saving, 3)} if self._saving else {}),
             **self._ingest(elapsed),
             **{name: value.tolist() for name, value in self._logs.items()},
         }
-        self._reset()
-        return record
 
     def _ingest(self, elapsed: float) -> dict[str, Any]:
         """What the loaders of all ranks report: rates of the interval, and counts since the start of this attempt."""
@@ -130,12 +208,26 @@ class Meter:
         }
 
     def line(self, step: int, record: dict[str, Any]) -> str:
-        """The interval as one line of the console."""
+        """The interval, or the first step, as one line of the console."""
         steps = self._config.optim.steps
         losses = "  ".join(f"{name} {value:.4f}" for name, value in record["loss"].items())
         kept = f"  kept {record['kept']:.0%}" if "kept" in record else ""
-        speed = f"{record['images_per_second']:.1f} img/s  stall {record['stall']:.0%}"
+        speed, stood = f"{_speed(record)}  stall {record['stall']:.0%}", record.get("checkpoint_stall", 0.0)
+        if stood >= TOLD_SECONDS:
+            speed += f"  checkpoint {stood:.1f} s"
         return (
             f"step {step:>6}/{steps}  loss {record['total']:.4f}  ({losses}){kept}  lr {record['lr']:.2e}  {speed}"
-            f"  eta {duration(record['eta_seconds'])}"
+            f"{_eta(record)}"
         )
+
+    def brief(self, record: dict[str, Any]) -> str:
+        """The same beside a bar."""
+        return f"loss {record['total']:.4f}  {_speed(record)}{_eta(record)}"
+
+
+def _speed(record: dict[str, Any]) -> str:
+    return f"{record['images_per_second']:.1f} img/s"
+
+
+def _eta(record: dict[str, Any]) -> str:
+    return f"  eta {duration(record['eta_seconds'])}" if "eta_seconds" in record else ""

@@ -12,23 +12,21 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline import checkpoint, storage
-from pipeline.checkpoint import Progress
+from pipeline.checkpoint import STUDENT, TEACHER, Progress
+from pipeline.config.options import SelfTrainingOptions, SupOnlyOptions
 from pipeline.config.schema import Config
 from pipeline.datasets.prepared import pseudo
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.inference.label import Labeling, label_unlabeled
-from pipeline.methods.self_training import SelfTrainingOptions
-from pipeline.methods.suponly import SupOnlyOptions
+from pipeline.patience import Patience
 from pipeline.training.launch import delete_run, launch
+from pipeline.training.lease import held
 from pipeline.training.preflight import check_identity, resolve, resolve_paths
 
-STUDENT = "student"
-"""Where the result lies below the run directory."""
 
-
-def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = ()) -> Progress:
+def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] = (), grace: float = 0.0) -> Progress:
     """Runs the recipe.
 
     The teacher is its *last* checkpoint: the best one would already be chosen on the validation set.
@@ -37,6 +35,7 @@ def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] 
         config: of teacher and student alike; its method is `self_training`.
         fresh: delete what the stages left and start anew.
         callbacks: `ray.train.UserCallback`s that are told of the student's checkpoints.
+        grace: seconds in which another job that runs the recipe may still end.
 
     Returns:
         The scores of the student.
@@ -45,6 +44,11 @@ def self_train(config: Config, *, fresh: bool = False, callbacks: Sequence[Any] 
         UserError: as `launch`, or other pseudo-labels are in the way.
     """
     config = resolve_paths(config)
+    with held(str(config.out), Patience(config.run.storage_patience), grace):
+        return _stages(config, fresh, callbacks)
+
+
+def _stages(config: Config, fresh: bool, callbacks: Sequence[Any]) -> Progress:
     labels, student = (storage.join(str(config.out), part) for part in ("pseudo_labels", STUDENT))
     print("stage 1 of 3: the teacher")
     teacher = _teacher(config)
@@ -77,4 +81,4 @@ def check_recipe(config: Config) -> None:
 
 def _teacher(config: Config) -> Config:
     options = {"suponly": SupOnlyOptions()}
-    return replace(config, method="suponly", options=options, out=storage.join(str(config.out), "teacher"))
+    return replace(config, method="suponly", options=options, out=storage.join(str(config.out), TEACHER))

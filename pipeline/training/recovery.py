@@ -6,7 +6,7 @@ each time that a run is started again.
 """
 
 from pipeline import checkpoint, storage
-from pipeline.checkpoint import Meta
+from pipeline.checkpoint import META_FILE, Meta
 from pipeline.errors import UserError
 
 RECORD_FILE = "checkpoint_manager_snapshot.json"
@@ -52,6 +52,9 @@ def whole(out: str, resume_from: str | None = None) -> list[str]:
         if resume_from is None and len(damaged) < len(names):
             print(f"{problem}: the one before it is taken", flush=True)
     left = names[len(damaged) :]
+    if not names and (halves := checkpoint.halves(out)):
+        lack = f"{', '.join(halves)} {'lack' if len(halves) > 1 else 'lacks'} {META_FILE}"
+        print(f"{out}: {lack}, so no checkpoint is whole: the run begins at step 0", flush=True)
     if damaged and resume_from is not None:
         raise UserError(f"{damaged[0]}; choose another one for --resume_from")
     if damaged and not left:

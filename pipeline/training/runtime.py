@@ -4,41 +4,59 @@ A run has one of two: a plain process, or a worker of Ray Train.
 """
 
 import logging
+import math
+import os
+import platform
 import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from enum import IntEnum
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import META_FILE
+from pipeline.inference.load import any_device
 from pipeline.ingest.read import Reader, read_inline, read_ray
-from pipeline.storage import Patience
-from pipeline.training.lease import Lease
+from pipeline.patience import Patience
+from pipeline.training.lease import Attempt
 from pipeline.training.recovery import UNSCORED, whole
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
-import os
-import platform
-from importlib.metadata import version
+
+    from pipeline.cluster.console import StopAsked
 
 log = logging.getLogger(__name__)
-NOTICE_STEPS = 10
-"""Steps between two checks whether a node is about to be taken away. A check costs milliseconds on all ranks."""
 NOTICE_SECONDS = 10.0
 """Seconds between checkpoints once a node is about to be taken away. Steps after the last one are repeated."""
+
+
+class Wish(IntEnum):
+    """What a run is asked for from outside."""
+
+    GO_ON = 0
+    CHECKPOINT = 1
+    """A machine is about to be taken away."""
+    STOP = 2
+    """A checkpoint, and the end."""
 
 
 class Runtime(ABC):
     """One rank's surroundings."""
 
     reader: Reader
-    """How the unlabeled stream is read here."""
+    """How images are read here."""
+    labeled: Sequence[Any] = ()
+    """Labeled images that the driver has read for all ranks, by `ingest.read.share`."""
     cpus: float = 1.0
     """CPUs of this rank."""
     gpus: float = 0.0
@@ -47,8 +65,10 @@ class Runtime(ABC):
     """CPU threads for decoding."""
     patience: Patience
     """With the storage, for all that this rank reads and writes."""
-    lease: Lease
-    """This attempt's right to write; rank 0 takes it."""
+    attempt: Attempt
+    """The right to write; rank 0 takes it."""
+    _writing: Future[None] | None = None
+    """The checkpoint that a thread is writing."""
 
     @abstractmethod
     def device(self) -> torch.device:
@@ -58,26 +78,34 @@ class Runtime(ABC):
     def latest(self) -> str | None:
         """URI of the newest whole checkpoint of this run, or None."""
 
-    def notice(self, step: int) -> bool:
-        """Whether a machine of this run is about to be taken away and a checkpoint should be written now.
-
-        Every rank calls it after every step and gets the same answer.
-        """
+    def wish(self, step: int) -> Wish:
+        """What is wanted after `step`; every rank calls it after every step and gets the same answer."""
         del step
-        return False
+        return Wish.GO_ON
 
     @abstractmethod
     def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
-        """Hands over a checkpoint; every rank calls it equally often.
+        """Hands over a checkpoint, which a thread writes; every rank calls it equally often, after `drain`.
 
         Args:
             step: steps done.
             score: result of the evaluation at this step, None if there was none.
-            write: fills a local folder with the checkpoint; None on the ranks that do not write.
+            write: fills a local folder with the checkpoint, in that thread; None on the ranks that do not write.
         """
 
+    def drain(self) -> None:
+        """Waits until the checkpoint that was handed over is where it belongs.
 
-def _upload(folder: Path, uri: str, lease: Lease) -> None:
+        Raises:
+            Superseded: a later attempt has begun.
+            UserError: the storage stays away, or refuses.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def _upload(folder: Path, uri: str, attempt: Attempt) -> None:
     """Copies a checkpoint; checkpoint.json goes last, as it makes it whole. Brief trouble of the storage is waited for.
 
     Raises:
@@ -85,7 +113,7 @@ def _upload(folder: Path, uri: str, lease: Lease) -> None:
         UserError: the storage stays away, or refuses.
     """
     for file in sorted(folder.iterdir(), key=lambda file: file.name == META_FILE):
-        lease.write(storage.join(uri, file.name), file.read_bytes())
+        attempt.write(storage.join(uri, file.name), file.read_bytes())
 
 
 class PlainRuntime(Runtime):
@@ -95,12 +123,13 @@ class PlainRuntime(Runtime):
 
     def __init__(self, out: str) -> None:
         self._out, self.patience = out, Patience()
-        self.lease = Lease(out, self.patience)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self.attempt = Attempt(out, "", self.patience)
         self.gpus = float(torch.cuda.is_available())
 
     def device(self) -> torch.device:
         """A GPU if there is one."""
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return any_device()
 
     def latest(self) -> str | None:
         """The newest whole checkpoint."""
@@ -108,25 +137,37 @@ class PlainRuntime(Runtime):
         return storage.join(self._out, names[0]) if names else None
 
     def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
-        """Copies the folder."""
-        if write is None:
-            return
+        """Goes through a folder of its own."""
+        if write is not None:
+            self._writing = self._thread.submit(self._written, write, storage.join(self._out, checkpoint.name(step)))
+
+    def _written(self, write: Callable[[Path], None], uri: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
-            _upload(Path(folder), storage.join(self._out, checkpoint.name(step)), self.lease)
+            _upload(Path(folder), uri, self.attempt)
 
 
 class RayRuntime(Runtime):
-    """A Ray Train worker: checkpoints are uploaded in the background and kept or pruned by Ray Train."""
+    """A Ray Train worker: its thread writes checkpoints, and it keeps or prunes them."""
 
     reader = staticmethod(read_ray)
 
-    def __init__(self, out: str, resources: Mapping[str, float], patience: Patience) -> None:
-        """Args: out: run directory; resources: of this worker, by Ray's names; patience: with the storage."""
-        self._out, self.patience, self.lease = out, patience, Lease(out, patience)
+    def __init__(
+        self, out: str, holder: str, resources: Mapping[str, float], patience: Patience, stop: "StopAsked | None"
+    ) -> None:
+        """One rank of a run.
+
+        Args:
+            out: run directory.
+            holder: of its lease.
+            resources: of this worker, by Ray's names.
+            patience: with the storage.
+            stop: whether the run is to stop; rank 0 knows it.
+        """
+        self._out, self.patience, self.attempt = out, patience, Attempt(out, holder, patience)
         self.cpus, self.gpus = max(1.0, resources.get("CPU", 1.0)), resources.get("GPU", 0.0)
         self.threads = max(1, int(self.cpus) - 1)
-        self._noticed: float | None = None
+        self._stop, self._agreement, self._noticed = stop, Agreement(), -math.inf
 
     def device(self) -> torch.device:
         """The device that Ray gave this worker."""
@@ -141,49 +182,40 @@ class RayRuntime(Runtime):
         found = ray.train.get_checkpoint()
         return storage.join(self._out, Path(found.path).name) if found else None
 
-    def notice(self, step: int) -> bool:
-        """Asks Ray Train, which hears of drained nodes (`ray drain-node`, spot notices through the watcher).
+    def wish(self, step: int) -> Wish:
+        """What rank 0 knows, one step later: the driver wants to stop, or Ray has told that a node will be taken away.
 
-        After the first checkpoint the run goes on until the node is gone, with more of them in short intervals.
+        Training goes on until a node is gone, with checkpoints in short intervals.
         """
-        import ray.train
-        import ray.train.collective
+        return Wish(self._agreement.greatest(self._own_wish(step) if self._stop is not None else Wish.GO_ON))
 
-        if step % NOTICE_STEPS:
-            return False
-        found = ray.train.get_preemption_info()  # what rank 0 knows
-        if found is None:
-            return False
-        now = time.monotonic()
-        due = self._noticed is None or now - self._noticed >= NOTICE_SECONDS
-        due = ray.train.collective.broadcast_from_rank_zero(due)  # clocks differ
-        if due:
-            if self._noticed is None:
-                left = (found.deadline_ms or 0) / 1000 - time.time()
-                within = f" within {left:.0f} s" if found.deadline_ms else ""
-                log.info(
-                    "%d node(s) will be taken away%s: checkpoint at step %d",
-                    len(found.preempted_node_ids),
-                    within,
-                    step,
-                )
-            self._noticed = now
-        return due
+    def _own_wish(self, step: int) -> Wish:
+        from pipeline.cluster.internals import preemption
+
+        if self._stop:
+            return Wish.STOP
+        found, now = preemption(), time.monotonic()
+        if found is None or now - self._noticed < NOTICE_SECONDS:
+            return Wish.GO_ON
+        if self._noticed == -math.inf:
+            left = (found.deadline_ms or 0) / 1000 - time.time()
+            within = f" within {left:.0f} s" if found.deadline_ms else ""
+            count = len(found.preempted_node_ids)
+            log.info("%d node(s) will be taken away%s: a checkpoint after step %d", count, within, step)
+        self._noticed = now
+        return Wish.CHECKPOINT
 
     def report(self, step: int, score: float | None, write: Callable[[Path], None] | None) -> None:
-        """A barrier over the ranks. The folder is Ray's after the call: it uploads and removes it."""
+        """A barrier over the ranks. Ray gets an empty folder, which its thread has filled and uploads and removes."""
         import ray.train
         from ray.train import Checkpoint, CheckpointUploadMode
 
-        handed = None
+        handed, upload = None, None
         if write is not None:
-            folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-            try:
-                write(folder)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            handed = Checkpoint.from_directory(folder)
+            with storage.translated(tempfile.gettempdir()):
+                handed = Checkpoint.from_directory(tempfile.mkdtemp(prefix="checkpoint-"))
+            self._writing = Future()
+            upload = partial(self._uploaded, write, self._writing)
         ray.train.report(
             {
                 "step": step,
@@ -192,18 +224,54 @@ class RayRuntime(Runtime):
             checkpoint=handed,
             checkpoint_dir_name=checkpoint.name(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=self._uploaded,
+            checkpoint_upload_fn=upload,
             delete_local_checkpoint_after_upload=True,
         )
 
-    def _uploaded(self, handed: "Checkpoint", name: str) -> "Checkpoint":
+    def _uploaded(
+        self, write: Callable[[Path], None], done: Future[None], handed: "Checkpoint", name: str
+    ) -> "Checkpoint":
         """Runs in a thread of Ray Train, whose own way of copying gives up at the first trouble."""
         from ray.train import Checkpoint
 
-        uri = storage.join(self._out, name)
-        _upload(Path(handed.path), uri, self.lease)
+        folder, uri = Path(handed.path), storage.join(self._out, name)
+        if done.done():  # Ray tries some errors again; the patience with them is used up
+            done.result()
+        try:
+            with storage.translated(str(folder)):
+                write(folder)
+            _upload(folder, uri, self.attempt)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            done.set_exception(error)
+            raise
+        done.set_result(None)
         filesystem, path = storage.resolve(uri)
         return Checkpoint(path, filesystem)
+
+
+class Agreement:
+    """What the ranks want, the same on all of them after each step, without a wait for the device or the network.
+
+    The exchange of a step is awaited after the next one, when it has long been done; it goes through the CPUs.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def greatest(self, own: int) -> int:
+        """The greatest value of any rank at the call before this one; 0 at first. Alone: this rank's, at once."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return own
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        before, value = self._pending, torch.tensor(own)
+        self._pending = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True), value
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
 
 
 _CPUINFO = Path("/proc/cpuinfo")

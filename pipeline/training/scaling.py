@@ -59,14 +59,19 @@ def _nodes(config: Config, fewest: int) -> list[Machine]:
 
 
 def allowed_counts(config: Config) -> list[int]:
-    """Numbers of workers that divide the batch. With more than one, each needs whole pairs of unlabeled images.
+    """Numbers of workers that divide the batch, so that each has as many images for every micro-batch.
 
-    Mixing swaps boxes within pairs, so a pair must not be split over workers.
+    With more than one, each needs whole pairs of unlabeled images. Mixing swaps boxes within pairs, so a pair must not
+    be split over workers; over micro-batches it may, as it is mixed before.
     """
-    optim = config.optim
-    pairs = optim.batch_unlabeled / 2 if METHODS[config.method].views.unlabeled else optim.batch_labeled
-    shared = [n for n in range(2, optim.batch_labeled + 1) if optim.batch_labeled % n == 0 and pairs % n == 0]
-    return [1, *shared]
+    optim, both = config.optim, METHODS[config.method].views.unlabeled
+    sides = (optim.batch_labeled, optim.batch_unlabeled) if both else (optim.batch_labeled,)
+    pairs = optim.batch_unlabeled / 2 if both else optim.batch_labeled
+
+    def share(n: int) -> bool:
+        return all(side % (n * optim.accumulate) == 0 for side in sides) and (n == 1 or pairs % n == 0)
+
+    return [n for n in range(1, optim.batch_labeled + 1) if share(n)]
 
 
 def worker_gpus(config: Config, up: Sequence[Machine]) -> float:
@@ -88,8 +93,9 @@ def worker_counts(config: Config) -> tuple[int, ...]:
     counts = tuple(n for n in allowed if fewest <= n <= most)
     if not counts:
         raise UserError(
-            f"scaling.workers {config.scaling.workers} does not share the batch equally (unlabeled images in pairs)"
-            f"; choose from {', '.join(map(str, allowed))}"
+            f"scaling.workers {config.scaling.workers} does not share the batch equally (unlabeled images in pairs"
+            f"{f', of each {config.optim.accumulate} micro-batches' if config.optim.accumulate > 1 else ''}); "
+            f"choose from {', '.join(map(str, allowed))}"
         )
     return counts
 

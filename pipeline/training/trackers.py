@@ -1,41 +1,69 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard by default, one readable line on the console."""
+"""Where numbers and pictures go: files of the run always, TensorBoard by default, services if asked."""
 
+import io
 import json
 import math
+import re
+import secrets
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
-from pipeline.checkpoint import METRICS_FILE
+import numpy as np
+from PIL import Image
+
+from pipeline import checkpoint, storage
+from pipeline.checkpoint import METRICS_FILE, PICTURES, TRACKING_FILE
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.patience import Patience
 from pipeline.records import read_record
-from pipeline.storage import Patience
-from pipeline.training.lease import Lease
+from pipeline.training.lease import Attempt
+from pipeline.training.services import Sender, chosen, scalars
 
 FLUSH_SECONDS = 10.0
+PAGE = ".png"
+"""How a step's file in the folder of pictures ends."""
 
 
 class Tracker:
     """Records of one run, written by rank 0 alone. After a resume, later records of the lost attempt are dropped."""
 
-    def __init__(self, out: str, start: int, lease: Lease, *, tensorboard: bool) -> None:
+    def __init__(self, config: Config, start: int, attempt: Attempt, classes: Sequence[str] = ()) -> None:
         """Begins with what earlier attempts have left.
 
         Args:
-            out: run directory.
+            config: of the run; its `out` is set.
             start: steps done before this attempt.
-            lease: that this attempt has taken.
-            tensorboard: write events as well.
+            attempt: that this process has taken.
+            classes: names by class id, under which TensorBoard and services get the `iou` of a record.
         """
-        self._lease = lease
+        self._classes = tuple(classes)
+        out = str(config.out)
+        self._attempt = attempt
         self._uri = storage.join(out, METRICS_FILE)
         self._lines = self._kept(start)
         self._flushed = time.monotonic()
-        self._events = _Events(storage.join(out, "tensorboard"), start, lease.patience) if tensorboard else None
+        events = storage.join(out, "tensorboard") if config.run.tensorboard else None
+        self._events = _Events(events, start, attempt.patience) if events else None
+        self._pages = _Steps(storage.join(out, PICTURES), PAGE, start, attempt)
+        self._images = _Steps(storage.join(events, PICTURES), ".tfevents", start, attempt) if events else None
+        names = chosen(config)
+        token = self._token(storage.join(out, TRACKING_FILE)) if names else ""
+        self._senders = [Sender(name, config, token) for name in names]
+
+    def _token(self, uri: str) -> str:
+        """By which services know the run: one that goes on is the same to them; `--fresh` deletes the file."""
+        if storage.exists(uri):
+            return storage.read_text(uri).strip()
+        token = secrets.token_hex(8)
+        self._attempt.write(uri, token.encode())
+        return token
 
     def _kept(self, start: int) -> list[str]:
         if start == 0 or not storage.exists(self._uri):
@@ -44,12 +72,33 @@ class Tracker:
         return [line for number, line in enumerate(lines, 1) if read_step(line, f"{self._uri}: line {number}") <= start]
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Adds a record: `kind` is train or eval, values are numbers, lists or dicts of them."""
-        self._lines.append(json.dumps({"kind": kind, "step": step, **{k: _finite(v) for k, v in values.items()}}))
+        """Adds a record: `kind` is train or eval, values are numbers, lists or dicts of them. It gets the time, UTC."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        record = {"kind": kind, "step": step, "time": now, **{key: _finite(value) for key, value in values.items()}}
+        self._lines.append(json.dumps(record))
+        if "iou" in values:
+            values = {**values, "iou": dict(zip(self._classes, values["iou"], strict=False))}
         if self._events:
             self._events.add(kind, step, values)
+        for sender in self._senders:
+            sender.add(kind, step, values)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
+
+    def show(self, step: int, page: Image.Image, images: Mapping[str, Image.Image]) -> None:
+        """Writes the pictures of a step, at once: `page` as PNG and to services, `images` by name for TensorBoard.
+
+        Raises:
+            Superseded: a later attempt has begun.
+            UserError: the storage stays away, or refuses.
+        """
+        buffer = io.BytesIO()
+        page.save(buffer, "png")
+        self._pages.write(step, buffer.getvalue())
+        if self._images:
+            self._images.write(step, _image_events(step, images))
+        for sender in self._senders:
+            sender.show(step, page)
 
     def flush(self) -> None:
         """Makes all records durable. The file is replaced as a whole: object stores cannot append.
@@ -59,14 +108,18 @@ class Tracker:
             UserError: the storage stays away, or refuses.
         """
         text = "".join(f"{line}\n" for line in self._lines).encode()
-        self._lease.write(self._uri, text)
+        self._attempt.write(self._uri, text)
         if self._events:
             self._events.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes and ends."""
-        self.flush()
+        try:
+            self.flush()
+        finally:
+            for sender in self._senders:
+                sender.close()
         if self._events:
             self._events.close()
 
@@ -99,13 +152,12 @@ class _Events:
         self._scratch = tempfile.TemporaryDirectory() if self._remote else None
         self._folder = self._scratch.name if self._scratch else storage.resolve(uri)[1]
         # what a lost attempt wrote after `start` is purged; file names have seconds only, so the suffix sets them apart
-        self._writer = SummaryWriter(self._folder, purge_step=start + 1, filename_suffix=f".from_{start}")
+        with storage.translated(self._folder):
+            self._writer = SummaryWriter(self._folder, purge_step=start + 1, filename_suffix=f".from_{start}")
 
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            for label, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if isinstance(number, int | float):
-                    self._writer.add_scalar(f"{kind}/{name}{label and '/' + label}", number, step)
+        for name, number in scalars(kind, values):
+            self._writer.add_scalar(name, number, step)
 
     def flush(self) -> None:
         self._writer.flush()
@@ -119,6 +171,37 @@ class _Events:
         self.flush()
         if self._scratch:
             self._scratch.cleanup()
+
+
+class _Steps:
+    """A folder with one file for each step that has one. Those after `start` are of a lost attempt and go."""
+
+    def __init__(self, uri: str, ending: str, start: int, attempt: Attempt) -> None:
+        self._uri, self._ending, self._attempt = uri, ending, attempt
+        attempt.patience.retried(lambda: delete_steps(uri, ending, start))
+
+    def write(self, step: int, data: bytes) -> None:
+        self._attempt.write(storage.join(self._uri, checkpoint.name(step) + self._ending), data)
+
+
+def delete_steps(uri: str, ending: str, after: int = -1) -> None:
+    """Deletes the files of a folder that are called step_N and `ending`, of steps after `after`, and nothing else."""
+    for name in storage.list_files(uri):
+        found = re.fullmatch(rf"step_(\d+){re.escape(ending)}", name)
+        if found and int(found[1]) > after:
+            storage.delete(storage.join(uri, name))
+
+
+def _image_events(step: int, images: Mapping[str, Image.Image]) -> bytes:
+    """A file of TensorBoard with these pictures alone: one that grew by them would be copied whole at each flush."""
+    from tensorboardX import SummaryWriter
+
+    with storage.translated(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for name, image in images.items():
+                writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        (file,) = Path(folder).iterdir()
+        return file.read_bytes()
 
 
 def _finite(value: Any) -> Any:

@@ -1,12 +1,8 @@
-"""What a run on a fleet has done so far, from its log and the storage; and holding it up."""
+"""What a run on a fleet has done so far, from its log and the storage."""
 
 import itertools
 import json
-import os
 import re
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from tests.cluster.fleet import Fleet
 from tests.cluster.site import Submitted
@@ -44,13 +40,3 @@ def checkpoints(fleet: Fleet, run: str) -> set[int]:
 def resumed_from(job: Submitted) -> list[int]:
     """The steps from which the job went on."""
     return [int(step) for step in re.findall(r"resuming from \S+, step (\d+)", job.said)]
-
-
-@contextmanager
-def held(pid: int) -> Iterator[None]:
-    """Stops a process until the end of the block."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)

@@ -12,9 +12,9 @@ from pipeline.methods import OPTIONS
 from pipeline.training.runtime import PlainRuntime
 from pipeline.training.trainer import train
 from tests.cluster.fleet import TRAIN_WORKER, Fleet
-from tests.cluster.runs import FLAGS, counts, curve, held, registered
+from tests.cluster.runs import FLAGS, counts, curve, registered
 from tests.jobs import SHORT, records
-from tests.processes import wait_for
+from tests.processes import held, wait_for
 
 ENDLESS = 100_000
 ELASTIC = [*FLAGS, "--optim.steps", str(ENDLESS), "--eval.every", str(ENDLESS), "--optim.optimizer", "sgd"]

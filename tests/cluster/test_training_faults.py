@@ -12,10 +12,10 @@ import pytest
 from cluster.spot_watcher import MARGIN_S
 from pipeline.checkpoint import name
 from tests.cluster.fleet import TRAIN_WORKER, Fleet
-from tests.cluster.runs import STEPS, TWO, checkpoints, curve, held, registered, resumed_from
+from tests.cluster.runs import STEPS, TWO, checkpoints, curve, registered, resumed_from
 from tests.cluster.site import Submitted, training
 from tests.hosts import Host
-from tests.processes import kill, wait_for
+from tests.processes import held, kill, wait_for
 
 NOTICE = 30
 """Seconds between the notice and the end of a preempted host."""
@@ -116,6 +116,21 @@ def test_a_cable_is_pulled(whole: Fleet, calm: list[dict], tmp_path: Path) -> No
     files = whole.files(run)
     cut.plug()  # what it was doing when it was cut off must not come after all
     wait_for("the end of the host's node", lambda: not cut.find("raylet/raylet") and not cut.find(TRAIN_WORKER), 300)
+    assert whole.files(run) == files
+    assert curve(whole, run) == calm
+
+
+def test_a_cable_is_out_for_a_while(whole: Fleet, calm: list[dict], tmp_path: Path) -> None:
+    """For about as long as a host may be silent: whoever has its place then, one of the two writes."""
+    job = begun(whole, tmp_path / "log", run := "s3://runs/loose", *TWO, "--run.tensorboard", "true")
+    (cut,) = [host for host in whole.training if writes(host)]
+    cut.unplug()
+    time.sleep(20)  # this is the scenario, not a wait for something
+    cut.plug()
+    ended_well(whole, job, run, calm)
+    assert len(resumed_from(job)) <= 1
+    files = whole.files(run)
+    wait_for("the end of the host's worker", lambda: not cut.find(TRAIN_WORKER), 300)
     assert whole.files(run) == files
     assert curve(whole, run) == calm
 

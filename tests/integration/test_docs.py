@@ -42,7 +42,7 @@ def checkout(tmp_path: Path, shapes: str) -> Path:
     """
     if not (VENV / "installed").exists():
         pytest.skip("no .venv: the pages' commands take the environment that `make install` makes")
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "jobs", "pipeline", "README.md"):
+    for name in ("Makefile", "pyproject.toml", "cluster", "requirements-dev.lock", "jobs", "pipeline", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").mkdir()
     for part in VENV.iterdir():

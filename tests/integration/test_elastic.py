@@ -6,10 +6,12 @@ import json
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray.train
 import torch
@@ -22,11 +24,13 @@ from pipeline.datasets.images import encode_png
 from pipeline.datasets.pools.make import make_pool
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
+from pipeline.ingest import read
+from pipeline.ingest.groups import UNLABELED
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.order import Mixture, open_sources
-from pipeline.ingest.read import UnlabeledStream, read_inline, read_ray
+from pipeline.ingest.order import Mixture, Unit, open_sources
+from pipeline.ingest.read import SampleStream, read_inline, read_ray, share
 from pipeline.methods import OPTIONS
-from pipeline.storage import Patience
+from pipeline.patience import Patience
 from tests.processes import kill, named, wait_for
 
 STEPS, KILLED = 54, 23
@@ -53,12 +57,12 @@ def config(shapes: str, tmp_path: Path) -> Config:
 
 
 def test_any_number_of_workers_makes_the_same_batches(config: Config, tmp_path: Path) -> None:
-    """One worker; and four up to a kill, then two."""
-    one = trained(config, tmp_path / "one", workers=1)
+    """One worker; and four up to a kill, then two. The one shares the labeled images, the four stream them."""
+    one = trained(config, tmp_path / "one", workers=1, labeled="shared")
     assert len(one) == STEPS
     four = tmp_path / "four"
     with pytest.raises(ray.train.TrainingFailedError):
-        trained(config, four, workers=4, hold=KILLED)
+        trained(config, four, workers=4, hold=KILLED, labeled="streamed")
     before = recorded(four)
     assert len(before) == KILLED
     after = trained(config, tmp_path / "rest", workers=2, start=KILLED)
@@ -72,7 +76,7 @@ def each_image_once(config: Config, sequence: Sequence) -> None:
     split = load_split(dataset, config.split)
     lanes = range(config.optim.batch_unlabeled)
     plan = Mixture(open_sources(config, dataset, split), len(lanes), config.seed)
-    planned = list(itertools.islice(UnlabeledStream(plan, lanes, 0, read_inline, None, Patience()), STEPS))
+    planned = list(itertools.islice(SampleStream(plan, lanes, 0, read_inline, None, Patience()), STEPS))
     places = slice(config.optim.batch_labeled, None)
     assert [[row[0] for row in step[places]] for step in sequence] == [[each.id for each in step] for step in planned]
     counts = Counter((each.epoch, each.id) for step in planned for each in step)
@@ -80,12 +84,19 @@ def each_image_once(config: Config, sequence: Sequence) -> None:
     assert len([1 for epoch, _ in counts if epoch == 0]) == POOL + len(split.unlabeled)
 
 
-def trained(config: Config, folder: Path, *, workers: int, start: int = 0, hold: int = STEPS) -> Sequence:
+def trained(
+    config: Config, folder: Path, *, workers: int, start: int = 0, hold: int = STEPS, labeled: str = "held"
+) -> Sequence:
     """What workers saw; if they hold before the end, one of them is killed then."""
     from ray.train.torch import TorchTrainer
 
     folder.mkdir()
-    values = {"config": as_dict(config), "folder": str(folder), "start": start, "hold": hold}
+    dataset = open_dataset(str(config.data.root))
+    ids = load_split(dataset, config.split).labeled
+    blocks = share(dataset, ids, Patience()) if labeled == "shared" else []
+    assert bool(blocks) == (labeled == "shared")
+    values = {"config": as_dict(config), "folder": str(folder), "start": start, "hold": hold, "blocks": blocks}
+    values["bytes"] = 0 if labeled == "streamed" else read.HELD_BYTES
     trainer = TorchTrainer(
         record,
         train_loop_config=values,
@@ -120,10 +131,11 @@ def record(values: dict[str, Any]) -> None:
     config = cli.resolve(values["config"], OPTIONS)
     dataset = open_dataset(str(config.data.root))
     context = ray.train.get_context()
+    read.HELD_BYTES = values["bytes"]
     loader = Loader(
         config, dataset, load_split(dataset, config.split), ViewSpec(unlabeled=True, strong=2),
         rank=context.get_world_rank(), world=context.get_world_size(), start=values["start"], threads=2,
-        reader=read_ray,
+        reader=read_ray if not values["blocks"] else unlabeled_alone, shared=values["blocks"],
     )  # fmt: skip
     with (Path(values["folder"]) / f"rank-{context.get_world_rank()}").open("w", buffering=1) as file:
         for _, batch in zip(range(values["start"], values["hold"]), loader, strict=False):
@@ -132,6 +144,13 @@ def record(values: dict[str, Any]) -> None:
     if values["hold"] < STEPS:
         threading.Event().wait()
     loader.close()
+
+
+def unlabeled_alone(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+    """The reader of a worker that finds the labeled images in the object store."""
+    for unit, table in read_ray(units, labels, patience):
+        assert unit.group.columns == UNLABELED
+        yield unit, table
 
 
 def told(views: Views) -> list[list[str]]:

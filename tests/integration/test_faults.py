@@ -1,26 +1,33 @@
 """A storage in trouble: every row still comes exactly once, or the run ends with one line and can go on later."""
 
+import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline import storage
 from pipeline.datasets.prepared.dataset import Dataset, open_dataset, read_group
 from pipeline.errors import UserError
 from pipeline.ingest import read
-from pipeline.ingest.order import LanePlan, select_groups
+from pipeline.ingest.groups import select_groups
+from pipeline.ingest.loader import PREFETCH_STEPS
+from pipeline.ingest.order import LanePlan, Unit
 from pipeline.ingest.read import read_inline, read_ray
-from pipeline.storage import Patience
+from pipeline.patience import Patience
 from tests.jobs import Job, environment, has_checkpoint, records, train_command
 from tests.processes import wait_for
 from tests.proxy import FaultProxy
 from tests.s3 import S3Server
+from tests.unit.ingest.loading import both_views, configured, loader_of, same, take
 
 ROOT = "s3://data/shapes"
 LANES = 8
+LARGEST = 6
+"""Rows of a row group at most."""
 AWAY = 8.0
 """Seconds for which the killed server is away."""
 
@@ -135,6 +142,38 @@ class TestStream:
         assert found == expected
         assert retries > 0
 
+    def test_slow_answers_change_no_batch_and_no_bound(
+        self, proxy: FaultProxy, dataset: Dataset, shapes: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Labeled and unlabeled images come slowly; then they wait, as nobody takes them."""
+        monkeypatch.setattr(read, "SEGMENT_ITEMS", 2)
+        planned = 0
+
+        def reader(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+            def told() -> Iterator[Unit]:
+                nonlocal planned
+                for unit in units:
+                    planned += len(unit.group.rows)
+                    yield unit
+
+            return read_ray(told(), labels, patience)
+
+        proxy.rate = 500_000
+        proxy.set("slow", "GET ", "/shards/train")
+        loader = loader_of(configured(dataset.root), reader=reader)
+        labeled = proxy.counts["slow"]
+        try:
+            batches = list(itertools.islice(loader, 40))
+            assert proxy.counts["slow"] > labeled > 0
+            wait_for("all that has room", loader._ready.full)
+        finally:
+            loader.close()
+        assert same(batches, take(configured(shapes), 40))
+        assert {(len(labeled.ids), len(unlabeled.ids)) for labeled, unlabeled in map(both_views, batches)} == {(4, 6)}
+        # of labeled and of unlabeled images two segments, what fills the last item of each, and the steps that are made
+        most = 2 * 2 * read.SEGMENT_ITEMS * (read.ITEM_ROWS + LARGEST) + (4 + 6) * (PREFETCH_STEPS + 2)
+        assert planned - 40 * (4 + 6) <= most
+
     def test_damage_is_named(self, dataset: Dataset) -> None:
         whole = storage.read_bytes(shard := storage.join(ROOT, dataset.subset("train")["shard"][0].as_py()))
         flipped = bytearray(whole)
@@ -142,7 +181,7 @@ class TestStream:
         try:
             for spoilt in (bytes(flipped), whole[: len(whole) // 2]):
                 storage.write_bytes(shard, spoilt)
-                with pytest.raises(UserError, match=rf"^{shard}: row group \d+ is damaged \([^\n]*\); prepare"):
+                with pytest.raises(UserError, match=rf"^{shard}: \S+ is damaged \(checksum[^\n]*\); prepare"):
                     epoch(dataset, read_ray)
         finally:
             storage.write_bytes(shard, whole)
@@ -156,8 +195,9 @@ def test_a_run_without_storage_ends_and_goes_on(
     flags = ["--data", ROOT, "--out", run, "--optim.steps", "50", "--u2pl.warmup", "5", "--scaling.workers", "1"]
     command = train_command(*flags, "--run.checkpoint_every", "10", "--run.storage_patience", "10")
     env = {**environment(ray_folder, server), "AWS_ENDPOINT_URL": proxy.endpoint}
-    proxy.plan(*["reset"] * 12, path="shards/train")  # four threads read the labeled set: one of them meets three
     with Job(command, env, tmp_path / "first.log") as job:
+        wait_for("a worker that begins to read", lambda: "reading" in job.said or job.ended, 400)
+        proxy.plan(*["reset"] * 12, path="shards/train")  # four threads read the first item: one of them meets three
         wait_for("a registered checkpoint", lambda: has_checkpoint(run), 400)
         proxy.set("refuse")
         began = time.monotonic()
@@ -172,7 +212,12 @@ def test_a_run_without_storage_ends_and_goes_on(
     proxy.set()
     assert proxy.planned == 0
     assert records(run)[-1]["retries"] > 0
+    proxy.rate = 2_000_000
+    proxy.set("slow", "GET ", "/shards/train")
     with Job(command, env, tmp_path / "second.log") as job:
         assert job.wait(400) == 0, job.said
         assert f"resuming from {run}/step_" in job.said
+    assert proxy.counts["slow"] > 0
     assert [record["step"] for record in records(run)] == list(range(1, 51))
+    images = {round(record["images_per_second"] * record["worker_seconds"]) for record in records(run)}
+    assert images == {4 + 8}, "labeled and unlabeled images of a step"

@@ -20,11 +20,12 @@ from pipeline.config.schema import Config, as_dict
 from pipeline.datasets.prepared.dataset import open_dataset, read_group
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
+from pipeline.ingest.groups import select_groups
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.order import LanePlan, select_groups
+from pipeline.ingest.order import LanePlan
 from pipeline.ingest.read import read_inline, read_ray
 from pipeline.methods import OPTIONS
-from pipeline.storage import Patience
+from pipeline.patience import Patience
 from pipeline.training.launch import launch
 from pipeline.training.runtime import PlainRuntime
 from pipeline.training.trainer import train

@@ -23,10 +23,11 @@ from pipeline.datasets.pools.make import make_pool
 from pipeline.datasets.pools.pool import Pool, open_pool
 from pipeline.errors import UserError
 from pipeline.ingest import read
-from pipeline.ingest.order import LanePlan, PoolTable
+from pipeline.ingest.groups import PoolTable
+from pipeline.ingest.order import LanePlan
 from pipeline.ingest.read import read_inline, read_ray
 from pipeline.methods import OPTIONS
-from pipeline.storage import Patience
+from pipeline.patience import Patience
 from pipeline.training.launch import launch
 from tests.processes import wait_for
 from tests.s3 import S3Server

@@ -3,11 +3,10 @@
 import itertools
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from pipeline import storage
-from tests.heads import head_command, node_command
+from tests.heads import head_command, node_command, nodes
 from tests.jobs import Job, environment, has_checkpoint, records, train_command
 from tests.processes import descendants, kill, wait_for
 from tests.s3 import S3Server, free_ports
@@ -18,14 +17,13 @@ ONE_EACH = ["--scaling.workers", "1..2", "--scaling.cpus_per_worker", "0.7"]
 """Nodes of one CPU hold one worker and a reading task."""
 EVERY = 200
 """Steps between checkpoints."""
-LIST = "import ray; ray.init(logging_level='ERROR'); print([n['NodeID'] for n in ray.nodes() if n['Alive']])"
 
 
 def test_a_run_shrinks_and_grows(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
     """Nothing is charged to the failure budget, and no step is left out."""
     (gcs,) = free_ports(1)
     run, env = "s3://runs/elastic", {**environment(ray_folder, s3), **QUICK}
-    inside = {**env, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
+    inside = {**env, "RAY_ADDRESS": f"127.0.0.1:{gcs}", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
     flags = ["--data", shapes, "--out", run, "--optim.steps", "100000", "--u2pl.warmup", "5", *ONE_EACH]
     command = train_command(
         *flags, "--run.checkpoint_every", str(EVERY), "--eval.every", "100000", "--run.max_failures", "0"
@@ -34,8 +32,8 @@ def test_a_run_shrinks_and_grows(shapes: str, s3: S3Server, ray_folder: str, tmp
         Job(head_command(gcs, cpus=1), env, tmp_path / "head.log"),
         Job(node_command(gcs, cpus=1), env, tmp_path / "first.log") as first,
     ):
-        (head_id,) = wait_for("the head", lambda: _nodes(inside, 1))
-        (node_id,) = set(wait_for("a second node", lambda: _nodes(inside, 2))) - {head_id}
+        (head_id,) = wait_for("the head", lambda: nodes(inside, 1))
+        (node_id,) = set(wait_for("a second node", lambda: nodes(inside, 2))) - {head_id}
         with Job(command, inside, tmp_path / "job.log") as job:
             wait_for("some steps", lambda: storage.exists(f"{run}/metrics.jsonl") and len(records(run)) > 20)
             assert not has_checkpoint(run)
@@ -60,13 +58,6 @@ def _repeated(said: str) -> list[int]:
             repeated.append(before - int(resumed))
         before = int(step or resumed)
     return repeated
-
-
-def _nodes(env: dict[str, str], count: int) -> list[str]:
-    """Ids of the nodes, once there are `count` of them."""
-    said = subprocess.run([sys.executable, "-c", LIST], env=env, capture_output=True, text=True).stdout
-    found = said.replace("'", "").strip("[]\n").split(", ")
-    return found if said and len(found) == count else []
 
 
 def _drain(node: str, env: dict[str, str]) -> None:

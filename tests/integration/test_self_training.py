@@ -16,6 +16,7 @@ from pipeline.datasets.prepared.pseudo import LABELS_FILE, open_labels
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch
+from pipeline.training.lease import LEASE_FILE
 from tests.jobs import Job
 from tests.processes import descendants, kill, wait_for
 
@@ -49,7 +50,7 @@ def test_a_killed_recipe_goes_on_where_it_was_and_keeps_its_options(
         kill(job.pid, *descendants(job.pid))
         assert "is finished" not in job.said
         assert not storage.exists(f"{labels}/{LABELS_FILE}"), job.said
-        assert not storage.list_files(f"{run}/student")
+        assert storage.list_files(f"{run}/student") == [LEASE_FILE]  # given up by the student before
     first = _written(labels)
     with Job(other, joined, tmp_path / "last.log") as job:
         assert job.wait() == 0, job.said

@@ -1,6 +1,7 @@
 """jobs/submit.py against a real head: what is sent, whose exit code comes back, and what is said when it goes wrong."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint, storage
+from pipeline import checkpoint
 from tests.heads import Head
-from tests.jobs import ROOT, SHORT, Job
+from tests.jobs import ROOT, SHORT, Job, records
 from tests.processes import wait_for
 from tests.s3 import S3Server, free_ports
 
@@ -62,14 +63,56 @@ def test_the_line_of_ray_works_from_a_checkout_whatever_folder_the_head_is_in(he
     assert "train.py: unknown argument '--nonsense'" in done.stdout
 
 
-def test_a_run_trains_there(head: Head, shapes: str, s3: S3Server) -> None:
+def test_a_run_trains_there_is_stopped_and_goes_on(head: Head, shapes: str, s3: S3Server, tmp_path: Path) -> None:
     out = "s3://runs/submitted"
-    flags = [*SHORT, "--data", shapes, "--out", out, "--optim.steps", "8", "--u2pl.warmup", "2"]
-    flags += ["--scaling.workers", "1"]
-    done = by_ray(head, ROOT, "--", "python", "jobs/train.py", *flags)
+    command = ["jobs/train.py", *SHORT, "--data", shapes, "--out", out, "--optim.steps", "80", "--scaling.workers", "1"]
+    first = [sys.executable, "jobs/submit.py", "--address", head.url, "--", *command]
+    with Job(first, head.environment, tmp_path / "first.log") as job:
+        wait_for("some steps", lambda: "step      5/80" in job.said or job.ended, 240)
+        name = next(line for line in job.said.splitlines() if line.startswith("job ")).removeprefix("job ")
+        stop = ["ray", "job", "stop", name, "--address", head.url]
+        subprocess.run(stop, env=head.environment, check=True, capture_output=True, timeout=120)
+        assert job.wait() == 1, job.said
+    found = re.search(r"train.py: stopped by SIGTERM after step (\d+); the same command goes on from there", job.said)
+    assert found, job.said
+    step = int(found[1])
+    assert 5 < step < 80
+    assert checkpoint.verify(f"{out}/{checkpoint.name(step)}").step == step
+    done = by_ray(head, ROOT, "--", "python", *command)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming from {out}/{checkpoint.name(step)}" in done.stdout
     assert "val mIoU last" in done.stdout
-    assert storage.exists(f"{out}/{checkpoint.name(8)}/state.pt")
+    assert [record["step"] for record in records(out)] == list(range(1, 81))
+
+
+KILLED_AT_ONCE = """
+import os, ray
+ray.init(log_to_driver=False)
+from pipeline.cluster.internals import EndingCleaner
+
+@ray.remote(num_cpus=0)
+class Controller:
+    def __init__(self):
+        own = ray.get_runtime_context().get_actor_id()
+        self.cleaner = ray.remote(num_cpus=0)(EndingCleaner).options(lifetime="detached").remote(own, 3.0, 10.0, 15.0)
+        self.cleaner.start_monitoring.remote()
+
+    def ready(self):
+        return os.getpid()
+
+controller = Controller.remote()
+ray.get(controller.ready.remote())
+os._exit(0)
+"""
+
+
+def test_a_run_that_is_killed_as_it_begins_leaves_nothing_on_the_head(head: Head) -> None:
+    """Ray's own cleaner stays: it learns of the controller from the controller, which has gone before it is up."""
+    subprocess.run(
+        [sys.executable, "-c", KILLED_AT_ONCE], env={**head.environment, "RAY_ADDRESS": head.gcs}, cwd=ROOT, check=True
+    )
+    wait_for("the cleaner", lambda: bool(head.cleaners), 60)
+    wait_for("the end of the cleaner", lambda: not head.cleaners, 180)
 
 
 def test_with_a_working_dir_ray_does_it_alone(head: Head) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -16,14 +19,16 @@ from pipeline.checkpoint import Progress
 from pipeline.config import cli
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.inference.load import score
+from pipeline.inference.score_tasks import plan, score
 from pipeline.methods import OPTIONS
 from pipeline.training.launch import launch
+from pipeline.training.lease import LEASE_FILE
 from pipeline.training.recovery import RECORD_FILE
 from pipeline.training.runtime import PlainRuntime
 from pipeline.training.trainer import train
-from tests.jobs import SHORT, Job, has_checkpoint, records, train_command
-from tests.processes import descendants, kill, named, wait_for
+from tests.heads import Head
+from tests.jobs import SHORT, Job, environment, has_checkpoint, records, train_command
+from tests.processes import descendants, held, kill, named, wait_for
 from tests.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +37,10 @@ CALM = ["--optim.optimizer", "sgd", "--optim.lr", "0.005"]
 
 LONG = ["--optim.steps", "40", "--u2pl.warmup", "5", "--scaling.workers", "2", "--run.checkpoint_every", "10"]
 """A run in which there is time to lose something."""
+
+NAME = "größere Läufe, 日本 #1 100% "
+NAME += "n" * (255 - len(NAME.encode()))
+"""The longest name that a disk and this S3 server can have, and not a plain one."""
 
 
 def configured(*flags: str) -> Config:
@@ -75,7 +84,7 @@ class TestWorkers:
     def test_a_killed_worker_costs_nothing_but_time(
         self, shapes: str, calm: Calm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        hurt = str(tmp_path / "hurt")
+        hurt = str(tmp_path / NAME)
 
         def assassin() -> None:
             wait_for("a registered checkpoint", lambda: has_checkpoint(hurt))
@@ -98,7 +107,8 @@ class TestWorkers:
     ) -> None:
         run, progress = calm
         assert progress.last is not None
-        _, scores = score(run, None, torch.device("cpu"))
+        job = plan(run)
+        scores = {name: job.measures(tally) for name, tally in score(job).items()}
         assert {name: each.miou for name, each in scores.items()} == progress.last.miou
         assert list(scores["teacher"].iou) == progress.last.iou
 
@@ -118,6 +128,23 @@ class TestWorkers:
         assert "is finished" in capsys.readouterr().out
         assert records(calm.run) == before
 
+    def test_a_dry_run_says_what_would_run_and_touches_nothing(
+        self, shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        new = tmp_path / "new"
+        flags = [*SHORT, "--data", shapes, "--out", str(new), "--dry_run", "--workers"]
+        commands.train([*flags, "2"])
+        said = capsys.readouterr().out.splitlines()
+        assert said[1].startswith("2 workers, global batch 4 labeled + 8 unlabeled")
+        assert said[-1] == "it would start from step 0; nothing was started"
+        with pytest.raises(UserError, match=r"scaling\.workers 3 does not share the batch"):
+            commands.train([*flags, "3"])
+        assert not new.exists()
+        new.mkdir()
+        (new / "summary.json").touch()
+        commands.train([*flags, "2"])
+        assert capsys.readouterr().out.splitlines()[-1] == "it is finished"
+
     def test_mistakes_that_only_workers_see(self, shapes: str, tmp_path: Path) -> None:
         weights = tmp_path / "weights.pth"
         torch.save({"features.0.0.weight": torch.zeros(1)}, weights)
@@ -136,16 +163,63 @@ class TestWorkers:
             launch(configured(*flags, "--data", str(damaged), "--out", str(tmp_path / "b")))
 
 
-def test_a_killed_driver_goes_on_from_s3(shapes: str, s3: S3Server, joined: dict[str, str], tmp_path: Path) -> None:
-    run = "s3://runs/killed"
+def test_the_first_signal_asks_and_the_second_ends(
+    shapes: str, s3: S3Server, head: Head, joined: dict[str, str], ray_folder: str, tmp_path: Path
+) -> None:
+    run = str(tmp_path / "run")
+    command = train_command("--optim.steps", "200", "--run.checkpoint_every", "150", "--scaling.workers", "1")
+    command += ["--data", shapes, "--out", run]
+    with Job(command, joined, tmp_path / "early.log") as early:
+        wait_for("the header", lambda: "results in" in early.said or early.ended)
+        os.kill(early.pid, signal.SIGTERM)
+        assert early.wait() == 128 + signal.SIGTERM, early.said
+        assert re.match("train.py: (ended|stopped) by SIGTERM", early.said.splitlines()[-1]), early.said
+    with Job(command, joined, tmp_path / "twice.log") as twice:
+        wait_for("some steps", lambda: "step      5/200" in twice.said or twice.ended)
+        (worker,) = head.workers
+        with held(worker):  # which so cannot come to its next step
+            os.kill(twice.pid, signal.SIGTERM)
+            wait_for("what it says", lambda: "then the end; once more ends at once" in twice.said or twice.ended)
+            os.kill(twice.pid, signal.SIGTERM)
+            assert twice.wait() == 128 + signal.SIGTERM, twice.said
+        last = twice.said.splitlines()[-1]
+        assert last == "train.py: stopped by SIGTERM; the same command goes on from the newest checkpoint"
+    assert checkpoint.written(run) == []
+    # a Ray of its own, whose processes hear a terminal's Ctrl-C, too
+    with Job(command, environment(ray_folder, s3), tmp_path / "late.log", group=True) as late:
+        wait_for("some steps", lambda: "step      5/200" in late.said or late.ended)
+        os.killpg(late.pid, signal.SIGINT)
+        assert late.wait() == 128 + signal.SIGINT, late.said
+    last = late.said.splitlines()[-1]
+    assert (
+        last
+        == f"train.py: stopped by SIGINT after step {records(run)[-1]['step']}; the same command goes on from there"
+    )
+    assert "Traceback" not in early.said + twice.said + late.said
+    assert checkpoint.written(run) == [checkpoint.name(records(run)[-1]["step"])]
+
+
+def test_one_writer_and_a_killed_driver_on_s3(
+    shapes: str, s3: S3Server, joined: dict[str, str], tmp_path: Path
+) -> None:
+    run = f"s3://runs/a prefix, größer/{NAME}"
     command = train_command(*LONG, "--scaling.workers", "1", "--data", shapes, "--out", run)
     with Job(command, joined, tmp_path / "first.log") as job:
+        wait_for("the first job's lease", lambda: storage.exists(f"{run}/{LEASE_FILE}"))
+        with Job(command, joined, tmp_path / "late.log") as late:
+            assert late.wait() == 2, late.said
+            assert f"{run} is being written by train.py (process {job.pid} on " in late.said
+            assert len(late.said.splitlines()) == 1
         wait_for("a registered checkpoint", lambda: has_checkpoint(run))
         kill(job.pid, *descendants(job.pid))
     storage.write_bytes(f"{run}/{RECORD_FILE}", b'{"ray_version": "2.')  # as if the kill had met Ray writing it
     with Job(command, joined, tmp_path / "second.log") as job:
         assert job.wait() == 0, job.said
-        assert "resuming from s3://runs/killed/step_" in job.said
+        said = job.said.splitlines()
+        resumed = next(at for at, line in enumerate(said) if line.startswith(f"resuming from {run}/step_"))
+        assert "starting 1 worker" in said[:resumed]
+        assert "reading" in said[resumed:]
+        assert said[-3] == f"next: u2pl evaluate {shlex.quote(run)}"
         assert "Traceback" not in job.said
     progress = Progress.from_dict(json.loads(storage.read_bytes(f"{run}/summary.json")))
     assert progress.step == 40

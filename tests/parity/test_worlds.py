@@ -20,14 +20,18 @@ from pipeline.config.schema import Config, as_dict
 from pipeline.ingest.loader import Loader
 from pipeline.methods import METHODS, OPTIONS, Method, build_method
 from pipeline.training import trainer
-from pipeline.training.runtime import PlainRuntime
+from pipeline.training.runtime import Agreement, PlainRuntime
 
 STEPS = 14
 COMPARED = 7
 """Steps over which one and two workers are held against each other; rounding errors grow with each."""
 WARMUP = 2
-RUNS = (*METHODS, "contrast")
-"""Every method; `u2pl` is without L_c, `contrast` with: its draws, and so its losses, are per worker."""
+VITS = {"unimatch_v2_vit": "unimatch_v2", "u2pl_vit": "u2pl"}
+"""Runs with a transformer, and their methods."""
+COMPARABLE = (*METHODS, *VITS, "accumulated")
+RUNS = (*COMPARABLE, "contrast")
+"""Every method; `u2pl` is without L_c, `contrast` with: its draws, and so its losses, are per worker. `accumulated`
+is `u2pl` in two micro-batches."""
 
 ROUGH = {"suponly": 1e-4, "u2pl": 1e-4, "cct": 2e-2}
 """How far losses may drift apart after three steps: sums in another order flip hard labels of undecided pixels, and
@@ -37,7 +41,7 @@ SEEDS = {"pseudoseg": 2}
 two workers alike; with this one it stays at 1e-7."""
 
 
-def _config(root: str, labels: str, out: Path, method: str, **u2pl: Any) -> Config:
+def _config(root: str, labels: str, out: Path, method: str, backbone: str = "tiny", **u2pl: Any) -> Config:
     options = {"warmup": WARMUP, "anchors": 16, "negatives": 8, "keys": 16, "queue": 40, "queue_background": 40}
     return resolve(
         {
@@ -46,14 +50,14 @@ def _config(root: str, labels: str, out: Path, method: str, **u2pl: Any) -> Conf
             "split": "1_4",
             "out": str(out),
             "data": {"root": root, "crop": [48, 48], "scale": [0.6, 1.3], **_labels(method, labels)},
-            "model": {"backbone": "tiny", "weights": "none", "feature_dim": 16},
+            "model": {"backbone": backbone, "weights": "none", "feature_dim": 16},
             "optim": {"lr": 0.02, "head_lr_mult": 1, "steps": STEPS, "batch_labeled": 4, "batch_unlabeled": 4},
             "eval": {"every": COMPARED},
             "run": {"log_every": 1, "checkpoint_every": 1000, "tensorboard": False},
             "u2pl": {**options, "mix_share": 1.0, **u2pl},
             "mean_teacher": {"ramp": 0},
             "gct": {"detector_width": 8},
-            **{name: {"threshold": 0.0} for name in ("cutmix_seg", "ael", "fixmatch", "unimatch")},
+            **{name: {"threshold": 0.0} for name in ("cutmix_seg", "ael", "fixmatch", "unimatch", "unimatch_v2")},
         },
         OPTIONS,
     )
@@ -64,8 +68,11 @@ def _labels(method: str, labels: str) -> dict[str, str]:
 
 
 def _configs(root: str, labels: str, out: Path) -> dict[str, Config]:
+    accumulated = _config(root, labels, out / "accumulated", "u2pl", lambda_c=0.0)
     return {
         **{name: _config(root, labels, out / name, name, lambda_c=0.0) for name in METHODS},
+        **{name: _config(root, labels, out / name, method, "vit_tiny", lambda_c=0.0) for name, method in VITS.items()},
+        "accumulated": replace(accumulated, optim=replace(accumulated.optim, accumulate=2)),
         "contrast": _config(root, labels, out / "contrast", "u2pl", lambda_c=0.1),
     }
 
@@ -107,6 +114,8 @@ def _worker(rank: int, store: str, configs: dict[str, dict[str, Any]]) -> None:
     torch.save({name: {"ids": run.ids, "state": run.state} for name, run in runs.items()}, f"{store}.{rank}")
     for run in runs.values():
         _check_storage(run.methods[0])
+    agreement = Agreement()  # only rank 0 wants something, at its third step
+    assert [agreement.greatest(2 if rank == 0 and step == 2 else 0) for step in range(5)] == [0, 0, 0, 2, 0]
     dist.destroy_process_group()
 
 
@@ -136,7 +145,7 @@ def _records(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", COMPARABLE)
 def test_two_workers_have_the_losses_of_one(name, one_rank, two_ranks):
     alone, shared = (_records(out / name, "train") for out in (one_rank[0], two_ranks[0]))
     assert len(alone) == len(shared) == STEPS
@@ -152,7 +161,7 @@ def test_two_workers_have_the_losses_of_one(name, one_rank, two_ranks):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", COMPARABLE)
 def test_it_learns_with_any_number_of_workers(name, workers, one_rank, two_ranks):
     records = _records((one_rank[0], two_ranks[0])[workers - 1] / name, "train")
     assert all(math.isfinite(value) for record in records for value in record["loss"].values())
@@ -247,13 +256,33 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {key: leaf for name, inner in pairs for key, leaf in _flat(inner, f"{path}.{name}").items()}
 
 
-@pytest.mark.parametrize(("method", "optimizer"), [*((name, "sgd") for name in METHODS), ("u2pl", "adamw")])
-def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, pseudo_labels, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "build_method", _with_dropout)
-    config = _config(shapes, pseudo_labels, tmp_path / "whole", method)
+@pytest.mark.parametrize(
+    ("method", "optimizer", "backbone", "accumulate"),
+    [
+        *((name, "sgd", "tiny", 1) for name in METHODS),
+        ("u2pl", "adamw", "tiny", 1),
+        ("u2pl", "sgd", "tiny", 2),
+        *((method, "adamw", "vit_tiny", 1) for method in VITS.values()),
+    ],
+)
+def test_a_resumed_run_equals_one_that_never_stopped(
+    method, optimizer, backbone, accumulate, shapes, pseudo_labels, tmp_path, monkeypatch
+):
+    if backbone == "tiny":
+        monkeypatch.setattr(trainer, "build_method", _with_dropout)
+    config = _config(shapes, pseudo_labels, tmp_path / "whole", method, backbone)
     config = replace(
         config,
-        optim=replace(config.optim, optimizer=optimizer, steps=END, clip_norm=1.0, warmup=LOST + 2),
+        optim=replace(
+            config.optim,
+            optimizer=optimizer,
+            steps=END,
+            clip_norm=1.0,
+            warmup=LOST + 2,
+            accumulate=accumulate,
+            layer_decay=1.0 if backbone == "tiny" else 0.8,
+            decay_norms=backbone == "tiny",
+        ),
         run=replace(config.run, checkpoint_every=LOST),
     )
     cut = replace(config, out=str(tmp_path / "cut"))
@@ -270,7 +299,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(method, optimizer, shapes, 
         same = torch.equal(value, states[1][key]) if isinstance(value, Tensor) else value == states[1][key]
         assert same, key
     assert any("momentum_buffer" in key or "exp_avg" in key for key in states[0])
-    timing = ("images_per_second", "bytes_per_second", "decode_ms", "worker_seconds", "stall", "eta_seconds")
+    timing = ("time", "images_per_second", "bytes_per_second", "decode_ms", "worker_seconds", "stall", "eta_seconds")
+    timing += ("checkpoint_stall",)
     records = [
         [{k: v for k, v in line.items() if k not in timing} for line in _records(tmp_path / run, "train")]
         for run in ("whole", "cut")

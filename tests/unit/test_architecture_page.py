@@ -64,8 +64,8 @@ def test_the_layers_are_those_of_the_code() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("| 9 | `sweep`", "| 1 | `sweep`", "imports training"),
-        ("| 8 | `report`", "| 7 | `report`", "imports inference"),
+        ("| 10 | `sweep`", "| 1 | `sweep`", "imports training"),
+        ("| 9 | `report`", "| 7 | `report`", "imports inference"),
         ("`ops`, `batch`", "`ops`", "batch: not in the table"),
         ("`ops`, `batch`", "`ops`, `batch`, `losses`", "losses: not in the package"),
         ("charts, pages | -", "charts, pages | Data", "report: Ray"),

@@ -11,8 +11,8 @@ from tests.docs import PAGES, ROOT, Block, blocks
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 RUN = {"sh": "tests/integration/test_docs.py", "sh ci": ".ci/run", "sh cluster": "nobody here"}
 SHOWN = {"text", "mermaid"}
-PYTHON = {"docs/README.md", "docs/adding-a-method.md"}
-"""Their Python is run by tests/integration/test_docs.py and tests/unit/methods/test_adding.py."""
+PYTHON = {"docs/README.md", "docs/adding-a-method.md", "docs/adding-a-backbone.md"}
+"""Their Python is run by tests/integration/test_docs.py, and by test_adding.py of tests/unit/methods and models."""
 
 
 def prose(page: Path) -> str:

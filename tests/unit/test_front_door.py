@@ -1,5 +1,6 @@
 """What people meet first: `import pipeline`, the command `u2pl`, jobs/, and a Python that lacks the packages."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 import pipeline
 from pipeline import commands
-from pipeline.__main__ import main
+from pipeline.__main__ import first_word
 from pipeline.methods import METHODS
 from tests.docs import ROOT
 
@@ -28,6 +29,28 @@ def test_the_names_are_imported_when_they_are_used() -> None:
         _ = pipeline.tran
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["train", "--help"], "usage: u2pl train"),
+        (["train", "--optim.lrr", "1"], "did you mean --optim.lr?"),
+        (["train", "--u2pl.lambda_cc", "1"], "did you mean --u2pl.lambda_c?"),
+        (["sweep", "--print_config"], "method: u2pl"),
+        (["evaluate"], "the following arguments are required: checkpoint"),
+        (["report", "nowhere"], "nowhere: no run"),
+    ],
+)
+def test_an_answer_does_not_wait_for_torch(argv: list[str], said: str) -> None:
+    words = ["u2pl", *argv]
+    code = (
+        "import atexit, sys, pipeline.__main__ as main; atexit.register(lambda: print('torch' in sys.modules)); "
+        f"sys.argv = {words}; main.main()"
+    )
+    done = run(sys.executable, "-c", code)
+    assert said in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
 def test_what_only_some_networks_need_is_not_imported_for_the_flags() -> None:
     slow = "[name for name in ('torchvision', 'torch._dynamo') if name in sys.modules]"
     code = f"import sys, pipeline.methods, pipeline.training.trainer; print({slow})"
@@ -45,7 +68,7 @@ def test_a_config_from_python_is_the_one_of_the_command_line() -> None:
 def test_help_names_every_command_and_every_command_is_a_job(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["u2pl"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        first_word()
     said = capsys.readouterr().out
     assert ended.value.code == 0
     assert re.findall(r"^  (\w+) +\S", said, re.MULTILINE) == list(commands.COMMANDS)
@@ -65,7 +88,7 @@ def test_help_names_every_command_and_every_command_is_a_job(monkeypatch, capsys
 def test_its_lines_name_the_command(monkeypatch, capsys, argv: list[str], code: int, said: str) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/u2pl", *argv])
     with pytest.raises(SystemExit) as ended:
-        main()
+        first_word()
     assert (ended.value.code, capsys.readouterr().err) == (code, said)
 
 
@@ -99,4 +122,21 @@ def test_a_missing_module_of_our_own_is_no_mistake_of_the_user(monkeypatch) -> N
     monkeypatch.setitem(commands.COMMANDS, "train", broken)
     monkeypatch.setattr(sys, "argv", ["u2pl", "train"])
     with pytest.raises(ModuleNotFoundError):
-        main()
+        first_word()
+
+
+@pytest.mark.parametrize("name", ["pipeline/__init__.py", "pipeline/__main__.py", "jobs/_run.py"])
+def test_a_python_that_is_too_old_can_read_what_says_so(name: str) -> None:
+    """It evaluates annotations when it reads them: `list[str]` and `int | str` are errors to it unless they are quoted.
+
+    No such Python is at hand where these tests run.
+    """
+    tree = ast.parse((ROOT / name).read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    arguments = [argument.annotation for function in functions for argument in function.args.args]
+    notes = [note for note in (*arguments, *(function.returns for function in functions)) if note is not None]
+    late = [
+        ast.unparse(note) for note in notes if any(isinstance(n, ast.Subscript | ast.BitOr) for n in ast.walk(note))
+    ]
+    assert late == []
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Match)]

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.patience import retried
 
 
 def write_batches(uri: str, tables: Sequence[pa.Table]) -> None:
@@ -16,7 +17,7 @@ def write_batches(uri: str, tables: Sequence[pa.Table]) -> None:
     with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         for table in tables:
             writer.write_batch(pa.record_batch([c.combine_chunks() for c in table.columns], schema=schema))
-    storage.retried(partial(storage.write_bytes, uri, sink.getvalue().to_pybytes()))
+    retried(partial(storage.write_bytes, uri, sink.getvalue().to_pybytes()))
 
 
 def read_batches(uri: str, batch: int | None = None) -> pa.Table:
@@ -29,14 +30,14 @@ def read_batches(uri: str, batch: int | None = None) -> pa.Table:
             numbers = range(file.num_record_batches) if batch is None else [batch]
             return pa.Table.from_batches([file.get_batch(number) for number in numbers])
 
-    return storage.retried(read)
+    return retried(read)
 
 
 def write_parquet(uri: str, table: pa.Table, group_rows: int, **options: Any) -> None:
     """A Parquet file in row groups of `group_rows`."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=group_rows, **options)
-    storage.retried(partial(storage.write_bytes, uri, sink.getvalue().to_pybytes()))
+    retried(partial(storage.write_bytes, uri, sink.getvalue().to_pybytes()))
 
 
 def read_parquet(uri: str, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
@@ -49,4 +50,4 @@ def read_parquet(uri: str, columns: Sequence[str], groups: Sequence[int] | None 
             every = range(file.num_row_groups) if groups is None else groups
             return file.read_row_groups(list(every), columns=list(columns), use_threads=False)
 
-    return storage.retried(read)
+    return retried(read)

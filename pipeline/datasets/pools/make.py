@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.cluster import tasks
-from pipeline.datasets.files import PICTURE_SUFFIXES, escaped, has_suffix, is_junk, is_usable
+from pipeline.datasets.files import PICTURE_SUFFIXES, counts_of, escaped, has_suffix, is_junk, is_usable
 from pipeline.datasets.pools.columns import read_batches, read_parquet, write_batches, write_parquet
 from pipeline.datasets.pools.place import (
     PLAN_FILE,
@@ -58,7 +58,7 @@ from pipeline.datasets.prepared.prepare import MAX_BAD
 from pipeline.datasets.prepared.shards import GROUP_BYTES, MIN_SHARDS, SHARD_BYTES, TRAIN_GROUPS
 from pipeline.datasets.raw.photos import BadSampleError, check_image
 from pipeline.errors import UserError
-from pipeline.storage import Patience
+from pipeline.patience import Patience, retried
 
 KEYS_PER_RUN = 200_000
 """So many keys a task holds at a time, about."""
@@ -213,12 +213,8 @@ def _named(plan: PoolPlan, passed: Counter[str]) -> Iterator[tuple[str, int]]:
 
 def _no_files(plan: PoolPlan, passed: Counter[str]) -> UserError:
     suffixes = "|".join(POOL_SOURCES[plan.source].suffixes)
-    kinds = f" ({_kinds(passed)} are kinds that are not read)" if passed else ""
+    kinds = f" ({counts_of(passed)} are kinds that are not read)" if passed else ""
     return UserError(f"{plan.images}: no {suffixes} files below it{kinds}; check --root and --source")
-
-
-def _kinds(passed: Counter[str]) -> str:
-    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed.items()))
 
 
 def list_images(plan: PoolPlan) -> Listing:
@@ -245,7 +241,7 @@ def list_images(plan: PoolPlan) -> Listing:
     if odd:
         print(f"left out {odd} files whose names no URI can hold, such as {escaped(example)}", file=sys.stderr)
     if passed:
-        print(f"passed over pictures of kinds that are not read: {_kinds(passed)}", file=sys.stderr)
+        print(f"passed over pictures of kinds that are not read: {counts_of(passed)}", file=sys.stderr)
     if not files:
         raise _no_files(plan, passed)
     guess = files if plan.source == "images" else size // 20_000
@@ -276,7 +272,7 @@ def _scan(item: tuple[PoolPlan, Listing, int]) -> tuple[int, LeftOut]:
         found = [
             (*key, _hash(key[0]))
             for file, size in zip(*(files[name].to_pylist() for name in FILES_SCHEMA.names), strict=True)
-            for key in storage.retried(lambda file=file, size=size: list(find(plan.images, file, size, plan.column)))
+            for key in retried(lambda file=file, size=size: list(find(plan.images, file, size, plan.column)))
         ]
         keys, others = [key for key in found if key[4]], [key[0] for key in found if not key[4]]
         columns = zip(*keys, strict=True) if keys else [[]] * len(KEYS_SCHEMA)

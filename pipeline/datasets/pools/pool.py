@@ -25,8 +25,8 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.datasets.prepared.dataset import SHARD_SCHEMA
 from pipeline.errors import UserError
+from pipeline.patience import Patience
 from pipeline.records import read_record
-from pipeline.storage import Patience
 
 SCHEMA_VERSION = 1
 POOL_FILE = "pool.json"

@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.datasets.files import IMAGE_SUFFIXES, escaped, has_suffix, is_junk
 from pipeline.datasets.pools.pool import BYTES_SCHEMA
 from pipeline.errors import UserError
+from pipeline.patience import retried
 
 TAR_BUFFER = 64 << 10
 """Bytes per request while the headers of a tar file are read."""
@@ -116,7 +117,7 @@ def read_images(root: str, file: str, row_group: int, column: str = "") -> pa.Ta
         UserError: missing, damaged, without a column of images, or no image of the whole file has bytes.
     """
     uri = storage.join(root, file)
-    return storage.retried(lambda: _read_images(uri, file, row_group, column))
+    return retried(lambda: _read_images(uri, file, row_group, column))
 
 
 def _read_images(uri: str, file: str, row_group: int, column: str) -> pa.Table:

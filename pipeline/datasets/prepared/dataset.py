@@ -8,22 +8,27 @@ A dataset is a folder on any storage:
                                           (index-2.parquet and shards-2/... where it has replaced another one)
     splits/PROTOCOL/SPLIT/labeled.txt     which images count as labeled (see `pipeline.datasets.prepared.splits`)
 
-Shards are neither compressed (JPEG and PNG already are) nor dictionary-encoded; their pages carry checksums.
+Shards are neither compressed (JPEG and PNG already are) nor dictionary-encoded; their pages carry checksums. So each
+file lies in its shard byte for byte, and the index says where: any choice of images is read without the others.
 """
 
 import hashlib
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.patience import Patience, is_brief
 from pipeline.records import read_record
-from pipeline.storage import Patience
 
 SCHEMA_VERSION = 1
 IGNORE_INDEX = 255
@@ -52,8 +57,15 @@ INDEX_SCHEMA = pa.schema(
         pa.field("mask_bytes", pa.int64(), nullable=False),  # 0: no mask
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
+        # where the bytes lie in the shard, and their CRC-32; 0 where there is no mask
+        pa.field("image_at", pa.int64(), nullable=False),
+        pa.field("image_crc", pa.int64(), nullable=False),
+        pa.field("mask_at", pa.int64(), nullable=False),
+        pa.field("mask_crc", pa.int64(), nullable=False),
     ]
 )
+OLDER_INDEX = pa.schema(list(INDEX_SCHEMA)[: INDEX_SCHEMA.get_field_index("image_at")])
+"""The index of version 0.1.0, which does not say where images lie."""
 WRITE_OPTIONS: dict[str, Any] = {
     "compression": "NONE",
     "use_dictionary": False,
@@ -144,7 +156,12 @@ class Dataset:
     info: DatasetInfo
     """The content of dataset.json."""
     index: pa.Table
-    """One row per sample, `INDEX_SCHEMA`."""
+    """One row per sample, `INDEX_SCHEMA` or `OLDER_INDEX`."""
+
+    @property
+    def located(self) -> bool:
+        """Whether the index says where images lie in their shards."""
+        return "image_at" in self.index.column_names
 
     def subset(self, name: str) -> pa.Table:
         """The rows of the index that belong to the subset `name` (train or val), in stored order."""
@@ -164,10 +181,10 @@ def open_dataset(root: str) -> Dataset:
     if hashlib.sha256(data).hexdigest() != info.index_hash:
         raise UserError(f"{root}/{info.index}: not the file that {INFO_FILE} describes; prepare the dataset again")
     try:
-        index = pq.read_table(pa.BufferReader(data), use_threads=False)
+        index = pq.read_table(pa.BufferReader(data), use_threads=False).combine_chunks()  # one row is found at once
     except pa.ArrowException as error:
         raise UserError(f"{root}/{info.index}: not readable ({error}); prepare the dataset again") from error
-    if not index.schema.equals(INDEX_SCHEMA):
+    if not (index.schema.equals(INDEX_SCHEMA) or index.schema.equals(OLDER_INDEX)):
         raise UserError(f"{root}/{info.index}: has other columns than this version knows; prepare the dataset again")
     return Dataset(root, info, index)
 
@@ -190,7 +207,8 @@ def _read_info(root: str) -> DatasetInfo:
 def read_group(root: str, shard: str, row_group: int, columns: list[str], patience: Patience | None = None) -> pa.Table:
     """Reads one row group; brief trouble of the storage is waited for.
 
-    Each call opens a handle of its own: one that is shared between threads hangs.
+    Each call has a Parquet reader of its own: one that is shared between threads hangs. Of the last files on S3 size
+    and footer are known, so that a row group of them is one request.
 
     Args:
         root: the dataset.
@@ -211,20 +229,92 @@ def read_group(root: str, shard: str, row_group: int, columns: list[str], patien
 
 def _read_group(uri: str, row_group: int, columns: list[str]) -> pa.Table:
     filesystem, path = storage.resolve(uri)
-    with storage.translated(uri), filesystem.open_input_file(path) as handle:
-        try:
-            file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
-            if not 0 <= row_group < file.num_row_groups:
-                raise pa.ArrowInvalid(f"it has {file.num_row_groups} row groups")
-            table = file.read_row_group(row_group, columns=columns, use_threads=False)
-            if set(table.column_names) != set(columns):
-                raise pa.ArrowInvalid(f"it has the columns {file.schema_arrow.names}")
-        except (pa.ArrowException, OSError) as error:
-            # Parquet's own complaints carry neither an errno (the operating system's do) nor S3's mark.
-            if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
-                raise
-            message = " ".join(str(error).split())
-            raise UserError(
-                f"{uri}: row group {row_group} is damaged ({message}); prepare the dataset again"
-            ) from error
+    with storage.translated(uri):
+        if uri.startswith("s3://"):
+            try:
+                return _group_of(storage.opened(uri), row_group, columns, _footer(uri))
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and is_brief(error):
+                    raise  # otherwise it may be another file than it was when it was opened
+        with filesystem.open_input_file(path) as handle:
+            try:
+                return _group_of(handle, row_group, columns)
+            except (pa.ArrowException, OSError) as error:
+                # Parquet's own complaints carry neither an errno (the operating system's do) nor S3's mark.
+                if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+                    raise
+                message = " ".join(str(error).split())
+                raise UserError(
+                    f"{uri}: row group {row_group} is damaged ({message}); prepare the dataset again"
+                ) from error
+
+
+def _group_of(handle: Any, row_group: int, columns: list[str], footer: pq.FileMetaData | None = None) -> pa.Table:
+    file = pq.ParquetFile(handle, metadata=footer, page_checksum_verification=True, pre_buffer=True)
+    if not 0 <= row_group < file.num_row_groups:
+        raise pa.ArrowInvalid(f"it has {file.num_row_groups} row groups")
+    table = file.read_row_group(row_group, columns=columns, use_threads=False)
+    if set(table.column_names) != set(columns):
+        raise pa.ArrowInvalid(f"it has the columns {file.schema_arrow.names}")
     return table.select(columns)
+
+
+@lru_cache(maxsize=storage.KNOWN_OBJECTS)
+def _footer(uri: str) -> pq.FileMetaData:
+    """Where the row groups of a file on S3 lie."""
+    return pq.read_metadata(storage.opened(uri))
+
+
+class Place(NamedTuple):
+    """Where a file lies in its shard."""
+
+    start: int
+    """First byte."""
+    size: int
+    """Bytes."""
+    crc: int
+    """CRC-32 of these."""
+
+
+def read_places(
+    uri: str, places: Sequence[Place], names: Sequence[str], spare: float, patience: Patience
+) -> list[memoryview]:
+    """Reads files out of a shard, in few requests; brief trouble of the storage is waited for.
+
+    Args:
+        uri: of the shard.
+        places: of the files, at least one, in any order.
+        names: of the files, for errors.
+        spare: bytes between them that may be read, too, as a share of theirs: the narrowest gaps are read over.
+        patience: for how long.
+
+    Returns:
+        The bytes of each, in the order of `places`.
+
+    Raises:
+        UserError: the shard is missing or damaged, or the storage refuses.
+    """
+    found: list[memoryview] = [memoryview(b"")] * len(places)
+    for start, end, members in _spans(places, spare):
+        data = memoryview(patience.retried(lambda start=start, end=end: storage.read_range(uri, start, end - start)))
+        for number in members:
+            place = places[number]
+            found[number] = data[place.start - start : place.start - start + place.size]
+            if zlib.crc32(found[number]) != place.crc:
+                raise UserError(
+                    f"{uri}: {names[number]} is damaged (checksum of the bytes from {place.start} on); "
+                    "prepare the dataset again"
+                )
+    return found
+
+
+def _spans(places: Sequence[Place], spare: float) -> list[tuple[int, int, list[int]]]:
+    """Start, end and members (numbers of places) of the ranges to read."""
+    starts, sizes = np.array([place[:2] for place in places], np.int64).T
+    order = np.argsort(starts)
+    ends = np.maximum.accumulate((starts + sizes)[order])
+    gaps = np.maximum(starts[order][1:] - ends[:-1], 0)
+    narrow = np.argsort(gaps, kind="stable")
+    wide = narrow[gaps[narrow].cumsum() > spare * sizes.sum()]
+    cuts = np.split(order, np.sort(wide) + 1)
+    return [(int(starts[members].min()), int((starts + sizes)[members].max()), members.tolist()) for members in cuts]

@@ -10,6 +10,7 @@ from functools import partial
 
 from pipeline import storage
 from pipeline.cluster import tasks
+from pipeline.datasets.files import counts_of
 from pipeline.datasets.prepared import shards, splits
 from pipeline.datasets.prepared.dataset import IGNORE_INDEX, SCHEMA_VERSION, SUBSETS, DatasetInfo
 from pipeline.datasets.prepared.shards import Folder, Part, Row, Slot
@@ -18,8 +19,9 @@ from pipeline.datasets.raw.masks import canonical_mask, check_palette, class_loo
 from pipeline.datasets.raw.photos import BadSampleError, PhotoRules, canonical_photo
 from pipeline.datasets.specs import DatasetSpec
 from pipeline.errors import UserError
+from pipeline.patience import retried
 
-PART_VERSION = 2
+PART_VERSION = 3
 """Of what is known of a shard: what other versions have begun is begun anew."""
 
 
@@ -94,8 +96,8 @@ def read_row(sample: RawSample, spec: DatasetSpec, rules: PhotoRules, facts: _Fa
         UserError: the storage refuses.
     """
     facts = facts or _Facts()
-    image = storage.retried(partial(storage.read_bytes, sample.image_uri))
-    raw = None if sample.mask_uri is None else storage.retried(partial(storage.read_bytes, sample.mask_uri))
+    image = retried(partial(storage.read_bytes, sample.image_uri))
+    raw = None if sample.mask_uri is None else retried(partial(storage.read_bytes, sample.mask_uri))
     uri, photo = sample.image_uri, None
     try:
         photo = canonical_photo(image, None if raw is None else mask_size(raw), rules)
@@ -275,7 +277,7 @@ def summary(info: DatasetInfo, passed: Mapping[str, int]) -> str:
     """What was made: images, masks, what was left out, and what was passed over, by suffix or reason."""
     told = f"{info.counts['train']} train ({info.masked['train']} with a mask), {info.counts['val']} val"
     told += f", {info.skipped} skipped"
-    kinds = ", ".join(f"{count} {what}" for what, count in sorted(passed.items()))
+    kinds = counts_of(passed)
     return told + (f"; passed over: {kinds}" if kinds else "")
 
 

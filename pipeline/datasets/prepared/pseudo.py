@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.datasets.prepared.dataset import Dataset, read_group
 from pipeline.errors import UserError
+from pipeline.patience import Patience
 from pipeline.records import read_record
-from pipeline.storage import Patience
 
 LABELS_FILE = "labels.json"
 LABEL_SCHEMA = pa.schema(

@@ -9,9 +9,11 @@ but files that dataset.json, prepare.json or a part says prepare wrote.
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -35,6 +37,7 @@ from pipeline.datasets.prepared.dataset import (
 )
 from pipeline.datasets.specs import DatasetSpec
 from pipeline.errors import UserError
+from pipeline.patience import retried
 from pipeline.records import read_record
 
 T = TypeVar("T")
@@ -169,12 +172,13 @@ def write_shard(root: str, slot: Slot, rows: Sequence[Row], digest: str = "", **
     """
     data = encode_shard(rows, slot.group_rows)
     index = [_index_row(slot, number, row) for number, row in enumerate(rows)]
+    _locate(data, rows, index)
     counts: NDArray[np.int64] = np.array([row.pixels or [0] * 256 for row in rows], np.int64).reshape(-1, 256).sum(0)
     pixels = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
     part = Part(digest, slot.subset, slot.shard, len(data), index, **{"bad": {}, "pixels": pixels, **facts})
-    storage.retried(lambda: storage.write_bytes(storage.join(root, slot.shard), data))
+    retried(lambda: storage.write_bytes(storage.join(root, slot.shard), data))
     text = json.dumps(asdict(part)).encode()
-    storage.retried(lambda: storage.write_bytes(storage.join(root, _part_file(slot.shard)), text))
+    retried(lambda: storage.write_bytes(storage.join(root, _part_file(slot.shard)), text))
     return part
 
 
@@ -201,6 +205,19 @@ def _index_row(slot: Slot, number: int, row: Row) -> dict[str, Any]:
         "height": row.height,
         "width": row.width,
     }
+
+
+def _locate(data: bytes, rows: Sequence[Row], index: Sequence[dict[str, Any]]) -> None:
+    """Adds to the rows of the index where their files lie in the shard: it looks for one after another."""
+    at = 0
+    for _, members in groupby(zip(rows, index, strict=True), key=lambda member: member[1]["row_group"]):
+        group = list(members)
+        for column in ("image", "mask"):
+            for row, entry in group:
+                value = getattr(row, column) or b""
+                at = data.index(value, at) if value else at
+                entry |= {f"{column}_at": at if value else 0, f"{column}_crc": zlib.crc32(value)}
+                at += len(value)
 
 
 def refuse_existing(root: str, overwrite: bool) -> DatasetInfo | None:

@@ -6,66 +6,22 @@ Code: hzhupku/SemiSeg-AEL; `docs/methods.md` says where we differ.
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import require_positive, require_share
+from pipeline.config.options import AELOptions
 from pipeline.config.schema import Config
-from pipeline.errors import UserError
 from pipeline.methods.ael.sampling import ClassConfidence, DrawnCrops, Reservoir, draw_index, zoomed
-from pipeline.methods.base import BatchNorm, Losses, Step, untouched
+from pipeline.methods.base import Losses, Step, untouched
 from pipeline.methods.teacher import TeacherMethod
 from pipeline.models import Prediction, upsample
 from pipeline.ops import mixing
 from pipeline.ops.entropy import IGNORE
 from pipeline.ops.losses import weighted_cross_entropy
 from pipeline.ops.mixing import Boxes, class_boxes, inside
-
-
-@dataclass(frozen=True, kw_only=True)
-class AELOptions:
-    """AEL: classes of low confidence are trained on more often. The defaults are the release's for PASCAL VOC."""
-
-    warmup: float = 0.0
-    """Supervised training with pastes before the teacher starts: steps, or below 1 a share of the run (release: none,
-    from ImageNet weights; a network from scratch scores better with some)."""
-    ema_decay: float = 0.99
-    """Largest decay of the EMA teacher."""
-    momentum: float = 0.999
-    """Decay of the class confidence."""
-    weight: float = 1.0
-    """Weight of both consistency losses (consist_weight)."""
-    threshold: float = 0.7
-    """Least teacher confidence of a pixel that is learned from (Cityscapes: 0)."""
-    gamma: float = 2.0
-    """Power of the confidence in a pixel's weight."""
-    paste: float = 0.5
-    """Probability that a labeled image gets a paste."""
-    paste_classes: int = 1
-    """Draws of classes to paste, per step (Cityscapes: 3)."""
-    paste_exclude: str = ""
-    """Classes that are never pasted, beside the background (the release: 0,1,2,8,10 of Cityscapes, for VOC too)."""
-    paste_zoom: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest size of a paste, relative to its crop; with crops at 0.5..2 about the release's 0.1..2."""
-    area: float = 0.03
-    """Least share of a crop that a class must cover to be cut out (Cityscapes: 0.005)."""
-    depth: int = 4
-    """Crops that the reservoir holds per class."""
-    fresh: int = 4
-    """Crops that enter the reservoir per step, of all workers together."""
-    batch_norm: BatchNorm = "separate"
-    """Whether labeled and mixed images share batch statistics (release: separate)."""
-
-    def __post_init__(self) -> None:
-        require_positive("ael", self, "paste_classes", "paste_zoom", "depth", "fresh")
-        require_share("ael", self, "ema_decay", "momentum", "threshold", "paste", "area")
-        if self.paste_zoom[0] > self.paste_zoom[1]:
-            raise UserError(f"ael.paste_zoom: must be the smaller and the larger end, got {self.paste_zoom}")
-        _class_ids(self.paste_exclude)
 
 
 class Targets(NamedTuple):
@@ -93,7 +49,6 @@ class Task(NamedTuple):
 class AEL(TeacherMethod):
     """Student, EMA teacher, class confidence, and a reservoir of unlabeled crops."""
 
-    Options: ClassVar[type] = AELOptions
     views = ViewSpec(unlabeled=True)
     durations = ("ael.warmup",)
     features: ClassVar[bool] = False
@@ -111,7 +66,7 @@ class AEL(TeacherMethod):
         self.confidence = ClassConfidence(num_classes, self.options.momentum)
         self.reservoir = Reservoir(num_classes, self.options.depth, 4, config.data.crop)
         allowed = torch.ones(num_classes)
-        excluded = {*_class_ids(self.options.paste_exclude), self.background}
+        excluded = {*self.options.excluded, self.background}
         allowed[[k for k in range(num_classes) if k in excluded]] = 0.0
         self.register_buffer("allowed", allowed, persistent=False)
 
@@ -134,7 +89,8 @@ class AEL(TeacherMethod):
         partner = self.partners(len(unlabeled.image), step)
         seen = torch.cat([labeled.image, unlabeled.image, partner.crops[:, :3]])
         # evaluation mode: clean images have other batch statistics than those the student learns with
-        of_labeled, of_unlabeled, of_partner = self.targets(self.teacher.eval()(seen), labeled, unlabeled, partner)
+        logits = self.teacher.eval().logits(seen)
+        of_labeled, of_unlabeled, of_partner = self.targets(logits, labeled, unlabeled, partner)
         box = self.boxes(of_partner.label, partner, step)
         mixed = torch.where(box.unsqueeze(1), partner.crops[:, :3], unlabeled.image)
         both = zip(of_unlabeled, of_partner, strict=True)
@@ -164,9 +120,16 @@ class AEL(TeacherMethod):
         draws = step.uniform_per_image("ael/partner", (count, 2), self.confidence.value.device)
         return self.reservoir.draw(self.confidence.preference(), draws)
 
-    def targets(self, prediction: Prediction, labeled: Views, unlabeled: Views, partner: DrawnCrops) -> list[Targets]:
-        """The teacher's targets of labeled, unlabeled and partner images, in this order; confidence is 0 on padding."""
-        confidence, label = upsample(prediction.logits.float(), labeled.size).softmax(1).max(1)
+    def targets(self, logits: Tensor, labeled: Views, unlabeled: Views, partner: DrawnCrops) -> list[Targets]:
+        """The teacher's targets of labeled, unlabeled and partner images, in this order; confidence is 0 on padding.
+
+        Args:
+            logits: float [B,C,h,w] of the teacher, of all these images.
+            labeled: the labeled side.
+            unlabeled: the unlabeled side.
+            partner: the partners.
+        """
+        confidence, label = upsample(logits.float(), labeled.size).softmax(1).max(1)
         valid = torch.cat([labeled.valid, unlabeled.valid, partner.crops[:, 3] > 0])
         counts = [len(labeled.image), len(unlabeled.image), len(partner.crops)]
         return [Targets(*parts) for parts in zip(label.split(counts), (confidence * valid).split(counts), strict=True)]
@@ -244,15 +207,3 @@ class AEL(TeacherMethod):
         sure = (teacher.confidence >= self.options.threshold) & (teacher.confidence > 0)
         weight = teacher.confidence.pow(self.options.gamma) * (drawn & sure)
         return self.options.weight * weighted_cross_entropy(logits, teacher.label, weight, step.world)
-
-
-def _class_ids(text: str) -> list[int]:
-    """The class numbers in a text such as `0,1,2`.
-
-    Raises:
-        UserError: the text holds something else.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() for part in parts):
-        raise UserError(f"ael.paste_exclude: expected class numbers like 0,1,2, got {text!r}")
-    return [int(part) for part in parts]

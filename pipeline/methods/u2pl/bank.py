@@ -27,7 +27,7 @@ class MemoryBank(nn.Module):
         """Args: sizes: capacity of each class's queue, in keys; dim: channels of a key; dtype: of the stored keys."""
         super().__init__()
         size = torch.tensor(sizes)
-        self.register_buffer("keys", torch.zeros(int(size.sum()) + 1, dim, dtype=dtype))
+        self.register_buffer("keys", torch.zeros(sum(sizes) + 1, dim, dtype=dtype))
         self.register_buffer("pointer", torch.zeros_like(size))
         self.register_buffer("count", torch.zeros_like(size))
         self.register_buffer("size", size, persistent=False)
@@ -53,6 +53,11 @@ class MemoryBank(nn.Module):
         self.keys.index_copy_(0, slot.flatten(), gathered.flatten(0, 2))
         self.pointer.copy_((self.pointer + total) % self.size)
         self.count.copy_(torch.minimum(self.count + total, self.size))
+
+    def held(self) -> list[Tensor]:
+        """The keys of each class, in no order: views of `keys`, float [count,D]."""
+        places = zip(self.offset.tolist(), self.count.tolist(), strict=True)
+        return [self.keys[first : first + count] for first, count in places]
 
     def draw(self, uniform: Tensor) -> Tensor:
         """Rows of `keys` drawn uniformly with replacement per class.

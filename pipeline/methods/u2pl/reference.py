@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.methods.u2pl.bank import MemoryBank
-from pipeline.ops.entropy import IGNORE
+from pipeline.ops.entropy import IGNORE, quantile
 from pipeline.ops.grid import shrink, upsample
 from pipeline.ops.selection import rows
 from pipeline.ops.world import World
@@ -156,7 +156,7 @@ def unsupervised(
     entropy = -torch.special.xlogy(p, p).sum(1)  # eq. 5: H = -sum_c p_c ln p_c
     known = label != IGNORE
     everywhere = among.gather(entropy)[among.gather(known)]
-    thresholds = torch.stack([_quantile(everywhere, share) for share in shares])
+    thresholds = torch.stack([quantile(everywhere, share) for share in shares])
     target = torch.where(entropy < thresholds[0], label, IGNORE)  # eq. 6: no label from gamma_t on
 
     log_q = upsample(student.float(), size).log_softmax(1)
@@ -168,15 +168,6 @@ def unsupervised(
         loss, thresholds, (target != IGNORE).float().mean(), shrink(target, small), shrink(entropy, small),
         shrink(known, small),
     )  # fmt: skip
-
-
-def _quantile(values: Tensor, share: Tensor) -> Tensor:
-    """The quantile of float32 [n], 0-dim, linearly interpolated; NaN of no values. `torch.quantile` stops at 2^24."""
-    if not len(values):
-        return values.new_full((), torch.nan)
-    ordered, place = values.sort().values.double(), share.double() * (len(values) - 1)
-    below, above = ordered[place.floor().long()], ordered[place.ceil().long()]
-    return torch.lerp(below, above, place - place.floor()).float()
 
 
 # ---- L_c: anchors, positives, negatives -------------------------------------------------------------------------

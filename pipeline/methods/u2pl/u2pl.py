@@ -7,117 +7,28 @@ the released code does in the rows marked D there.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Views, ViewSpec
-from pipeline.config.parse import require_positive, require_share
+from pipeline.config.options import U2PLOptions
 from pipeline.config.schema import Config
-from pipeline.errors import UserError
-from pipeline.methods.base import BatchNorm, Losses, Step, untouched
+from pipeline.methods.base import Losses, Partition, Step, untouched
 from pipeline.methods.teacher import TeacherMethod
 from pipeline.methods.u2pl import fast, reference, upstream
 from pipeline.methods.u2pl.bank import MemoryBank
 from pipeline.methods.u2pl.reference import Candidates, Draws, Pixels, Positives, Reliability, Rule, averaged
 from pipeline.models import Prediction
 from pipeline.ops import mixing
-from pipeline.ops.entropy import IGNORE
+from pipeline.ops.entropy import IGNORE, entropy, quantile
 from pipeline.ops.grid import make_grid, shrink
 from pipeline.ops.schedules import ema_decay, unreliable_share
 from pipeline.ops.world import World
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class U2PLOptions:
-    """U2PL: unreliable pixels are negatives of a pixel contrast.
-
-    The defaults are the release's values for PASCAL VOC, lambda_c is the paper's.
-    """
-
-    variant: Literal["paper", "upstream"] = "paper"
-    """upstream: one-hot labels, negatives, class pairing, weight, padding, anchors (the alpha_t share of the lowest
-    entropy) and positives (of each worker alone) as in the released code; with epoch_steps also its teacher's start."""
-    warmup: float = 0.0125
-    """Supervised training before the teacher starts: steps, or below 1 a share of the run (release: one epoch of 80 on
-    VOC, none on Cityscapes)."""
-    epoch_steps: int = 0
-    """Steps for which alpha_t stays what it is (release: an epoch, 570 on VOC at 1_2); 0: it moves in every step."""
-    ema_decay: float = 0.99
-    """Largest decay of the EMA teacher."""
-    teacher_passes: Literal[1, 2] = 2
-    """2: labels from clean images, entropy and keys from mixed ones; 1: all from clean ones, mixed like the images."""
-    mix: Literal["cutmix", "classmix", "cutout", "none"] = "cutmix"
-    """Strong augmentation of the unlabeled images."""
-    mix_share: float = 0.5
-    """Probability that a step uses it."""
-    alpha_0: float = 0.2
-    """Share of unlabeled pixels that is unreliable at step 0; it falls linearly to 0."""
-    thresholds: Literal["global", "worker"] = "global"
-    """global: the entropy threshold is a quantile over all workers' pixels; worker: over each worker's (release)."""
-    lambda_u: float = 1.0
-    """Base weight of L_u: eta of equation 8; the paper's lambda_u is eta x shown / reliable pixels (release: 1)."""
-    loss: Literal["contrastive", "binary"] = "contrastive"
-    """contrastive: L_c, InfoNCE; binary: L_b, our derivation, as the release calls it without defining it."""
-    lambda_c: float = 0.1
-    """Weight of that loss."""
-    negative_pixels: Literal["unreliable", "reliable", "all"] = "unreliable"
-    """Which unlabeled pixels become negatives (the paper's ablation): the alpha_t share of the highest entropy, that of
-    the lowest, or all."""
-    temperature: float = 0.5
-    """tau of the contrastive loss."""
-    delta_p: float = 0.3
-    """Least teacher probability of an anchor's own class."""
-    r_l: int = 3
-    """Class rank from which on a class is unlikely; rank 0 is the likeliest class."""
-    r_h: int = 20
-    """Class rank from which on a class is so unlikely that the pixel teaches nothing."""
-    anchors: int = 256
-    """Anchors per class, step and worker."""
-    negatives: int = 50
-    """Negatives per anchor."""
-    negative_groups: int = 0
-    """Groups of anchors that share their negatives; 0: each anchor has its own, as in the paper. Fewer are faster on
-    CPUs and noisier, with the same expectation."""
-    keys: int = 256
-    """New keys per class, step and worker at most."""
-    keys_in_all: int = 2048
-    """New keys per class and step of all workers together. Beyond eight workers each gives fewer: else the exchange
-    would grow with their number (2.8 GB a step at 512), and a queue would be overwritten every few steps."""
-    queue: int = 30000
-    """Capacity of a class's memory bank."""
-    queue_background: int = 50000
-    """Capacity of class 0's memory bank."""
-    bank_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the stored keys; bfloat16 halves memory and traffic."""
-    prototype_ema: bool = False
-    """Smooth the positives over the steps (the release's anchor_ema, which it leaves off)."""
-    parts: Literal["fast", "reference"] = "fast"
-    """Which implementation computes the losses: the fast one, or the plain reference, many times slower."""
-    batch_norm: BatchNorm = "joint"
-    """Whether labeled and unlabeled images share batch statistics, in student and teacher (release: joint)."""
-
-    def __post_init__(self) -> None:
-        sizes = ("temperature", "r_l", "anchors", "negatives", "keys", "keys_in_all", "queue", "queue_background")
-        require_positive("u2pl", self, *sizes)
-        require_share("u2pl", self, "ema_decay", "alpha_0", "delta_p", "mix_share")
-        if self.r_l >= self.r_h:
-            raise UserError(f"u2pl.r_l {self.r_l}: must be below u2pl.r_h {self.r_h}")
-        if self.negative_groups < 0 or self.anchors % self.groups:
-            raise UserError(f"u2pl.negative_groups {self.negative_groups}: must divide u2pl.anchors {self.anchors}")
-
-    @property
-    def groups(self) -> int:
-        """Number of sets of negatives per class and step."""
-        return self.negative_groups or self.anchors
-
-    def keys_of(self, workers: int) -> int:
-        """New keys per class and step of each worker, if there are `workers` of them."""
-        return max(1, min(self.keys, self.keys_in_all // workers))
 
 
 class Augmentation(NamedTuple):
@@ -162,7 +73,6 @@ class UnlabeledTargets(NamedTuple):
 class U2PL(TeacherMethod):
     """Student, EMA teacher, memory bank."""
 
-    Options = U2PLOptions
     views = ViewSpec(unlabeled=True)
     durations = ("u2pl.warmup",)
 
@@ -213,7 +123,7 @@ class U2PL(TeacherMethod):
         """
         count, image = len(labeled.image), unlabeled.image
         look = self._look(labeled.image, image) if self.options.teacher_passes == 1 else None
-        logits = self.teacher.eval()(image).logits if look is None else look.logits[count:]
+        logits = self.teacher.eval().logits(image) if look is None else look.logits[count:]
         grid = make_grid((image.shape[-2], image.shape[-1]), (logits.shape[-2], logits.shape[-1]))
         label = grid.label(logits).masked_fill(~unlabeled.valid, IGNORE)
         change, shown = self._change(label, step), unlabeled.valid
@@ -300,6 +210,30 @@ class U2PL(TeacherMethod):
         held = self.options.epoch_steps or 1
         return unreliable_share(step.index // held * held, step.total, self.options.alpha_0)
 
+    # ---- for people to look at ----------------------------------------------------------------------------------
+
+    def partition(self, logits: Tensor, step: Step) -> Partition:
+        """Reliable: an entropy below gamma_t. Negatives: of the classes that `unlikely` gives, by `negative_pixels`.
+
+        With `variant: upstream` nothing is a negative: a pixel must also carry the label of the class (D2), and what
+        one look at the image labels is its likeliest class. In training a few are, as labels come from another look.
+        """
+        values, alpha = entropy(logits), torch.tensor(self.alpha(step))
+        reliable = values < quantile(values, 1.0 - alpha)
+        sources = {
+            "unreliable": ~reliable,
+            "reliable": values <= quantile(values, alpha),
+            "all": torch.ones_like(reliable),
+        }
+        may_be_negative = sources[self.options.negative_pixels] & (self.options.variant == "paper")
+        return Partition(reliable, may_be_negative[:, None] & unlikely(logits, self.options))
+
+    def stored_keys(self) -> list[Tensor]:
+        """The keys in the memory bank."""
+        return self.bank.held()
+
+    # ---- parts of the losses ------------------------------------------------------------------------------------
+
     def contrast_weight(self, world: World) -> float:
         """Weight of L_c: lambda_c; with `variant: upstream` divided by the number of workers (D4 of docs/u2pl.md)."""
         return self.options.lambda_c / (world.size if self.options.variant == "upstream" else 1)
@@ -358,6 +292,17 @@ def read_options(config: Config, num_classes: int) -> U2PLOptions:
     lower = max(1, num_classes - 1)
     log.warning("u2pl.r_l %d leaves no negatives with %d classes: using %d", options.r_l, num_classes, lower)
     return replace(options, r_l=lower)
+
+
+def unlikely(logits: Tensor, options: U2PLOptions) -> Tensor:
+    """The classes of which unlabeled pixels may be negatives: r_l <= O(c) < r_h, bool [n,C].
+
+    Args:
+        logits: float [n,C].
+        options: with r_l below C.
+    """
+    ordered, last = logits.sort(1, descending=True).values, min(options.r_h, logits.shape[1])
+    return (logits < ordered[:, options.r_l - 1, None]) & (logits >= ordered[:, last - 1, None])
 
 
 def make_bank(options: U2PLOptions, config: Config, num_classes: int) -> MemoryBank:

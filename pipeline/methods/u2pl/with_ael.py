@@ -5,53 +5,23 @@ L = L_AEL + lambda_c L_c. AEL as it is, but the most uncertain pixels of mixed i
 which options of `u2pl` are read, and where we differ from the release.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.config.parse import require_share
+from pipeline.config.options import U2PLAELOptions
 from pipeline.config.schema import Config
-from pipeline.errors import UserError
 from pipeline.methods.ael.ael import AEL, Task
-from pipeline.methods.base import Losses, Step, untouched
+from pipeline.methods.base import Losses, Partition, Step, untouched
 from pipeline.methods.u2pl.fast import candidates, contrastive, positives
 from pipeline.methods.u2pl.reference import Rule
-from pipeline.methods.u2pl.u2pl import make_bank, make_draws, make_pixels, read_options
+from pipeline.methods.u2pl.u2pl import make_bank, make_draws, make_pixels, read_options, unlikely
 from pipeline.models import Prediction, upsample
-from pipeline.ops.entropy import IGNORE, entropy, masked_quantile
+from pipeline.ops.entropy import IGNORE, entropy, masked_quantile, quantile
 from pipeline.ops.grid import shrink
 from pipeline.ops.schedules import unreliable_share
 from pipeline.ops.world import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class U2PLAELOptions:
-    """U2PL on AEL: its contrast joins AEL's losses.
-
-    The defaults are the release's. Of the section u2pl it reads alpha_0, thresholds and the options of the contrast;
-    docs/methods.md lists them.
-    """
-
-    # keys of the section u2pl that have no effect here; a flag that sets one is refused
-    ignored: ClassVar[tuple[str, ...]] = (
-        *("u2pl.variant", "u2pl.warmup", "u2pl.epoch_steps", "u2pl.ema_decay", "u2pl.teacher_passes", "u2pl.mix"),
-        *("u2pl.mix_share", "u2pl.lambda_u", "u2pl.negative_pixels", "u2pl.prototype_ema", "u2pl.parts"),
-        "u2pl.batch_norm",
-    )
-    contrast_start: float = 0.25
-    """When the contrast joins: a number of steps, or below 1 a share of the run (release: 20 of 80 epochs; Cityscapes
-    0.1)."""
-    low: float = 0.2
-    """Share of unlabeled pixels, those of the lowest entropy, that may be anchors and positives."""
-    high: float = 0.8
-    """From this quantile of the entropy on, unlabeled pixels may be negatives."""
-
-    def __post_init__(self) -> None:
-        require_share("u2pl_ael", self, "low", "high")
-        if self.low > self.high:
-            raise UserError(f"u2pl_ael.low {self.low}: must not be above u2pl_ael.high {self.high}")
 
 
 class _Thresholds(NamedTuple):
@@ -68,8 +38,6 @@ class _Thresholds(NamedTuple):
 class U2PLAEL(AEL):
     """AEL's networks with representation heads, and a memory bank."""
 
-    Options = U2PLAELOptions
-    builds_on = ("ael", "u2pl")
     durations = (*AEL.durations, "u2pl_ael.contrast_start")
     features = True
 
@@ -106,6 +74,20 @@ class U2PLAEL(AEL):
             {**losses.logs, **logs, "bank_fill": self.bank.count / self.bank.size},
         )
 
+    def partition(self, logits: Tensor, step: Step) -> Partition:
+        """Reliable: an entropy below that of `alpha_0`'s share. Negatives: from the quantile `high` on, as U2PL's."""
+        values = entropy(logits)
+        below, high = (quantile(values, torch.tensor(share)) for share in (self._labeled(step), self.own.high))
+        return Partition(values < below, (values >= high)[:, None] & unlikely(logits, self.u2pl))
+
+    def stored_keys(self) -> list[Tensor]:
+        """The keys in the memory bank."""
+        return self.bank.held()
+
+    def _labeled(self, step: Step) -> float:
+        """Share of the mixed pixels that keep their pseudo-label."""
+        return 1.0 - unreliable_share(step.index, step.total, self.u2pl.alpha_0)
+
     @torch.no_grad()
     def _look(self, task: Task) -> Prediction:
         """The teacher's prediction, in evaluation mode, of the labeled and mixed images that the student sees."""
@@ -113,8 +95,7 @@ class U2PLAEL(AEL):
 
     def _thresholds(self, values: Tensor, known: Tensor, step: Step) -> _Thresholds:
         """The quantiles of the entropies `values` [B,H,W] where `known` [B,H,W] holds."""
-        labeled = 1.0 - unreliable_share(step.index, step.total, self.u2pl.alpha_0)
-        # a copy of a host tensor would wait
-        shares = [torch.full((), share, device=values.device) for share in (self.own.low, self.own.high, labeled)]
+        shares = (self.own.low, self.own.high, self._labeled(step))
+        placed = [torch.full((), share, device=values.device) for share in shares]  # a copy of a host tensor would wait
         among = step.world if self.u2pl.thresholds == "global" else World()
-        return _Thresholds(*masked_quantile(values, known, torch.stack(shares), among))
+        return _Thresholds(*masked_quantile(values, known, torch.stack(placed), among))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import ray
 from ray._private.state import GlobalState
-from ray.train.torch import TorchTrainer
 
 from pipeline.cluster import internals
 from pipeline.cluster.elastic import ElasticTrainer, SharesPolicy
@@ -29,7 +28,13 @@ def test_every_private_part_of_ray_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [(ElasticTrainer, TorchTrainer), (SharesPolicy, internals.ElasticScalingPolicy)]
+    ("ours", "theirs"),
+    [
+        (ElasticTrainer, internals.DataParallelTrainer),
+        (SharesPolicy, internals.ElasticScalingPolicy),
+        (internals.EndingCleaner, internals.PlacementGroupCleaner),
+        (internals.EndingCleanerCallback, internals.PlacementGroupCleanerCallback),
+    ],
 )
 def test_each_method_replaces_one_of_rays(ours: type, theirs: type) -> None:
     methods = [name for name, member in vars(ours).items() if inspect.isfunction(member)]

@@ -184,6 +184,28 @@ def test_before_ray_has_started_it_waits_for_it(metadata: Metadata, fake_ray: Pa
     assert calls(fake_ray) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "is_one"),
+    [
+        ("python jobs/train.py --split 1_8", True),
+        ("/opt/python3.11 -u /home/ray/u2pl-ray/jobs/sweep.py", True),
+        ("python -m pipeline train", True),
+        ("/opt/bin/python /opt/bin/u2pl train", True),
+        ("python cluster/spot_watcher.py --end-jobs 90", False),
+        ("python -m pytest tests/jobs.py", False),
+        ("tail -f jobs/train.py", False),
+        ("ray::Trainer", False),
+        ("python", False),
+    ],
+)
+def test_which_processes_are_jobs(line: str, is_one: bool, tmp_path: Path) -> None:
+    processes = {"7": line.split(), "8": ["/bin/sh", "-c", line], "9": []}
+    for pid, words in processes.items():
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "cmdline").write_text("".join(f"{word}\0" for word in words))
+    assert spot_watcher.jobs(tmp_path) == ({7} if is_one else set())
+
+
 def test_drain_now_asks_nobody_and_ends_with_the_node(fake_ray: Path, raylet: str) -> None:
     began = time.monotonic()
     done = watcher(fake_ray, "--drain-now", "3")

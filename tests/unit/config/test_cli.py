@@ -112,6 +112,9 @@ def test_flags_that_take_several_values(tmp_path):
         (["--method", "u2p"], "unknown method 'u2p'; did you mean u2pl?"),
         (["--optim.lr", "fast"], "optim.lr: expected a number from 0 on, got 'fast'"),
         (["--optim.steps", "1_2"], "optim.steps: expected a whole number"),
+        (["--optim.steps", "1e-3"], "optim.steps: expected a whole number from 0 on, got '1e-3'"),
+        (["--optim.steps", "1e999"], "optim.steps: expected a whole number from 0 on, got '1e999'"),
+        (["--optim.steps", "1.5e0"], "optim.steps: expected a whole number from 0 on, got '1.5e0'"),
         (["--optim.lr"], "--optim.lr: expected one argument"),
         (["--model.backbone", "resnet5"], "did you mean resnet50?"),
         (["--optim.l", "1"], "unknown argument '--optim.l'"),  # never abbreviated
@@ -147,8 +150,17 @@ def test_print_config_is_yaml_of_the_same_config(name, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["64", "96"], ["64,96"], ["64x96"]])
-def test_two_numbers_are_given_in_any_of_three_ways(words):
-    assert _parse("--data.crop", *words).data.crop == (64, 96)
+@pytest.mark.parametrize("flag", ["--crop", "--data.crop"])
+def test_two_numbers_are_given_in_any_of_three_ways(flag, words):
+    assert _parse(flag, *words).data.crop == (64, 96)
+
+
+def test_what_everybody_types_is_short():
+    config = _parse("--lr", "0.25", "--steps", "1e3", "--batch", "12", "--workers", "2..4", "--data", "x")
+    assert (config.optim.lr, config.optim.steps, config.scaling.workers, config.data.root) == (0.25, 1000, "2..4", "x")
+    assert (config.optim.batch_labeled, config.optim.batch_unlabeled) == (12, 12)
+    apart = _parse("--optim.batch_unlabeled", "6", "--batch", "12").optim
+    assert (apart.batch_labeled, apart.batch_unlabeled) == (12, 6)
 
 
 def _help(capsys, *argv: str) -> str:
@@ -164,11 +176,12 @@ def test_help_fits_two_screens_and_shows_the_methods_and_one_methods_options(met
     lines = _help(capsys, "--method", method, "--preset", "cityscapes", "--help").splitlines()
     assert len(lines) <= 80
     assert max(map(len, lines)) <= 80
-    shown = [line.split()[0] for line in lines if line.startswith("  ")]
+    rows = [found[1] for line in lines if (found := re.match(r"  ([-\w.]+(?:, [-\w.]+)*) ", line))]
+    shown = [word for row in rows for word in row.split(", ")]
     assert [name for name in shown if name in OPTIONS] == list(OPTIONS)
     own = [f"--{method}.{item.name}" for item in dataclasses.fields(OPTIONS[method][method])]
     assert [flag for flag in shown if flag.partition(".")[0] in {f"--{name}" for name in OPTIONS}] == own
-    assert {"--data", "--optim.lr", "--scaling.workers", "--print_config"} <= set(shown)
+    assert {"--data", "--lr", "--optim.lr", "--scaling.workers", "--print_config"} <= set(shown)
 
 
 def test_help_shows_the_values_of_the_command_line(capsys, monkeypatch):
@@ -182,7 +195,11 @@ def test_help_shows_the_values_of_the_command_line(capsys, monkeypatch):
 
 def test_help_all_shows_every_section_type_and_default(capsys):
     text = " ".join(_help(capsys, "--help", "all").split())
-    for words in ("--optim.lr float", "--u2pl.lambda_c float", "--data str", "(default: 0.001)", "--print_config"):
+    for words in (
+        *("--lr NUMBER, --optim.lr NUMBER", "--u2pl.lambda_c NUMBER", "--data TEXT", "--steps N", "--crop N,N"),
+        *("--data.unlabeled_pools TEXT ...", "--optim.optimizer sgd|adamw", "--data.flip true|false"),
+        *("(default: 0.001)", "(default: 513 513)", "(default: true)", "(default: none)", "--print_config"),
+    ):
         assert words in text
     assert "Base learning rate of the encoder" in text
 

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config.schema import EvalConfig
-from pipeline.datasets.prepared.dataset import INDEX_SCHEMA, SHARD_SCHEMA, Dataset, DatasetInfo
+from pipeline.datasets.prepared.dataset import OLDER_INDEX, SHARD_SCHEMA, Dataset, DatasetInfo
 from pipeline.errors import UserError
 from pipeline.inference import evaluate as module
-from pipeline.inference.evaluate import ahead, batches, counted, eval_mode, evaluate, read_samples, val_groups
+from pipeline.inference.evaluate import ahead, batches, counted, eval_mode, evaluate, read_samples, scored_groups
 
 CPU = torch.device("cpu")
 SIZES = [(20, 24)] * 5 + [(24, 20)] * 2 + [(20, 24)] * 4
@@ -52,7 +52,7 @@ def _dataset(root, rows: list[dict], group: int = 3) -> Dataset:
         name="t", classes=("a", "b", "c"), palette=((0, 0, 0),) * 3, counts={"train": 2, "val": len(rows)},
         evaluation="whole", protocol="", index_hash="", shards={},
     )  # fmt: skip
-    return Dataset(str(root), info, pa.Table.from_pylist(index, schema=INDEX_SCHEMA))
+    return Dataset(str(root), info, pa.Table.from_pylist(index, schema=OLDER_INDEX))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_counts_each_image_once(dataset):
     net = Net()
     matrix = evaluate(net, dataset, EvalConfig(), CPU).matrix
     scored = 0
-    for group in val_groups(dataset):
+    for group in scored_groups(dataset):
         scored += sum(int((sample.mask != 255).sum()) for sample in read_samples(dataset, group))
     assert matrix.sum() == scored
     assert net.batches == [
@@ -101,7 +101,7 @@ def test_equals_a_plain_loop(dataset):
     net = Net()
     expected = np.zeros((3, 3), dtype=np.int64)
     with eval_mode(net), torch.no_grad():
-        for group in val_groups(dataset):
+        for group in scored_groups(dataset):
             for sample in read_samples(dataset, group):
                 logits = net(torch.from_numpy(sample.image).permute(2, 0, 1).unsqueeze(0))
                 logits = nn.functional.interpolate(logits, sample.mask.shape, mode="bilinear", align_corners=True)
@@ -137,6 +137,11 @@ def test_modes_are_restored_one_by_one(dataset):
     assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
 
 
+def test_of_train_the_images_with_a_mask_are_scored(tmp_path):
+    with pytest.raises(UserError, match="no train images with a mask"):
+        scored_groups(_dataset(tmp_path, _rows()), "train")
+
+
 def test_no_validation_images(tmp_path):
     with pytest.raises(UserError, match="no validation images"):
         evaluate(Net(), _dataset(tmp_path, []), EvalConfig(), CPU)
@@ -144,7 +149,7 @@ def test_no_validation_images(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"mask": None}, "v4 has no mask"), ({"image": b"no image"}, "validation image v4: "), ({"mask": b"x"}, "v4: ")],
+    [({"mask": None}, "v4 has no mask"), ({"image": b"no image"}, "image v4: "), ({"mask": b"x"}, "v4: ")],
 )
 def test_a_bad_image_is_named_and_not_left_out(tmp_path, change, message):
     rows = _rows()
@@ -156,14 +161,15 @@ def test_a_bad_image_is_named_and_not_left_out(tmp_path, change, message):
 
 
 def test_batches_are_bounded(dataset, monkeypatch):
-    samples = [sample for group in val_groups(dataset) for sample in read_samples(dataset, group)]
-    assert [len(image) for image, _ in batches(samples)] == [5, 2, 4]
+    samples = [sample for group in scored_groups(dataset) for sample in read_samples(dataset, group)]
+    assert [len(batch) for batch in batches(samples)] == [5, 2, 4]
     monkeypatch.setattr(module, "MAX_IMAGES", 3)
-    assert [len(image) for image, _ in batches(samples)] == [3, 2, 2, 3, 1]
+    assert [len(batch) for batch in batches(samples)] == [3, 2, 2, 3, 1]
     monkeypatch.setattr(module, "MAX_PIXELS", 2 * 20 * 24)
-    assert [len(image) for image, _ in batches(samples)] == [2, 2, 1, 2, 2, 2]
+    assert [len(batch) for batch in batches(samples)] == [2, 2, 1, 2, 2, 2]
     monkeypatch.setattr(module, "MAX_PIXELS", 1)
-    assert [len(image) for image, _ in batches(samples)] == [1] * 11
+    assert [len(batch) for batch in batches(samples)] == [1] * 11
+    assert [len(batch) for batch in batches(samples, 4)] == [4, 1, 2, 4]
     assert list(batches([])) == []
 
 

@@ -8,8 +8,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline import checkpoint
-from pipeline.config.cli import resolve
 from pipeline.datasets.images import decode_image, decode_mask
 from pipeline.datasets.prepared import pseudo
 from pipeline.datasets.prepared.dataset import open_dataset
@@ -17,33 +15,18 @@ from pipeline.datasets.prepared.splits import load_split
 from pipeline.inference import label as module
 from pipeline.inference.label import Labeler, Labeling, ShardJob
 from pipeline.inference.load import restore
-from pipeline.inference.predict import whole
-from pipeline.ingest.order import Group, select_groups
+from pipeline.inference.logits import whole
+from pipeline.ingest.groups import Group, select_groups
 from pipeline.ingest.read import read_rows
-from pipeline.methods import OPTIONS
-from pipeline.storage import Patience
-from pipeline.training.runtime import PlainRuntime
-from pipeline.training.trainer import train
+from pipeline.patience import Patience
+from tests.networks import train_briefly
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def teacher(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint after a few steps: it sees more than one class."""
-    out = str(tmp_path_factory.mktemp("teacher"))
-    values = {
-        "method": "suponly",
-        "split": "1_4",
-        "out": out,
-        "data": {"root": shapes, "crop": [48, 48], "scale": [0.85, 1.2]},
-        "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
-        "optim": {"optimizer": "adamw", "lr": 3e-3, "head_lr_mult": 1, "steps": 60, "batch_labeled": 4},
-        "eval": {"every": 1000},
-        "run": {"checkpoint_every": 1000, "tensorboard": False},
-    }
-    train(resolve(values, OPTIONS), PlainRuntime(out))
-    return checkpoint.find(out)
+    return train_briefly(shapes, str(tmp_path_factory.mktemp("teacher")))
 
 
 def _first(shapes: str) -> Group:
@@ -118,4 +101,4 @@ def test_a_shard_is_labeled_once(shapes, teacher, tmp_path: Path, monkeypatch: p
 
 def _groups(shapes: str) -> list[Group]:
     dataset = open_dataset(shapes)
-    return select_groups(dataset, load_split(dataset, "1_4").unlabeled)
+    return list(select_groups(dataset, load_split(dataset, "1_4").unlabeled))

@@ -8,6 +8,7 @@ import torch
 from pipeline import checkpoint
 from pipeline.checkpoint import Progress
 from pipeline.config.cli import resolve
+from pipeline.config.schema import without_weights
 from pipeline.errors import UserError
 from pipeline.inference.load import restore
 from pipeline.methods import OPTIONS, build_method
@@ -33,3 +34,17 @@ def test_networks_of_another_version_are_refused_in_one_line(tmp_path):
     place = _saved(tmp_path / "c", lost=next(iter(method.state_dict())))
     with pytest.raises(UserError, match=r"/c: made by another version, whose suponly has other networks$"):
         restore(place, torch.device("cpu"))
+
+
+def test_a_method_whose_statistics_were_frozen_comes_back(tmp_path):
+    """Its own weights are all in the checkpoint, and `none` names no statistics."""
+    values = {
+        "method": "cutmix_seg",
+        "model": {"backbone": "tiny", "weights": "runs/other", "feature_dim": 8},
+        "cutmix_seg": {"batch_norm": "frozen"},
+    }
+    config = resolve(values, OPTIONS)
+    state = build_method(without_weights(config), 2).state_dict()
+    data = {"index": "i", "split": "s", "classes": ["a", "b"]}
+    checkpoint.save(tmp_path, config, data, {}, Progress(1), method=state, optimizer={})
+    assert restore(str(tmp_path), torch.device("cpu"))[1].batch_norm == "frozen"

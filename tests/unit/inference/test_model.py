@@ -12,7 +12,7 @@ from pipeline.checkpoint import Progress
 from pipeline.config.cli import resolve
 from pipeline.errors import UserError
 from pipeline.inference.load import load_model
-from pipeline.inference.predict import sliding, whole
+from pipeline.inference.logits import sliding, whole
 from pipeline.methods import OPTIONS, build_method
 
 ABOUT = {"palette": [[0, 0, 0], [9, 9, 9], [5, 6, 7]], "evaluation": "whole"}

@@ -13,6 +13,7 @@ def test_colour_mask(dtype):
     colours = colour_mask(np.array([[0, 1], [255, 2]], dtype=dtype), PALETTE)
     assert colours.dtype == np.uint8
     assert [tuple(pixel) for pixel in colours.reshape(-1, 3)] == [PALETTE[0], PALETTE[1], IGNORED, IGNORED]
+    assert tuple(colour_mask(np.array([[255]], dtype=dtype), PALETTE, other=(1, 2, 3))[0, 0]) == (1, 2, 3)
 
 
 def test_heat_grows_brighter():
@@ -26,11 +27,9 @@ def test_heat_grows_brighter():
 
 
 def test_reliability():
-    entropy = np.array([[0.1, 0.5, 0.9, 0.1]])
-    ignored = np.array([[False, False, False, True]])
-    assert [tuple(p) for p in reliability(entropy, 0.5)[0]] == [RELIABLE, UNRELIABLE, UNRELIABLE, RELIABLE]
-    assert [tuple(p) for p in reliability(entropy, 0.5, ignored)[0]] == [RELIABLE, UNRELIABLE, UNRELIABLE, IGNORED]
-    assert reliability(entropy, 0.5).dtype == np.uint8
+    colours = reliability(np.array([[True, False, True]]))
+    assert [tuple(pixel) for pixel in colours[0]] == [RELIABLE, UNRELIABLE, RELIABLE]
+    assert colours.dtype == np.uint8
 
 
 def _picture(height: int, width: int, colour: tuple[int, int, int]) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 import itertools
 import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from pipeline.batch import Batch, Views, ViewSpec
@@ -11,9 +13,12 @@ from pipeline.config.cli import resolve
 from pipeline.config.schema import Config
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
+from pipeline.ingest.groups import UNLABELED
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.read import read_inline
+from pipeline.ingest.order import Unit
+from pipeline.ingest.read import Reader, read_inline
 from pipeline.methods import OPTIONS
+from pipeline.patience import Patience
 
 DAMAGED = b"this is no picture"
 STRONG = ViewSpec(unlabeled=True, strong=2)
@@ -44,6 +49,18 @@ def take(config: Config, count: int, **options: Any) -> list[Batch]:
         return list(itertools.islice(loader, count))
     finally:
         loader.close()
+
+
+def on_unlabeled(reader: Reader) -> Reader:
+    """A reader that reads labeled images as ever."""
+
+    def read(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+        units = iter(units)
+        first = next(units)
+        chosen = reader if first.group.columns == UNLABELED else read_inline
+        return chosen(itertools.chain([first], units), labels, patience)
+
+    return read
 
 
 def producing() -> list[threading.Thread]:

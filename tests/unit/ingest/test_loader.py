@@ -14,14 +14,14 @@ from pipeline.batch import ViewSpec
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest import loader as loaders
-from pipeline.ingest import read
 from pipeline.ingest.augment import ViewRecipe
 from pipeline.ingest.decode import Buffers, ThreadDecoder
-from pipeline.ingest.order import LanePlan, Unit, owned_lanes, select_groups
-from pipeline.ingest.read import LabeledSet, UnlabeledStream, read_inline
-from pipeline.storage import Patience
+from pipeline.ingest.groups import LABELED, select_groups, select_images
+from pipeline.ingest.order import LanePlan, Unit, owned_lanes
+from pipeline.ingest.read import SampleStream, read_inline
+from pipeline.patience import Patience
 from tests.processes import wait_for
-from tests.unit.ingest.loading import both_views, configured, loader_of, producing, same, take
+from tests.unit.ingest.loading import both_views, configured, loader_of, on_unlabeled, producing, same, take
 
 
 def test_a_batch_is_what_it_says(shapes):
@@ -44,31 +44,35 @@ def test_a_batch_is_what_it_says(shapes):
 
 
 def test_no_unlabeled_mask_can_be_reached(shapes, monkeypatch):
-    """The stream asks the storage for id and image alone, and its samples hold no mask."""
-    asked: list[list[str]] = []
-    original = read.read_group
+    """The stream asks the storage for no byte of any mask, and its samples hold none."""
+    asked: list[tuple[str, int, int]] = []
+    original = storage.read_range
 
-    def watched(root: str, shard: str, row_group: int, columns: list[str], patience: Patience) -> pa.Table:
-        asked.append(columns)
-        return original(root, shard, row_group, columns, patience)
+    def watched(uri: str, offset: int, size: int) -> bytes:
+        asked.append((uri, offset, offset + size))
+        return original(uri, offset, size)
 
-    monkeypatch.setattr(read, "read_group", watched)
+    monkeypatch.setattr(storage, "read_range", watched)
     dataset = open_dataset(shapes)
     split = load_split(dataset, "1_4")
     plan = LanePlan(select_groups(dataset, split.unlabeled), 6, 0)
-    stream = UnlabeledStream(plan, range(6), 0, read_inline, None, Patience())
+    stream = SampleStream(plan, range(6), 0, read_inline, None, Patience())
     for samples in itertools.islice(stream, 20):
         assert all(sample.mask is None for sample in samples)
     assert asked
-    assert all(columns == ["id", "image"] for columns in asked)
+    for row in dataset.index.to_pylist():
+        uri, begin, end = f"{shapes}/{row['shard']}", row["mask_at"], row["mask_at"] + row["mask_bytes"]
+        assert not any(uri == other and begin < last and first < end for other, first, last in asked)
     assert all(both_views(batch)[1].mask is None for batch in take(configured(shapes), 2))
 
 
 def test_a_method_without_unlabeled_images_reads_none(shapes):
-    def unread(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
-        raise AssertionError("nobody asked for this")
+    def labeled(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+        for unit, table in read_inline(units, labels, patience):
+            assert unit.group.columns == LABELED
+            yield unit, table
 
-    batches = take(configured(shapes), 3, spec=ViewSpec(unlabeled=False), reader=unread)
+    batches = take(configured(shapes), 3, spec=ViewSpec(unlabeled=False), reader=labeled)
     assert [batch.unlabeled for batch in batches] == [None] * 3
 
 
@@ -107,8 +111,8 @@ def test_views_change_with_epoch_and_seed(shapes):
     config = configured(shapes)
     dataset = open_dataset(shapes)
     ids = load_split(dataset, "1_4").labeled[:2]
-    few = LabeledSet(dataset, ids, 0, Patience())
-    epochs = [few.samples([0, 1], step, 2) for step in range(4)]
+    plan = LanePlan(select_images(dataset, ids, LABELED), 2, 0, "labeled")
+    epochs = list(itertools.islice(SampleStream(plan, range(2), 0, read_inline, None, Patience()), 4))
     assert [sorted(sample.id for sample in samples) for samples in epochs] == [sorted(ids)] * 4
     assert [{sample.epoch for sample in samples} for samples in epochs] == [{0}, {1}, {2}, {3}]
     assert same(take(config, 3), take(config, 3))
@@ -171,7 +175,7 @@ def test_trouble_of_the_reader_reaches_the_training_loop(shapes):
                 raise _Trouble
             yield item
 
-    loader = loader_of(configured(shapes), reader=read)
+    loader = loader_of(configured(shapes), reader=on_unlabeled(read))
     with pytest.raises(_Trouble):
         list(itertools.islice(loader, 1000))
     loader.close()
@@ -200,7 +204,7 @@ def test_close_does_not_wait_for_storage_that_hangs(shapes, monkeypatch):
                 hold.wait(60)
             yield item
 
-    loader = loader_of(configured(shapes), reader=hanging)
+    loader = loader_of(configured(shapes), reader=on_unlabeled(hanging))
     next(iter(loader))
     assert reached.wait(60)
     loader.close()
@@ -232,7 +236,7 @@ def test_asking_the_storage_again_is_counted(shapes, monkeypatch):
         return resolve(uri)
 
     monkeypatch.setattr(storage, "resolve", flaky)
-    monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("pipeline.patience.time.sleep", lambda seconds: None)
     loader = loader_of(configured(shapes))
     labeled = len(failed)  # the constructor has read them
     list(itertools.islice(loader, 30))

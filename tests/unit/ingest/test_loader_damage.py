@@ -15,12 +15,11 @@ from pipeline.datasets.images import encode_png
 from pipeline.datasets.pools import make
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.errors import UserError
-from pipeline.ingest import read
 from pipeline.ingest.loader import Loader
 from pipeline.ingest.order import Unit
 from pipeline.ingest.read import Reader, read_inline
-from pipeline.storage import Patience
-from tests.unit.ingest.loading import DAMAGED, STRONG, both_views, configured, equal, loader_of, take
+from pipeline.patience import Patience
+from tests.unit.ingest.loading import DAMAGED, STRONG, both_views, configured, equal, loader_of, on_unlabeled, take
 
 
 def _spoiling(ids: set[str]) -> Reader:
@@ -58,22 +57,21 @@ def test_a_damaged_image_counts_as_padding_and_is_named(shapes, caplog):
 
 
 @pytest.mark.parametrize("what", ["image", "mask", "size"])
-def test_a_damaged_labeled_sample_has_no_label(shapes, monkeypatch, what):
-    original = read.read_group
+def test_a_damaged_labeled_sample_has_no_label(shapes, what):
     first = take(configured(shapes), 1)[0].labeled.ids[0]
 
     small = encode_png(np.zeros((5, 5), np.uint8))
 
-    def spoiled(*arguments: Any) -> pa.Table:
-        rows = original(*arguments).to_pylist()
-        for row in rows:
-            if row["id"] == first and "mask" in row:
-                worse = {"image": {"image": DAMAGED}, "mask": {"mask": row["mask"][:60]}, "size": {"mask": small}}
-                row.update(worse[what])
-        return pa.Table.from_pylist(rows)
+    def spoiled(units: Iterable[Unit], labels: str | None, patience: Patience) -> Iterator[tuple[Unit, pa.Table]]:
+        for unit, table in read_inline(units, labels, patience):
+            rows = table.to_pylist()
+            for row in rows:
+                if row["id"] == first and "mask" in row:
+                    worse = {"image": {"image": DAMAGED}, "mask": {"mask": row["mask"][:60]}, "size": {"mask": small}}
+                    row.update(worse[what])
+            yield unit, pa.Table.from_pylist(rows, table.schema)
 
-    monkeypatch.setattr(read, "read_group", spoiled)
-    labeled = take(configured(shapes), 1)[0].labeled
+    labeled = take(configured(shapes), 1, reader=spoiled)[0].labeled
     assert labeled.mask is not None
     assert (labeled.mask[0] == 255).all()
     assert not labeled.valid[0].any()
@@ -99,7 +97,7 @@ def test_removed_images_are_skipped(shapes, caplog):
             yield unit, pa.Table.from_pylist(rows, table.schema)
 
     with caplog.at_level(logging.WARNING, "pipeline"):
-        loader = loader_of(configured(shapes), reader=read)
+        loader = loader_of(configured(shapes), reader=on_unlabeled(read))
         batches = list(itertools.islice(loader, 3))
         loader.close()
     gone = [not valid.any() for batch in batches for valid in both_views(batch)[1].valid]

@@ -9,7 +9,7 @@ from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.ingest import read
-from pipeline.ingest.order import select_groups
+from pipeline.ingest.groups import select_groups
 from tests.unit.ingest.loading import STRONG, both_views, configured, same, take
 
 

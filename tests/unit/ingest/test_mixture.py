@@ -15,21 +15,13 @@ from pipeline.datasets.pools.pool import Generation, Pool, PoolInfo
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
+from pipeline.ingest.groups import PoolTable, select_groups
 from pipeline.ingest.loader import Loader
-from pipeline.ingest.order import (
-    GroupList,
-    LanePlan,
-    Mixture,
-    PoolTable,
-    Source,
-    open_sources,
-    owned_lanes,
-    select_groups,
-    share_lanes,
-)
+from pipeline.ingest.order import LanePlan, Mixture, Source, open_sources, owned_lanes, share_lanes
 from pipeline.ingest.read import read_inline
 from pipeline.methods import OPTIONS
-from pipeline.storage import Patience
+from pipeline.patience import Patience
+from tests.groups import GroupList
 
 
 def _pool(rows: list[int], group_rows: int = 4, groups_per_shard: int = 3) -> Pool:

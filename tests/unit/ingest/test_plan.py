@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.datasets.prepared.dataset import open_dataset
-from pipeline.ingest.order import Group, GroupList, LanePlan, owned_lanes, select_groups
+from pipeline.ingest.groups import Group, select_groups
+from pipeline.ingest.order import LanePlan, owned_lanes
+from tests.groups import GroupList
 
 UNEQUAL = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 

@@ -6,14 +6,17 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
+from pipeline.datasets.pools.pool import LINKS_SCHEMA
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.errors import UserError
 from pipeline.ingest import read
-from pipeline.ingest.order import LanePlan, Unit, select_groups
-from pipeline.storage import Patience
+from pipeline.ingest.groups import Group, select_groups
+from pipeline.ingest.order import LanePlan, Unit
+from pipeline.patience import Patience
 
 
 @pytest.fixture
@@ -36,14 +39,12 @@ def test_segments_hold_all_units_in_order_and_are_bounded(units, monkeypatch):
     monkeypatch.setattr(read, "SEGMENT_ITEMS", 2)
     segments = list(read.cut_segments(iter(units)))
     flat = [unit for segment in segments for item in segment for unit in item]
-    assert flat == units[: len(flat)]
-    assert len(units) - len(flat) < 12  # what fills no item yet; a plan never ends
+    assert flat == units
     assert [len(segment) for segment in segments][:3] == [1, 2, 2]  # the first batch waits for one item
     assert all(len(segment) <= 2 for segment in segments)
-    for segment in segments:
-        for item in segment:
-            rows = [len(unit.group.rows) for unit in item]
-            assert sum(rows) >= 12 > sum(rows[:-1])
+    items = [[len(unit.group.rows) for unit in item] for segment in segments for item in segment]
+    assert all(sum(rows) >= 12 > sum(rows[:-1]) for rows in items[:-1])
+    assert sum(items[-1][:-1]) < 12  # what is left where units end
 
 
 def test_large_images_make_small_items(units, monkeypatch):
@@ -63,6 +64,18 @@ def test_a_block_is_cut_back_into_its_units(units):
         assert tuple(table["id"].to_pylist()) == unit.group.ids
 
 
+def test_a_block_may_hold_groups_of_a_dataset_and_of_a_pool(units, tmp_path):
+    """Both come to one task where their lanes lie side by side."""
+    (tmp_path / "1.png").write_bytes(b"1")
+    rows = {"id": ["1.png"], "file": ["1.png"], "offset": [0], "size": [1]}
+    pq.write_table(pa.table(rows, schema=LINKS_SCHEMA), tmp_path / "part.parquet")
+    links = Group(str(tmp_path), "part.parquet", 0, range(1), (), 1, links=str(tmp_path))
+    item = [*units[:2], dataclasses.replace(units[2], group=links, order=(0,))]
+    tables = [table for _, table in read.split_block(item, _block(item), Patience())]
+    assert tables[2].to_pylist() == [{"id": "1.png", "image": b"1"}]
+    assert tuple(tables[0]["id"].to_pylist()) == units[0].group.ids
+
+
 def test_a_block_says_how_often_the_storage_was_asked_again(units, monkeypatch):
     original, answers = storage.resolve, itertools.cycle([True, True, False])
 
@@ -72,7 +85,7 @@ def test_a_block_says_how_often_the_storage_was_asked_again(units, monkeypatch):
         return original(uri)
 
     monkeypatch.setattr(storage, "resolve", flaky)
-    monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("pipeline.patience.time.sleep", lambda seconds: None)
     item = units[:4]
     patience = Patience()
     task = {"item": [read.pack_item([unit.group for unit in item], None, patience)]}
@@ -94,8 +107,8 @@ def test_a_task_is_as_patient_as_the_worker(units, monkeypatch):
 
     now = [0.0]
     monkeypatch.setattr(storage, "resolve", away)
-    monkeypatch.setattr("pipeline.storage.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("pipeline.storage.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr("pipeline.patience.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.patience.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     with pytest.raises(TimeoutError):
         read.read_item({"item": [read.pack_item([units[0].group], None, Patience(7.0))]})
     assert now == [7.0]

@@ -8,8 +8,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.ingest.order import Mixture, open_source
-from pipeline.ingest.read import UnlabeledStream, read_inline
-from pipeline.storage import Patience
+from pipeline.ingest.read import SampleStream, read_inline
+from pipeline.patience import Patience
 from tests.pools import GROUP_ROWS, ROWS_PER_SHARD, link_parts, write_part, write_pool
 
 LANES = 16
@@ -42,7 +42,7 @@ def test_start_reads_and_holds_the_same_for_a_thousand_shards_and_a_million(tmp_
             patch.setattr(storage, "resolve", watched)
             touched.clear()
             tracemalloc.start()
-            batch = next(iter(UnlabeledStream(opened(uri), range(LANES), 0, read_inline, None, Patience())))
+            batch = next(iter(SampleStream(opened(uri), range(LANES), 0, read_inline, None, Patience())))
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
         assert len(batch) == LANES
@@ -73,7 +73,7 @@ def test_reading_holds_and_reads_the_same_from_a_thousand_rows_and_a_hundred_tho
                 read += len(item[0].order)
                 yield item
 
-        samples = iter(UnlabeledStream(opened(uri), range(LANES), start, counted, None, Patience()))
+        samples = iter(SampleStream(opened(uri), range(LANES), start, counted, None, Patience()))
         for step in range(1, steps + 1):
             next(samples)
             most = max(most, read - step * LANES)

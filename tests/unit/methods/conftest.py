@@ -9,7 +9,7 @@ import torch
 from pipeline.batch import Batch, Views
 from pipeline.config.cli import resolve
 from pipeline.methods import METHODS, OPTIONS, Method, Step, build_method
-from pipeline.models import upsample
+from pipeline.models import SegmentationModel, upsample
 from pipeline.ops.world import World
 
 SIZE = 24
@@ -35,6 +35,7 @@ def small(
     aux: float = 0.0,
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    optim: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Method:
     """A method with the tiny network; where an option has a size, it is small enough for 24 x 24 pixels."""
@@ -42,7 +43,7 @@ def small(
         "method": name,
         "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8, **(model or {})},
         "loss": {"aux_weight": aux},
-        "optim": {"steps": TOTAL},
+        "optim": {"steps": TOTAL, **(optim or {})},
         "data": {"crop": (SIZE, SIZE), "background": "0", **(data or {})},
         "u2pl": {"warmup": 2, "anchors": 8, "negatives": 4, "keys": 8, "queue": 20, "queue_background": 30},
         "gct": {"detector_width": 8},
@@ -103,6 +104,19 @@ def train_step(method: Method, index: int, on: Batch | None = None, lr: float = 
                 parameter.sub_(rate * (parameter.grad.sign() if adam else parameter.grad))
     method.after_step(step(index))
     return {name: value.detach() for name, value in terms.items()}
+
+
+def noted(network: SegmentationModel) -> list[torch.Tensor]:
+    """The images that a network looks at from now on, whichever of its heads are read."""
+    seen: list[torch.Tensor] = []
+    normalise = network.normalise
+
+    def look(image: torch.Tensor) -> torch.Tensor:
+        seen.append(image)
+        return normalise(image)
+
+    network.normalise = look  # type: ignore[method-assign]
+    return seen
 
 
 def full(logits: torch.Tensor) -> torch.Tensor:

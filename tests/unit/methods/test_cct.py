@@ -4,12 +4,14 @@ from typing import cast
 import pytest
 import torch
 
+from pipeline.config.options import CCTOptions
 from pipeline.errors import UserError
-from pipeline.methods.cct import CCT, KINDS
+from pipeline.methods.cct import CCT
 from pipeline.models import upsample
 from pipeline.models.parts import subpixel_decoder
 from tests.unit.methods.conftest import CLASSES, batch, step
 
+KINDS = CCTOptions.kinds
 NONE = dict.fromkeys(KINDS, 0)
 
 

@@ -6,7 +6,7 @@ import torch
 from pipeline.batch import Batch
 from pipeline.methods.cutmix_seg import CutMixSeg
 from pipeline.ops.mixing import box_masks
-from tests.unit.methods.conftest import CPU, SIZE, batch, full, step, train_step
+from tests.unit.methods.conftest import CPU, SIZE, batch, full, noted, step, train_step
 
 
 def _trained(build, **options) -> CutMixSeg:
@@ -57,8 +57,7 @@ def test_nobody_confident_means_no_consistency(build):
 
 def test_the_teacher_sees_clean_whole_images(build):
     method, on = _trained(build), batch(4, seed=3)
-    seen: list[torch.Tensor] = []
-    method.teacher.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    seen = noted(method.teacher)
     before = {name: value.clone() for name, value in method.teacher.state_dict().items()}
     method(on, step(3))
     assert len(seen) == 1

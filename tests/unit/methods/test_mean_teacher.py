@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.methods.mean_teacher import MeanTeacher
-from tests.unit.methods.conftest import CLASSES, SIZE, batch, full, step, train_step
+from tests.unit.methods.conftest import CLASSES, SIZE, batch, full, noted, step, train_step
 
 
 def _trained(build, **options) -> MeanTeacher:
@@ -56,13 +56,11 @@ def test_forward_leaves_the_teacher_alone(build):
 
 def test_noise_is_the_students_alone_and_has_the_deviation_asked_for(build):
     method, on = _trained(build, input_noise=5.0), batch(seed=3)
-    seen: dict[torch.nn.Module, list[torch.Tensor]] = {method.student: [], method.teacher: []}
-    for network in seen:
-        network.register_forward_pre_hook(lambda module, args: seen[module].append(args[0]))
+    of_student, of_teacher = noted(method.student), noted(method.teacher)
     unlabeled = method.sides(on)[1]
     method(on, step(3))
-    assert [torch.equal(image, unlabeled.image) for image in seen[method.teacher]] == [True]
-    labeled, noisy = seen[method.student]
+    assert [torch.equal(image, unlabeled.image) for image in of_teacher] == [True]
+    labeled, noisy = of_student
     assert torch.equal(labeled, on.labeled.image)
     noise = noisy - unlabeled.image
     assert noise.shape == (2, 3, SIZE, SIZE)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -19,6 +20,15 @@ def test_parameters_are_averaged_and_buffers_are_not():
         torch.testing.assert_close(mine, 0.9 * before[name] + 0.1 * student.get_parameter(name))
     for name, mine in teacher.named_buffers():
         assert torch.equal(mine, before[name])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.99])
+def test_all_at_once_is_bit_for_bit_what_one_by_one_is(decay):
+    teacher, student = _net(0), _net(1)
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    expected = [mine.detach().lerp(other, 1.0 - decay) for mine, other in pairs]
+    follow(teacher, student, decay)
+    assert all(torch.equal(mine, other) for mine, other in zip(teacher.parameters(), expected, strict=True))
 
 
 def test_decay_0_copies_everything_but_the_storage():

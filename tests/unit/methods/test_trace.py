@@ -1,5 +1,7 @@
 """No step waits for the device: it traces with tensors that have no values. tests/parity/test_graphs.py compiles it."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,17 +11,21 @@ from pipeline.batch import Batch, Views
 from pipeline.methods import METHODS, Method
 from tests.unit.methods.conftest import batch, step
 
-CASES = {name: (name, {}) for name in sorted(METHODS)} | {
-    f"u2pl {key}={value}": ("u2pl", {key: value})
-    for key, value in {
-        "variant": "upstream",
-        "loss": "binary",
-        "teacher_passes": 1,
-        "mix": "classmix",
-        "bank_dtype": "bfloat16",
-        "prototype_ema": True,
-    }.items()
-}
+CASES: dict[str, tuple[str, dict[str, Any]]] = (
+    {name: (name, {}) for name in sorted(METHODS)}
+    | {f"{name} on a transformer": (name, {"model": {"backbone": "vit_tiny"}}) for name in sorted(METHODS)}
+    | {
+        f"u2pl {key}={value}": ("u2pl", {key: value})
+        for key, value in {
+            "variant": "upstream",
+            "loss": "binary",
+            "teacher_passes": 1,
+            "mix": "classmix",
+            "bank_dtype": "bfloat16",
+            "prototype_ema": True,
+        }.items()
+    }
+)
 
 
 def total(method: Method, on: Batch) -> Tensor:

@@ -36,9 +36,9 @@ def test_the_three_losses_pixel_by_pixel(build):
         maps = method.student.encode(torch.cat([on.labeled.image, unlabeled.image]))
         dropped = [
             _dropped(feature_map[4:], step(3).uniform_per_image(f"drop/{name}", (4, feature_map.shape[1]), CPU), 0.3)
-            for name, feature_map in zip(("low", "mid", "high"), maps, strict=True)
+            for name, feature_map in zip(("low", "mid", "high"), maps.levels, strict=True)
         ]
-        both = full(method.student.decoder(FeatureMaps(*map(torch.cat, zip(maps, dropped, strict=True)))).logits)
+        both = full(method.student.decoder(FeatureMaps(*map(torch.cat, zip(maps.levels, dropped, strict=True)))).logits)
         weak, perturbed = both[4:8].softmax(1), both[8:]
         number = torch.arange(weak[:, 0].numel()).view(weak[:, 0].shape)
         one, two = (

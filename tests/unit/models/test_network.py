@@ -1,11 +1,15 @@
+from functools import partial
+
 import pytest
 import torch
 
+from pipeline.config.backbones import BACKBONES
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import Prediction, build_model, upsample
 
-BACKBONES = ["tiny", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101"]
+FEW = ["tiny", "mobilenet_v2", "resnet18", "vit_tiny"]
+"""One of each family."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +38,36 @@ def test_odd_sizes(size, quarter, eighth):
     assert shapes(model(images(1, size, size))) == expected
 
 
+@pytest.mark.parametrize("backbone", FEW)
+def test_logits_alone_cost_no_other_head(backbone):
+    model = build_model(small(backbone), 5, features=True, aux=True).eval()
+    image, read = images(2, 65, 97), []
+    expected = model(image).logits
+    for head in (model.decoder.representation, model.decoder.auxiliary):
+        head.register_forward_hook(lambda *_: read.append("head"))  # type: ignore[operator, union-attr]
+    assert torch.equal(model.logits(image), expected)
+    assert not read
+    model(image)
+    assert read == ["head", "head"]
+
+
+@pytest.mark.parametrize("backbone", FEW)
+def test_activations_are_channels_last_from_end_to_end(backbone):
+    """A layer that gets another layout copies its input, in forward and backward, and so do those after it."""
+    model, others = build_model(small(backbone), 5, features=True, aux=True).train(), []
+
+    def look(name: str, _: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not inputs[0].is_contiguous(memory_format=torch.channels_last):
+            others.append(name)
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.BatchNorm2d):
+            layer.register_forward_pre_hook(partial(look, name))
+    for part in model(images(2, 65, 97)):
+        look("output", None, (part,))
+    assert others == []
+
+
 def test_heads_are_optional():
     model = build_model(small(), 5, features=False)
     assert shapes(model(images(2, 65, 97))) == [(2, 5, 17, 25), None, None]
@@ -48,26 +82,29 @@ def test_every_backbone_and_stride_at_full_size(backbone, stride):
         model = build_model(config, 21, features=True, aux=True)
         prediction = model(torch.zeros(2, 3, 513, 769, dtype=torch.uint8))
         aux = prediction.aux
-    if backbone == "tiny":
-        assert shapes(prediction)[:2] == [(2, 21, 257, 385), (2, 256, 257, 385)]
+    if BACKBONES[backbone].decoder != "deeplab":
+        sizes = {"tiny": (257, 385), "vit_tiny": (256, 384)}.get(backbone, (148, 220))
+        assert shapes(prediction)[:2] == [(2, 21, *sizes), (2, 256, *sizes)]
+        assert 513 / sizes[0] == pytest.approx(model.decoder.stride, rel=0.02)
     else:
         assert shapes(prediction)[:2] == [(2, 21, 129, 193), (2, 256, 129, 193)]
         assert aux is not None
         assert aux.shape[2:] == ((65, 97) if stride == 8 else (33, 49))
 
 
-@pytest.mark.parametrize("backbone", ["tiny", "mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize("backbone", FEW)
 def test_parameter_groups_are_disjoint_and_complete(backbone):
     model = build_model(small(backbone), 5, features=True, aux=True)
     encoder = {id(p) for p in model.encoder_parameters()}
     heads = {id(p) for p in model.head_parameters()}
     assert encoder
     assert heads
+    assert encoder == {id(p) for layer in model.encoder.layers() for p in layer}
     assert not encoder & heads
     assert encoder | heads == {id(p) for p in model.parameters()}
 
 
-@pytest.mark.parametrize("backbone", ["tiny", "mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize("backbone", FEW)
 def test_a_batch_of_one_trains_every_parameter(backbone):
     model = build_model(small(backbone, dropout=0.0), 5, features=True, aux=True).train()
     sum(part.square().mean() for part in model(images(1, 65, 65))).backward()  # type: ignore[union-attr]

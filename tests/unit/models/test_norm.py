@@ -1,11 +1,15 @@
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
+from pipeline.models import norm
 from pipeline.models.norm import SyncBatchNorm2d, sync_batchnorm
 
 
@@ -37,7 +41,88 @@ CASES = [([0, 3, 6], torch.float32, 1e-3), ([0, 1, 6], torch.float64, 1e-9)]
 """Images of each worker are cuts[rank]:cuts[rank + 1]; type; tolerance."""
 
 
-def _worker(rank: int, store: str) -> None:
+# ---- CUDA's kernels, written out for CPUs from what they compute ---------------------------------------------------
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _centred(x: Tensor, mean: Tensor) -> Tensor:
+    return _wide(x) - mean.view(1, -1, 1, 1)
+
+
+def _stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean = _wide(x).mean((0, 2, 3))
+    return mean, (_centred(x, mean).square().mean((0, 2, 3)) + eps).rsqrt()
+
+
+def _gather_stats(
+    x: Tensor,
+    means: Tensor,
+    scales: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    count, weights = counts.sum(), counts[:, None]
+    mean = (means * weights).sum(0) / count
+    var = ((scales.pow(-2) - eps + (means - mean).square()) * weights).sum(0) / count
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * count / (count - 1), momentum)
+    return mean, (var + eps).rsqrt()
+
+
+def _elemt(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return (_centred(x, mean) * (scale * weight).view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)).to(x.dtype)
+
+
+def _backward_reduce(
+    grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, *wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total, dotted = _wide(grad).sum((0, 2, 3)), (_wide(grad) * _centred(x, mean)).sum((0, 2, 3))
+    return total, dotted, dotted * scale, total.clone()
+
+
+def _backward_elemt(
+    grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, total: Tensor, dotted: Tensor, counts: Tensor
+) -> Tensor:
+    assert counts.dtype == torch.int32
+    shape, count = (1, -1, 1, 1), counts.sum()
+    slope = (scale.square() * dotted / count).view(shape)
+    direct = _wide(grad) - (total / count).view(shape) - _centred(x, mean) * slope
+    return (direct * (scale * weight).view(shape)).to(x.dtype)
+
+
+KERNELS = {
+    "batch_norm_stats": _stats,
+    "batch_norm_gather_stats_with_counts": _gather_stats,
+    "batch_norm_elemt": _elemt,
+    "batch_norm_backward_reduce": _backward_reduce,
+    "batch_norm_backward_elemt": _backward_elemt,
+}
+"""By name in torch; tests/gpu compares them with those of a GPU."""
+
+
+@contextmanager
+def _way(name: str) -> Iterator[None]:
+    """Takes the way of every device, or that of CUDA, whose kernels stand above."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "fused":
+            patch.setattr(norm, "_is_fused", lambda x: True)
+            for kernel, function in KERNELS.items():
+                patch.setattr(torch, kernel, function)
+        yield
+
+
+def _worker(rank: int, store: str, way: str) -> None:
+    with _way(way):
+        _work(rank, store)
+
+
+def _work(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     results = []
@@ -54,10 +139,11 @@ def _worker(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_workers_equal_one_with_the_whole_batch(tmp_path: Path):
+@pytest.mark.parametrize("way", ["plain", "fused"])
+def test_two_workers_equal_one_with_the_whole_batch(way: str, tmp_path: Path):
     torch.set_num_threads(1)
     store = str(tmp_path / "store")
-    mp.spawn(_worker, (store,), nprocs=2)  # type: ignore[attr-defined]
+    mp.spawn(_worker, (store, way), nprocs=2)  # type: ignore[attr-defined]
     workers = [torch.load(f"{store}.{rank}", weights_only=True) for rank in range(2)]
     for (_, dtype, tolerance), first, second in zip(CASES, *workers, strict=True):
         for key, expected in _step(_net(dtype), *_batch(dtype)).items():

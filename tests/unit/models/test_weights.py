@@ -11,7 +11,7 @@ import torchvision
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import build_model
-from pipeline.models.weights import load_weights, read_state
+from pipeline.models.weights import download, load_weights, read_state
 
 UNUSED = ("fc.",)
 
@@ -30,7 +30,7 @@ def _save(state: object, path: Path) -> str:
 def _load(source: str) -> torchvision.models.ResNet:
     torch.manual_seed(0)
     network = torchvision.models.resnet18()
-    load_weights(network, "resnet18", source, UNUSED)
+    load_weights(network, "resnet18", source, UNUSED, {"torchvision": download})
     return network
 
 
@@ -143,5 +143,5 @@ def test_a_file_of_another_family_fills_its_own_encoder_only(tmp_path, caplog):
     assert len(loaded) == len(kept)
     assert all(torch.equal(a, b) for a, b in zip(loaded, kept, strict=True))
     assert f"mobilenet_v2: {len(kept)} tensors" in caplog.text
-    with pytest.raises(UserError, match=r"conv1\.weight is missing; is this a torchvision state dict of resnet18\?"):
+    with pytest.raises(UserError, match=r"conv1\.weight is missing; is this a state dict of resnet18\?"):
         build_model(ModelConfig(backbone="resnet18", weights=file), 5, features=False)

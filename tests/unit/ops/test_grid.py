@@ -131,6 +131,19 @@ def test_labels_of_sure_logits(shape):
     _assert_same_labels(_peaks(shape, 50.0), _both(shape)[0])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gpus_get_the_labels_of_cpus(shape):
+    corners = grids._corners(_logits(shape), -math.inf)
+    assert torch.equal(grids._argmax(corners), grids._likeliest(corners).long())
+
+
+def test_a_label_is_a_class_whatever_the_logits():
+    quarter, _ = _both(SHAPES[0])
+    logits = _logits(SHAPES[0])
+    logits[0, 2, 4, 3] = math.nan
+    assert set(quarter.label(logits).unique().tolist()) <= set(range(5))
+
+
 def test_labels_of_logits_with_gaps_beyond_the_floor():
     for seed in range(3):
         _assert_same_labels(_logits(SHAPES[2], 40.0, seed), _both(SHAPES[2])[0])

@@ -59,6 +59,36 @@ def test_without_a_compiler_kernels_stay_plain_and_it_is_said_once(caplog: pytes
 
 
 @pytest.mark.usefixtures("switch")
+def test_a_function_that_fails_compiled_runs_as_it_is_written(monkeypatch, caplog):
+    calls = []
+
+    def breaks(function, **options):
+        def run(x: Tensor) -> Tensor:
+            calls.append(x)
+            raise RuntimeError("no kernel for it\nand more")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", breaks)
+    monkeypatch.setattr(kernel, "_active", True)
+    doubled = kernel.kernel()(_doubled)
+    with caplog.at_level(logging.WARNING, kernel.__name__):
+        assert [float(doubled(torch.ones(()))) for _ in range(2)] == [2.0, 2.0]
+        with pytest.raises(ValueError, match="no number"):
+            kernel.kernel()(_refuses)(torch.ones(()))
+    assert len(calls) == 2, "it is tried once"
+    assert caplog.messages == ["_doubled runs uncompiled, right but slower: no kernel for it"]
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def _refuses(x: Tensor) -> Tensor:
+    raise ValueError("no number")
+
+
+@pytest.mark.usefixtures("switch")
 def test_an_active_process_does_not_look_for_a_compiler_again(monkeypatch: pytest.MonkeyPatch):
     asked: list[torch.device] = []
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.ops.entropy import masked_quantile
+from pipeline.ops.entropy import masked_quantile, quantile
 from pipeline.ops.world import World
 from tests.unit.ops.worlds import on_ranks
 
@@ -113,3 +113,12 @@ def test_negative_zero_is_zero():
 def test_no_gradient_flows():
     values = torch.rand(5, requires_grad=True)
     assert not masked_quantile(values, torch.ones(5, dtype=torch.bool), Q, World()).requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_quantile_of_one_tensor_is_that_of_numpy(kind):
+    values = _values(kind).flatten()
+    for share in Q:
+        expected = np.quantile(values.double().numpy(), share.double().item())
+        np.testing.assert_allclose(quantile(values, share).double().item(), expected, rtol=1e-6, atol=2e-45)
+    assert quantile(values[:0], Q[1]).isnan()

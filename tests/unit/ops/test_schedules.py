@@ -2,13 +2,21 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.ops.schedules import ema_decay, poly, sigmoid_ramp, unreliable_share
+from pipeline.ops.schedules import cosine, ema_decay, poly, sigmoid_ramp, unreliable_share
 
 
 def test_poly_rises_then_falls_to_0():
     factors = [poly(step, 100, 0.9, warmup=10) for step in range(101)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == pytest.approx((1 - 9 / 100) ** 0.9)
+    assert all(early > late for early, late in pairwise(factors[9:]))
+    assert factors[100] == 0
+
+
+def test_cosine_rises_then_falls_to_0():
+    factors = [cosine(step, 100, warmup=10) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert [factors[25], factors[50], factors[75]] == pytest.approx([0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
     assert all(early > late for early, late in pairwise(factors[9:]))
     assert factors[100] == 0
 

@@ -45,7 +45,7 @@ def write_run(
         config: more keys.
         data: replaces what the checkpoint says of the data; empty: there is no checkpoint.
         about: more of what the run is made of.
-        logs: more in each training record.
+        logs: more in each training record; what may be called is, with the step.
     """
     folder.mkdir(parents=True)
     values = {"method": method, "split": split, "seed": seed, "optim": {"steps": 100}, "data": {"root": "/no/toy"}}
@@ -54,7 +54,8 @@ def write_run(
     evaluations = [_evaluation(10 * at, score) for at, score in enumerate(scores, 1)]
     lines = []
     for each in evaluations:
-        train = {"kind": "train", "step": each["step"], "total": 1.0, "worker_seconds": 1800.0, **(logs or {})}
+        more = {name: value(each["step"]) if callable(value) else value for name, value in (logs or {}).items()}
+        train = {"kind": "train", "step": each["step"], "total": 1.0, "worker_seconds": 1800.0, **more}
         lines += [train, {"kind": "eval", **each, "worker_seconds": 1800.0}]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     if finished:

@@ -28,7 +28,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.found.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input", "link"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

@@ -20,6 +20,17 @@ def test_runs_are_found_alone_and_below_folders_each_once(tmp_path):
     assert find_runs([f"{root}/a"]) == expected[:1]
 
 
+def test_a_teacher_is_part_of_its_students_run_and_cost(tmp_path):
+    recipe = tmp_path / "runs/recipe"
+    write_run(recipe / "teacher", scores=(0.4, 0.5))
+    assert find_runs([str(tmp_path)]) == [str(recipe / "teacher")], "the student has not begun"
+    labels = {"data": {"root": "/no/toy", "pseudo_labels": str(recipe / "pseudo_labels")}}
+    student = write_run(recipe / "student", "self_training", scores=(0.5,), config=labels)
+    assert find_runs([str(tmp_path)]) == [student]
+    assert find_runs([str(recipe / "teacher")]) == [str(recipe / "teacher")]
+    assert read_run(student, OPTIONS).cost == (3.0, "CPU-hours")  # two evaluations and one
+
+
 def test_a_run_as_it_was_left(tmp_path):
     logs = {"kept": 0.8, "bank_fill": [0.5, 1.0]}
     run = read_run(write_run(tmp_path / "r", "u2pl", "1_2", 3, (0.5, 0.7, 0.6), logs=logs), OPTIONS)

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import storage
+from pipeline import checkpoint, storage
 from pipeline.config import cli
 from pipeline.config.schema import to_yaml
 from pipeline.datasets.pools import make
@@ -121,7 +121,8 @@ def _add(folder, numbers):
 
 def test_another_sweep_in_the_same_place_is_refused(shapes, tmp_path):
     (trial,) = make_trials(_base(shapes, tmp_path), ["suponly"], ["1_8"], 1, {})
-    storage.write_bytes(f"{trial.out}/config.yaml", to_yaml(trial.config).encode())
+    _begin(trial)
+    storage.write_bytes(f"{trial.out}/{checkpoint.name(3)}/{checkpoint.META_FILE}", b"{}")
     assert make_trials(_base(shapes, tmp_path), ["suponly"], ["1_8"], 1, {})[0].name == trial.name
     with pytest.raises(UserError, match=r"holds a run with optim\.steps 900 instead of 30"):
         make_trials(_base(shapes, tmp_path, "--optim.steps", "30"), ["suponly"], ["1_8"], 1, {})

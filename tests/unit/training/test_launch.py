@@ -1,22 +1,33 @@
 """What the launcher decides before any worker starts."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
+from pipeline import checkpoint
+from pipeline.checkpoint import Progress
 from pipeline.config import cli
 from pipeline.config.schema import Config
-from pipeline.datasets.prepared.dataset import open_dataset
+from pipeline.datasets.prepared.dataset import OLDER_INDEX, open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
 from pipeline.ingest import order
 from pipeline.methods import OPTIONS
+from pipeline.patience import Patience
 from pipeline.training import launch, preflight
+from pipeline.training.lease import held
 
 
 def _config(*flags: str) -> Config:
     return cli.parse_config(["--preset", "demo", *flags], "", OPTIONS)[0]
+
+
+def _checkpoint(config: Config, step: int = 3) -> None:
+    folder = Path(str(config.out)) / checkpoint.name(step)
+    folder.mkdir()
+    checkpoint.save(folder, config, {}, {}, Progress(step), method={})
 
 
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: str) -> None:
@@ -41,16 +52,25 @@ def test_fresh_deletes_runs_and_nothing_else(tmp_path: Path) -> None:
     launch.begin_run(config, fresh=True)
     assert photo.exists()
     assert (tmp_path / "config.yaml").exists()
-    (tmp_path / "step_0000300").mkdir()
-    (tmp_path / "step_0000300" / "state.pt").write_bytes(b"old")
+    for name in ("step_0000300/state.pt", "pictures/step_0000300.png", "tensorboard/pictures/step_0000300.tfevents"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"old")
     launch.begin_run(config, fresh=True)
-    assert photo.exists()
-    assert not (tmp_path / "step_0000300").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "photo.jpg"]
+
+
+def test_fresh_leaves_pictures_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for name in ("IMG_0001.jpg", "step_0000300.jpg", "step_0000300.png"):
+        (tmp_path / "pictures" / name).write_bytes(b"precious")
+    launch.begin_run(_config("--out", str(tmp_path)), fresh=True)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["IMG_0001.jpg", "step_0000300.jpg"]
 
 
 def test_a_run_directory_keeps_its_settings(tmp_path: Path) -> None:
     config = _config("--out", str(tmp_path))
     launch.begin_run(config, fresh=False)
+    _checkpoint(config)
     machines = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, log_every=7),
@@ -60,6 +80,96 @@ def test_a_run_directory_keeps_its_settings(tmp_path: Path) -> None:
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
     with pytest.raises(UserError, match=r"optim\.lr 0\.003 instead of 0\.5"):
         launch.begin_run(other, fresh=False)
+
+
+def test_a_run_without_a_checkpoint_gives_way_to_other_settings(tmp_path: Path) -> None:
+    config = _config("--out", str(tmp_path))
+    launch.begin_run(config, fresh=False)
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
+    launch.begin_run(other, fresh=False)
+    assert "lr: 0.5" in (tmp_path / "config.yaml").read_text()
+    (tmp_path / "summary.json").write_text("{}")  # a finished run whose checkpoints were deleted
+    with pytest.raises(UserError, match=r"optim\.lr 0\.5 instead of 0\.003"):
+        launch.begin_run(config, fresh=False)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_refused_start_leaves_the_run_as_it_was(
+    tmp_path: Path, shapes: str, monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    monkeypatch.setattr(launch, "connect", lambda: None)  # the number of workers is looked at without a cluster
+    config = _config("--data", shapes, "--out", str(tmp_path / "run"), "--workers", "3")
+    for files in ([], [checkpoint.name(3)]):
+        with pytest.raises(UserError, match=r"scaling\.workers 3 does not share the batch equally"):
+            launch.launch(config, fresh=fresh)
+        left = sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != "lease")
+        assert left == files
+        _checkpoint(config) if not files else None
+
+
+def test_a_dry_run_names_the_checkpoint_that_a_start_would_take(
+    tmp_path: Path, shapes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "connect", lambda: None)
+    monkeypatch.setattr(launch, "warn_of_local_places", lambda config: None)
+    monkeypatch.setattr(launch.nodes, "grows", lambda: True)  # then no node is looked at
+    config = _config("--data", shapes, "--out", str(tmp_path), "--workers", "1")
+    launch.begin_run(config, fresh=False)
+    for step in (3, 6):
+        _checkpoint(config, step)
+    newest = tmp_path / checkpoint.name(6) / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    launch.plan(config)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"it would start from {tmp_path / checkpoint.name(3)}; nothing was started"
+    assert f"{newest}: damaged" in "".join(said)
+    assert any(re.fullmatch(r"a step needs about 0\.\d GiB of memory on each worker", line) for line in said)
+    assert newest.exists()
+    with held(str(tmp_path), Patience(1)), pytest.raises(UserError, match=rf"{tmp_path} is being written by .* wait"):
+        launch.plan(config)
+
+
+def test_a_start_says_once_that_a_dataset_is_of_an_earlier_version(
+    tmp_path: Path, shapes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "connect", lambda: None)
+    monkeypatch.setattr(launch, "warn_of_local_places", lambda config: None)
+    monkeypatch.setattr(launch.nodes, "grows", lambda: True)
+    config = _config("--data", shapes, "--out", str(tmp_path), "--workers", "1")
+    launch.plan(config)
+    assert "earlier version" not in capsys.readouterr().out
+    found = open_dataset(shapes)
+    older = dataclasses.replace(found, index=found.index.select(OLDER_INDEX.names))
+    monkeypatch.setattr(preflight, "open_dataset", lambda root: older)
+    launch.plan(config)
+    assert capsys.readouterr().out.count("prepare it again to read less") == 1
+
+
+def test_a_config_that_was_cut_off_is_damaged_not_another_run(tmp_path: Path) -> None:
+    config = _config("--out", str(tmp_path))
+    launch.begin_run(config, fresh=False)
+    _checkpoint(config)
+    file = tmp_path / "config.yaml"
+    text = file.read_text()
+    for half, why in (
+        (text[: text.index("backbone")].encode(), r"model\.backbone is missing"),
+        (text[: text.index("window:") + 7].encode(), r"eval\.window: expected 2 values"),
+        (b"method: u2pl\n\xff", "no UTF-8 text"),
+    ):
+        file.write_bytes(half)
+        with pytest.raises(UserError, match=rf"config\.yaml: damaged.*{why}.*delete the file"):
+            launch.begin_run(config, fresh=False)
+
+
+def test_without_its_file_a_run_keeps_the_settings_of_its_checkpoints(tmp_path: Path) -> None:
+    config = _config("--out", str(tmp_path))
+    _checkpoint(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, background="0"))
+    )  # as the trainer does
+    preflight.check_identity(config)
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
+    with pytest.raises(UserError, match=r"holds a run with optim\.lr 0\.003 instead of 0\.5"):
+        preflight.check_identity(other)
 
 
 def test_a_run_keeps_the_generations_it_began_with(
@@ -84,6 +194,7 @@ def test_a_run_keeps_the_generations_it_began_with(
         return config.data.pool_generations
 
     assert pinned() == (1,)
+    _checkpoint(_config("--data", shapes, "--out", str(tmp_path), "--data.unlabeled_pools", "/a"))
     there = 2
     assert pinned() == (1,)
     with pytest.raises(UserError, match=r"data\.pool_generations \[1\] instead of \[2\]"):

@@ -57,7 +57,35 @@ def test_means_of_an_interval(clock):
         assert record["stall"] == 0.25
         assert record["eta_seconds"] == (98 - first) * 2
         assert (record["lr"], record["kept"]) == (0.01, 0.5)
-    assert "step      4/100  loss 4.5000  (a 4.0000  b 0.5000)  kept 50%" in meter.line(4, record)
+    line = meter.line(4, record)
+    assert "step      4/100  loss 4.5000  (a 4.0000  b 0.5000)  kept 50%" in line
+    assert line.endswith("  3.0 img/s  stall 25%  eta 3m12s")
+    assert meter.brief(record) == "loss 4.5000  3.0 img/s  eta 3m12s"
+
+
+def test_the_first_step_is_told_and_the_time_left_does_not_follow_from_it(clock):
+    meter, _ = _meter()
+    _add(meter, 0, a=1.0)
+    clock.now += 60.0  # data is read, losses are compiled
+    first = meter.first(1, 0.1)
+    assert (first["total"], first["images_per_second"]) == (1.0, 0.1)
+    assert "eta" not in meter.line(1, first) + meter.brief(first)
+    _add(meter, 1, a=3.0)
+    clock.now += 2.0
+    second = meter.summary(2, 0.1)
+    assert (second["total"], second["eta_seconds"]) == (2.0, 98 * 2.0)  # of both steps the loss, of one the time
+    for pace, expected in ((2.0, 2.0), (12.0, 5.0)):  # a slow interval counts in part
+        _add(meter, 2, a=1.0)
+        clock.now += pace
+        assert meter.summary(3, 0.1)["eta_seconds"] == 97 * expected
+
+
+def test_a_run_of_one_step_has_its_record(clock):
+    meter, _ = _meter(steps=1)
+    _add(meter, 0, a=1.0)
+    clock.now += 60.0
+    meter.first(1, 0.1)
+    assert meter.summary(1, 0.1)["eta_seconds"] == 0
 
 
 def test_what_ingest_did_is_part_of_the_record(clock):

@@ -1,4 +1,6 @@
 import io
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ from pipeline.methods import OPTIONS, build_method
 from pipeline.training.optim import Chain, build_optimizer, set_lr
 
 
-def _parts(optimizer: str, method: str = "u2pl", **optim: float):
+def _parts(optimizer: str, method: str = "u2pl", backbone: str = "tiny", **optim: Any):
     values = {
         "method": method,
-        "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8},
+        "data": {"crop": (64, 64)},
+        "model": {"backbone": backbone, "weights": "none", "feature_dim": 8},
         "optim": {"optimizer": optimizer, "lr": 0.01, "head_lr_mult": 10, "steps": 100, "weight_decay": 0.5, **optim},
     }
     config = resolve(values, OPTIONS)
@@ -59,9 +62,62 @@ def test_a_group_with_an_optimiser_of_its_own_steps_beside_the_others_and_resume
     assert all(p.grad is None for p in built.parameters())
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_one_kernel_for_all_parameters_means_the_same(name, monkeypatch):
+    """On a GPU the optimiser is fused; torch has a fused one for CPUs, too."""
+    found = []
+    for gpu in (False, True):
+        torch.manual_seed(0)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", gpu)
+        built, optimizer, config = _parts(name)
+        assert [bool(group["fused"]) for group in optimizer.param_groups] == [gpu, gpu]
+        for step in range(3):
+            set_lr(optimizer, config, step)
+            for parameter in built.trained()[0].parameters():
+                values = torch.linspace(-1, 1, parameter.numel()).view_as(parameter) * (step + 1)
+                parameter.grad = torch.empty_like(parameter).copy_(values)  # in the layout of its parameter, as always
+            optimizer.step()
+        found.append([parameter.detach() for parameter in built.trained()[0].parameters()])
+    torch.testing.assert_close(*found, rtol=2e-5, atol=1e-7)
+
+
 def test_the_rate_is_a_function_of_the_step():
     _, optimizer, config = _parts("sgd", warmup=10)
     for step in (50, 0, 99):  # in any order, as after a resume
         rate = set_lr(optimizer, config, step)
         assert rate == pytest.approx(0.01 * min(1, (step + 1) / 10) * (1 - step / 100) ** 0.9)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, 10 * rate])
+
+
+def test_the_rate_may_follow_a_cosine():
+    _, optimizer, config = _parts("adamw", warmup=10, schedule="cosine")
+    for step, factor in ((50, 0.5), (4, 0.5 * 0.5 * (1 + math.cos(math.pi * 0.04)))):
+        assert set_lr(optimizer, config, step) == pytest.approx(0.01 * factor)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", ["u2pl", "cps", "gct"])
+def test_layers_and_norms_may_have_rates_and_decays_of_their_own(name, method):
+    built, optimizer, _ = _parts(name, method, "vit_tiny", layer_decay=0.5, decay_norms=False)
+    names = {id(parameter): key for key, parameter in built.named_parameters()}
+    held = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert held.keys() == {key for key, parameter in built.named_parameters() if parameter.requires_grad}
+    for key, group in held.items():
+        network, _, inner = key.partition(".encoder.")
+        if inner:
+            block = inner.partition("blocks.")[2][:1]
+            layer = 4 if inner.startswith("norm.") else int(block) + 1 if block else 0
+            assert group["lr_mult"] == 0.5 ** (4 - layer), key
+        elif ".decoder." in key:
+            assert group["lr_mult"] == 10, key
+        if network in ("student", "first", "second") or ".decoder." in key:
+            free = key.endswith(
+                (".bias", "norm1.weight", "norm2.weight", "norm.weight", "gamma", "_token", "pos_embed")
+            )
+            assert group["weight_decay"] == (0 if free else 0.5), key
+    assert len(optimizer.param_groups) < 20
+
+
+def test_layers_of_other_encoders_are_their_stages():
+    _, optimizer, _ = _parts("sgd", layer_decay=0.5)
+    assert [group["lr_mult"] for group in optimizer.param_groups] == [0.25, 0.5, 1.0, 10.0]

@@ -44,6 +44,17 @@ def test_the_newest_whole_one_is_taken(run, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_what_was_cut_off_is_named_if_there_is_nothing_else(run, capsys):
+    for name in NAMES:
+        (run / name / "checkpoint.json").unlink()
+    assert whole(str(run)) == []
+    said = capsys.readouterr().out
+    assert said == (
+        f"{run}: step_0000010, step_0000020, step_0000030, step_0000040 lack checkpoint.json, "
+        "so no checkpoint is whole: the run begins at step 0\n"
+    )
+
+
 @pytest.mark.parametrize("what", ["state", "meta", "no state"])
 def test_a_damaged_one_is_named_and_the_one_before_it_taken(run, capsys, what):
     if what == "state":

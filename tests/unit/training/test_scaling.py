@@ -50,6 +50,17 @@ def test_workers_share_the_batch(method: str, labeled: int, unlabeled: int, allo
 
 
 @pytest.mark.parametrize(
+    ("method", "labeled", "unlabeled", "parts", "allowed"),
+    [("suponly", 8, 7, 2, [1, 2, 4]), ("u2pl", 8, 8, 4, [1, 2]), ("u2pl", 8, 16, 2, [1, 2, 4]), ("u2pl", 8, 6, 4, [])],
+)
+def test_workers_share_every_micro_batch(
+    method: str, labeled: int, unlabeled: int, parts: int, allowed: list[int]
+) -> None:
+    sizes = ("--optim.batch_labeled", str(labeled), "--optim.batch_unlabeled", str(unlabeled))
+    assert allowed_counts(_config("--method", method, *sizes, "--optim.accumulate", str(parts))) == allowed
+
+
+@pytest.mark.parametrize(
     ("asked", "up", "counts"),
     [
         ("auto", "2:0", (2,)),

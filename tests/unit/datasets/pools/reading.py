@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.datasets.pools.pool import Pool
-from pipeline.ingest.order import PoolTable
+from pipeline.ingest.groups import PoolTable
 from pipeline.ingest.read import read_rows
-from pipeline.storage import Patience
+from pipeline.patience import Patience
 
 
 def photo(trees: Any, number: int, form: str = "JPEG") -> bytes:

@@ -9,9 +9,10 @@ from pipeline.datasets.pools import make, place
 from pipeline.datasets.pools.make import make_pool
 from pipeline.datasets.pools.pool import open_pool
 from pipeline.errors import UserError
-from pipeline.ingest.order import LanePlan, PoolTable
+from pipeline.ingest.groups import PoolTable
+from pipeline.ingest.order import LanePlan
 from pipeline.ingest.read import read_inline
-from pipeline.storage import Patience
+from pipeline.patience import Patience
 from tests.s3 import S3Server
 from tests.unit.datasets.pools.reading import everything, expected, photo, rows, write_tar
 

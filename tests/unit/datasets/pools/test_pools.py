@@ -16,9 +16,9 @@ from pipeline.datasets.pools import make, place
 from pipeline.datasets.pools.make import make_pool
 from pipeline.datasets.pools.pool import WORK_FOLDER, PoolInfo, open_pool, part_name
 from pipeline.errors import UserError
-from pipeline.ingest.order import PoolTable
+from pipeline.ingest.groups import PoolTable
 from pipeline.ingest.read import pack_item, read_item, read_rows
-from pipeline.storage import Patience
+from pipeline.patience import Patience
 from tests.unit.datasets.pools.reading import expected, photo, rows, write_tar
 
 
@@ -340,7 +340,7 @@ def test_asking_again_for_linked_images_is_counted(photos, tmp_path, monkeypatch
         return read(uri, offset, size)
 
     monkeypatch.setattr(storage, "read_range", flaky)
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("pipeline.patience.time.sleep", lambda seconds: None)
     table = read_rows(group, None, patience)
     assert table.equals(expected)
     assert patience.retries == len(failed) == table.num_rows

@@ -1,8 +1,10 @@
 """Checks of single files, shards as they are written and read, and what is said about damage. No Ray."""
 
+import hashlib
 import io
 import json
 import pickle
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,15 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.datasets.prepared import shards, splits
-from pipeline.datasets.prepared.dataset import SHARD_SCHEMA, DatasetInfo, open_dataset, read_group
+from pipeline.datasets.prepared.dataset import (
+    OLDER_INDEX,
+    SHARD_SCHEMA,
+    DatasetInfo,
+    Place,
+    open_dataset,
+    read_group,
+    read_places,
+)
 from pipeline.datasets.prepared.prepare import (
     read_row,
 )
@@ -21,6 +31,7 @@ from pipeline.datasets.raw.masks import class_lookup
 from pipeline.datasets.raw.photos import PhotoRules
 from pipeline.datasets.specs import KNOWN, voc_palette
 from pipeline.errors import UserError
+from pipeline.patience import Patience
 
 LOOKUP = class_lookup(3)
 
@@ -37,6 +48,63 @@ def dataset(trees, tmp_path: Path) -> str:
     ]
     shards.finish(root, parts, name="tiny", spec=trees.spec)
     return root
+
+
+def test_the_index_says_where_each_file_lies(dataset):
+    opened = open_dataset(dataset)
+    assert opened.located
+    for row in opened.index.to_pylist():
+        shard, table = (
+            f"{dataset}/{row['shard']}",
+            read_group(dataset, row["shard"], row["row_group"], ["image", "mask"]),
+        )
+        for column, stored in table.slice(row["row"], 1).to_pylist()[0].items():
+            place = Place(*(row[f"{column}_{name}"] for name in ("at", "bytes", "crc")))
+            if stored is None:
+                assert place == (0, 0, 0)
+            else:
+                assert [bytes(part) for part in read_places(shard, [place], ["x"], 0.0, Patience())] == [stored]
+
+
+def test_places_are_read_together_while_what_lies_between_is_little(tmp_path, monkeypatch):
+    data = bytes(range(256)) * 4
+    (tmp_path / "file").write_bytes(data)
+    places = [Place(start, size, zlib.crc32(data[start : start + size])) for start, size in
+              ((500, 100), (0, 100), (110, 100), (900, 100), (215, 85))]  # fmt: skip
+    asked: list[tuple[int, int]] = []
+    original = storage.read_range
+
+    def watched(uri: str, offset: int, size: int) -> bytes:
+        asked.append((offset, size))
+        return original(uri, offset, size)
+
+    monkeypatch.setattr(storage, "read_range", watched)
+    for spare, expected in (
+        (0.0, [(0, 100), (110, 100), (215, 85), (500, 100), (900, 100)]),
+        (0.05, [(0, 300), (500, 100), (900, 100)]),
+        (0.5, [(0, 600), (900, 100)]),
+        (2.0, [(0, 1000)]),
+    ):
+        asked.clear()
+        found = read_places(str(tmp_path / "file"), places, ["x"] * 5, spare, Patience())
+        assert [bytes(part) for part in found] == [data[place.start : place.start + place.size] for place in places]
+        assert asked == expected
+    wrong = [*places[:3], places[3]._replace(crc=0)]
+    with pytest.raises(UserError, match=r"file: c is damaged \(checksum of the bytes from 900 on\); prepare the data"):
+        read_places(str(tmp_path / "file"), wrong, ["a", "b", "d", "c"], 0.2, Patience())
+    with pytest.raises(UserError, match="is damaged"):  # the file ends before
+        read_places(str(tmp_path / "file"), [Place(1000, 100, 1)], ["x"], 0.2, Patience())
+
+
+def test_an_index_of_version_0_1_0_is_read(dataset):
+    index = pq.read_table(f"{dataset}/index.parquet").select(OLDER_INDEX.names)
+    pq.write_table(index, f"{dataset}/index.parquet")
+    info = json.loads(Path(f"{dataset}/dataset.json").read_text())
+    info["index_hash"] = hashlib.sha256(Path(f"{dataset}/index.parquet").read_bytes()).hexdigest()
+    Path(f"{dataset}/dataset.json").write_text(json.dumps(info))
+    opened = open_dataset(dataset)
+    assert not opened.located
+    assert opened.index.equals(index)
 
 
 def test_round_trip(dataset, trees, tmp_path):
@@ -106,7 +174,7 @@ def test_brief_trouble_is_waited_for(dataset, monkeypatch):
         return real(uri)
 
     monkeypatch.setattr(storage, "resolve", flaky)
-    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    monkeypatch.setattr("pipeline.patience.time.sleep", lambda _: None)
     assert read_group(dataset, "shards/train-00000.parquet", 0, ["id"]).num_rows == 2
     assert not answers
 

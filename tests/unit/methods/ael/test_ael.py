@@ -107,7 +107,7 @@ def test_padding_is_never_learned_from(build):
     )
     seen = torch.cat([on.labeled.image, on.unlabeled.image, partner.crops[:, :3]])
     with torch.no_grad():
-        said = method.targets(method.teacher(seen), on.labeled, on.unlabeled, partner)
+        said = method.targets(method.teacher.logits(seen), on.labeled, on.unlabeled, partner)
     assert torch.equal(said[1].confidence > 0, on.unlabeled.valid)
     assert not said[2].confidence.any()
 

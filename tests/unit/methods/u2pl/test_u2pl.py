@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from pipeline.batch import Batch, Views
+from pipeline.config.options import U2PLOptions
 from pipeline.errors import UserError
 from pipeline.methods.u2pl import u2pl as u2pl_module
-from pipeline.methods.u2pl.u2pl import U2PL, U2PLOptions
+from pipeline.methods.u2pl.u2pl import U2PL
 from pipeline.models import Prediction, upsample
 from pipeline.ops.grid import shrink
 from pipeline.ops.mixing import cutmix_masks
@@ -120,6 +121,9 @@ class _ByBrightness(nn.Module):
         label = (image[:, 0].long() // 40).clamp_max(CLASSES - 1)
         logits = nn.functional.one_hot(label, CLASSES).movedim(-1, 1).float()
         return Prediction(logits, logits, None)
+
+    def logits(self, image: torch.Tensor) -> torch.Tensor:
+        return self(image).logits
 
 
 def test_cutmix_moves_image_and_label_together(build):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.options import U2PLAELOptions, U2PLOptions
 from pipeline.errors import UserError
 from pipeline.methods.ael.ael import AEL, Task
 from pipeline.methods.u2pl import with_ael
-from pipeline.methods.u2pl.u2pl import U2PLOptions, read_options
-from pipeline.methods.u2pl.with_ael import U2PLAEL, U2PLAELOptions
+from pipeline.methods.u2pl.u2pl import read_options
+from pipeline.methods.u2pl.with_ael import U2PLAEL
 from pipeline.models import upsample
 from pipeline.ops.grid import shrink
 from tests.docs import ROOT

@@ -1,0 +1,28 @@
+"""The log of a trial: it can be read while the trial runs, and goes on behind that of an earlier attempt."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.sweep import tune
+from tests.processes import wait_for
+
+
+def test_a_log_can_be_read_meanwhile_and_is_whole_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "LOG_SECONDS", 0.05)
+    log = tmp_path / "log.txt"
+    log.write_text("an earlier attempt\n")
+    with suppress(UserError), tune._logged(str(tmp_path)):
+        print("reading")
+        wait_for("the line", lambda: "reading" in log.read_text(), 20)
+        print("no end of a line", end="")
+        raise UserError("it failed")
+    assert log.read_text() == "an earlier attempt\nreading\nno end of a line"
+
+
+def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").mkdir()
+    with tune._logged(str(tmp_path)):
+        print("trained")
