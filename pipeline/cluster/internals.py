@@ -6,7 +6,7 @@ Imported late, as Ray reads its settings when it is imported. `tests/unit/cluste
 from collections.abc import Mapping
 from typing import Any
 
-from ray._private.state import state
+from ray._private.state import actors, state
 from ray.core.generated import autoscaler_pb2
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.train._internal.utils import get_address_and_port
@@ -18,6 +18,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
     _TrainingResultState,
 )
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.controller import placement_group_cleaner
 from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
@@ -45,13 +46,21 @@ __all__ = [
 class EndingCleaner(PlacementGroupCleaner):
     """Ray's detached actor on the head that frees the workers' place once the controller of a run is gone, and ends.
 
-    Ray's own looks for the controller once the controller asks it to. One that has gone before that, as the actor takes
-    seconds to start, leaves it waiting on the head for ever, with 200 MB.
+    Ray's own has two ways to stay on the head for ever, with 200 MB. It looks for the controller once the controller
+    asks it to, and one that has gone before that, as the actor takes seconds to start, never asks. And it looks by the
+    State API, which searches this machine for a cluster and gives up where there are two.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        setattr(placement_group_cleaner, "is_actor_alive", _is_alive)  # noqa: B010  this process is the actor's alone
         self.start_monitoring()
+
+
+def _is_alive(actor_id: str, timeout: float) -> bool:
+    """Whether this cluster has the actor; its control store is asked, which answers or ends this process too."""
+    found = actors(actor_id)
+    return bool(found) and found["State"] != "DEAD"
 
 
 class EndingCleanerCallback(PlacementGroupCleanerCallback):

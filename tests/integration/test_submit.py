@@ -106,13 +106,27 @@ os._exit(0)
 """
 
 
-def test_a_run_that_is_killed_as_it_begins_leaves_nothing_on_the_head(head: Head) -> None:
-    """Ray's own cleaner stays: it learns of the controller from the controller, which has gone before it is up."""
-    subprocess.run(
-        [sys.executable, "-c", KILLED_AT_ONCE], env={**head.environment, "RAY_ADDRESS": head.gcs}, cwd=ROOT, check=True
-    )
-    wait_for("the cleaner", lambda: bool(head.cleaners), 60)
-    wait_for("the end of the cleaner", lambda: not head.cleaners, 180)
+ANOTHER_RAY = "import ray; ray.init('local', num_cpus=1, include_dashboard=False); print('up', flush=True); input()"
+
+
+def test_a_run_that_is_killed_as_it_begins_leaves_nothing_on_the_head(head: Head, ray_folder: str) -> None:
+    """Ray's own cleaner stays: it learns of the controller from the controller, which has gone before it is up.
+
+    It stays as well where another Ray runs on the machine, as it then does not know which of the two is its own.
+    """
+    environment = {**os.environ, "RAY_TMPDIR": ray_folder}
+    command = [sys.executable, "-c", ANOTHER_RAY]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert any(line == "up\n" for line in other.stdout)
+        subprocess.run(
+            [sys.executable, "-c", KILLED_AT_ONCE],
+            env={**head.environment, "RAY_ADDRESS": head.gcs},
+            cwd=ROOT,
+            check=True,
+        )
+        wait_for("the cleaner", lambda: bool(head.cleaners), 60)
+        wait_for("the end of the cleaner", lambda: not head.cleaners)
 
 
 def test_with_a_working_dir_ray_does_it_alone(head: Head) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray._private.state import GlobalState
+from ray.train.v2._internal.execution.controller import placement_group_cleaner
 
 from pipeline.cluster import internals
 from pipeline.cluster.elastic import ElasticTrainer, SharesPolicy
@@ -25,6 +26,7 @@ def test_every_private_part_of_ray_is_there() -> None:
     gone = [f"{module}.{name}" for module, name in taken if not hasattr(importlib.import_module(module), name)]
     assert gone == [], f"Ray {ray.__version__} has moved them; see pipeline/cluster/internals.py"
     assert hasattr(GlobalState, "get_draining_nodes")
+    assert [*inspect.signature(vars(placement_group_cleaner)["is_actor_alive"]).parameters] == ["actor_id", "timeout"]
 
 
 @pytest.mark.parametrize(
