@@ -26,6 +26,7 @@ from benchmarks.u2pl_step import wait
 from pipeline import checkpoint
 from pipeline.checkpoint import METRICS_FILE, STATE_FILE, Progress
 from pipeline.cluster.failures import out_of_memory
+from pipeline.config.methods import SPECS
 from pipeline.config.schema import Config
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
@@ -33,7 +34,7 @@ from pipeline.inference.evaluate import evaluate
 from pipeline.inference.load import autocast
 from pipeline.ingest.loader import Loader
 from pipeline.ingest.read import read_inline
-from pipeline.methods import METHODS, Predictor, make_config
+from pipeline.methods import Predictor, make_config
 from pipeline.training.runtime import machine
 from pipeline.training.snapshot import snapshot
 
@@ -171,7 +172,7 @@ def _decoding(settings: Settings, threads: int) -> Iterator[Callable[[], int]]:
     dataset = open_dataset(settings.data)
     config = make_config({"method": "u2pl", "optim.batch_labeled": 4, "optim.batch_unlabeled": 4})
     loader = Loader(
-        config, dataset, load_split(dataset, "1_2"), METHODS[config.method].views, rank=0, world=1, start=0,
+        config, dataset, load_split(dataset, "1_2"), SPECS[config.method].views, rank=0, world=1, start=0,
         threads=threads, reader=read_inline, pinned=settings.device == "cuda",
     )  # fmt: skip
     batches = iter(loader)

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
 from benchmarks.photographs import HEIGHT, WIDTH, make_images
-from pipeline.batch import ViewSpec
+from pipeline.config.methods import ViewSpec
 from pipeline.config.schema import Config, DataConfig, OptimConfig
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split

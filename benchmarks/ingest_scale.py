@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
-from pipeline.batch import ViewSpec
+from pipeline.config.methods import ViewSpec
 from pipeline.config.schema import Config, DataConfig, OptimConfig
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation
 
 from pipeline.batch import Batch, Views
 from pipeline.config.cli import resolve
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS
 from pipeline.config.schema import Config, merge, read_preset
 from pipeline.methods import METHODS, Step, build_method
 from pipeline.ops.world import World

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
 from pipeline.config import cli
-from pipeline.config.options import OPTIONS, U2PLOptions
+from pipeline.config.methods import OPTIONS
+from pipeline.config.options import U2PLOptions
 from pipeline.config.schema import Config
 from pipeline.models.network import build_model
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation
 
 from pipeline.cluster.connect import connect
 from pipeline.config import cli
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS
 from pipeline.config.schema import Config, as_dict
 from pipeline.sweep.run import sweep
 from pipeline.sweep.trials import make_trials

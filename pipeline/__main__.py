@@ -59,16 +59,21 @@ def command(name: str) -> NoReturn:
         print(f"{program}: Python {sys.version.split()[0]} ({sys.executable}) is too old; {_remedy()}", file=sys.stderr)
         sys.exit(2)
     try:
-        from pipeline import commands
         from pipeline.config import cli
 
-        cli.run(lambda argv: commands.call(name, argv))
+        cli.run(lambda argv: _call(name, argv))
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         if missing == "pipeline":
             raise
         print(f"{program}: {sys.executable} has no module {missing!r}; {_remedy()}", file=sys.stderr)
         sys.exit(2)
+
+
+def _call(name: str, argv: "list[str]") -> None:
+    from pipeline import commands  # late: packages that bring methods are asked, and one that is broken is told
+
+    commands.call(name, argv)
 
 
 def _leave(code: object) -> NoReturn:

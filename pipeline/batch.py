@@ -64,15 +64,3 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
         return Batch(self.labeled.to(device), self.unlabeled.to(device) if self.unlabeled else None)
-
-
-@dataclass(frozen=True)
-class ViewSpec:
-    """Which views a method needs."""
-
-    unlabeled: bool
-    """Whether it uses unlabeled images."""
-    strong: int = 0
-    """How many strong views of each unlabeled image it needs."""
-    pseudo: bool = False
-    """Whether it needs pseudo-labels that were made beforehand."""

@@ -25,3 +25,7 @@ class RunError(Exception):
 
     The message is one line, and jobs exit with code 1.
     """
+
+
+class Diverged(RunError):
+    """A loss, or what an update made of the network, is not finite."""

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 
 from pipeline.config import cli
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS
 from pipeline.config.schema import Config
 from pipeline.errors import RunError, UserError
 

@@ -20,6 +20,8 @@ class Backbone(NamedTuple):
     """What both sides of a training crop must be a multiple of."""
 
 
+BUILT_IN = ("none", "torchvision", "timm")
+"""The `model.weights` that are no place."""
 _CNN = Backbone("pipeline.models.cnn:build", "deeplab")
 _DINOV2 = Backbone("pipeline.models.vit:build", "dpt", 14)
 BACKBONES = {

@@ -7,7 +7,6 @@ Where a value is of a release or a paper, it says so.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pipeline.config.options_fixmatch import FixMatchOptions, UniMatchOptions, UniMatchV2Options
 from pipeline.config.parse import require_positive, require_share
 from pipeline.config.schema import BatchNorm
 from pipeline.errors import UserError
@@ -386,23 +385,3 @@ class U2PLAELOptions:
         require_share("u2pl_ael", self, "low", "high")
         if self.low > self.high:
             raise UserError(f"u2pl_ael.low {self.low}: must not be above u2pl_ael.high {self.high}")
-
-
-OPTIONS: dict[str, dict[str, type]] = {
-    "suponly": {"suponly": SupOnlyOptions},
-    "self_training": {"self_training": SelfTrainingOptions},
-    "mean_teacher": {"mean_teacher": MeanTeacherOptions},
-    "cutmix_seg": {"cutmix_seg": CutMixSegOptions},
-    "cct": {"cct": CCTOptions},
-    "gct": {"gct": GCTOptions},
-    "cps": {"cps": CPSOptions},
-    "pseudoseg": {"pseudoseg": PseudoSegOptions},
-    "pc2seg": {"pc2seg": PC2SegOptions},
-    "ael": {"ael": AELOptions},
-    "u2pl": {"u2pl": U2PLOptions},
-    "u2pl_ael": {"u2pl_ael": U2PLAELOptions, "ael": AELOptions, "u2pl": U2PLOptions},
-    "fixmatch": {"fixmatch": FixMatchOptions},
-    "unimatch": {"unimatch": UniMatchOptions},
-    "unimatch_v2": {"unimatch_v2": UniMatchV2Options},
-}
-"""By method the sections that it reads: its own, and those of the methods that it builds on."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline import checkpoint, storage
 from pipeline.config import cli
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS
 from pipeline.config.schema import Config, RunConfig, without_weights
 from pipeline.datasets.images import DecodeError, decode_image
 from pipeline.datasets.prepared.dataset import Dataset, open_dataset

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.inference.evaluate import ConfusionMatrix, mean_of
+from pipeline.inference.class_table import mean_of
+from pipeline.inference.evaluate import ConfusionMatrix
 
 BINS = 15
 """Of confidence, each of equal width."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.batch import Views
 from pipeline.ingest.augment import Outcome, ViewRecipe, empty_views, fill
-from pipeline.ingest.read import Sample
+from pipeline.ingest.read import DECODE_CPUS, Sample
 
 
 class Buffers:
@@ -44,8 +44,6 @@ class Buffers:
         return torch.from_numpy(lease).view(dtype).view(shape)
 
 
-DECODE_CPUS = 1.0
-"""CPUs that a decoding task reserves."""
 TASKS = 16
 """Decoding tasks of one worker at a time. A task makes the views of one side of a step."""
 Decoded = tuple[Views, list[Outcome]]

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
+from pipeline.config.methods import ViewSpec
 from pipeline.config.schema import Config
 from pipeline.datasets.prepared.dataset import Dataset
 from pipeline.datasets.prepared.splits import Split

@@ -52,6 +52,8 @@ ITEM_BYTES = 24 << 20
 ITEM_ROWS = 512
 READ_CPUS = 0.25
 """CPUs that a read task reserves: it mostly waits."""
+DECODE_CPUS = 1.0
+"""CPUs that a decoding task reserves."""
 SEGMENT_ITEMS = 4
 """Items per Ray Data execution. The object store holds two segments at a time. The first segments are smaller, so that
 the first batch waits for one item and a short run reads less ahead."""

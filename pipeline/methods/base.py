@@ -4,12 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
+from pipeline.config.methods import SPECS, ViewSpec
 from pipeline.config.schema import BatchNorm, Config
 from pipeline.errors import UserError
 from pipeline.models import Prediction, SegmentationModel, build_model
@@ -107,11 +108,6 @@ class Method(nn.Module, ABC):
     trainable parameter a gradient; nothing in `forward` waits for the device; all state is parameters and buffers.
     """
 
-    views: ClassVar[ViewSpec]
-    """Which views of the images the method needs."""
-    durations: ClassVar[tuple[str, ...]] = ()
-    """Keys of options, such as `u2pl.warmup`, that are steps or, below 1, a share of the run; must end before it."""
-
     warmup: int = 0
     """Steps at the start in which it learns from the labels alone."""
 
@@ -125,6 +121,11 @@ class Method(nn.Module, ABC):
         """The background class, or None if there is none; the trainer has already asked the dataset for `auto`."""
         if self.background is not None and self.background >= num_classes:
             raise UserError(f"data.background {given}: there are classes 0 to {num_classes - 1}")
+
+    @property
+    def views(self) -> ViewSpec:
+        """Which views of the images it needs."""
+        return SPECS[self.config.method].views
 
     def steps(self, duration: float) -> int:
         """The steps of a duration: an option's value that is steps or, below 1, a share of the run."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.batch import Batch, ViewSpec
+from pipeline.batch import Batch
 from pipeline.config.options import CCTOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Step
@@ -104,9 +104,6 @@ Draw = Callable[..., Tensor]
 
 class CCT(Method):
     """A network, and K small auxiliary decoders that are used in training alone."""
-
-    views = ViewSpec(unlabeled=True)
-    durations = ("cct.ramp",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(CCTOptions)

@@ -6,7 +6,7 @@ L = L_s1 + L_s2 + lambda_cps L_cps. The networks differ in the initial weights o
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
 from pipeline.config.options import CPSOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Step
@@ -24,8 +24,6 @@ AREA = (0.25, 0.5)
 
 class CPS(Method):
     """Two students, no teacher."""
-
-    views = ViewSpec(unlabeled=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(CPSOptions)

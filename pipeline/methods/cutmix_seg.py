@@ -6,7 +6,7 @@ batch, the share of its pixels with a confident target.
 
 import torch
 
-from pipeline.batch import Batch, ViewSpec
+from pipeline.batch import Batch
 from pipeline.config.options import CutMixSegOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Step
@@ -22,8 +22,6 @@ AREA = (0.5, 0.5)
 
 class CutMixSeg(TeacherMethod):
     """Student and EMA teacher; the teacher sees whole images, the student their mixture."""
-
-    views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(CutMixSegOptions)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch, ViewSpec
+from pipeline.batch import Batch
 from pipeline.config.options_fixmatch import FixMatchOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Partition, Step
@@ -33,8 +33,6 @@ class Pseudo(NamedTuple):
 
 class FixMatch(Method):
     """One network that labels its own weak view."""
-
-    views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(FixMatchOptions)

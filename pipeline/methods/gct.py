@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
 from pipeline.config.options import GCTOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Step
@@ -156,9 +156,6 @@ def exchange(left: Tensor, right: Tensor, left_flaw: Tensor, right_flaw: Tensor,
 
 class GCT(Method):
     """Two networks that differ in their heads' initial weights, and the flaw detector."""
-
-    views = ViewSpec(unlabeled=True)
-    durations = ("gct.ramp",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(GCTOptions)

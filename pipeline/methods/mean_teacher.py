@@ -7,7 +7,7 @@ the student, PixelSSL compares logits of the unlabeled ones. `docs/methods.md` s
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch, ViewSpec
+from pipeline.batch import Batch
 from pipeline.config.options import MeanTeacherOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Step
@@ -19,9 +19,6 @@ from pipeline.ops.schedules import sigmoid_ramp
 
 class MeanTeacher(TeacherMethod):
     """Student and EMA teacher on the same weak view."""
-
-    views = ViewSpec(unlabeled=True)
-    durations = ("mean_teacher.ramp",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(MeanTeacherOptions)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
 from pipeline.config.options import PC2SegOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Step
@@ -85,8 +85,6 @@ def pair_contrast(
 
 class PC2Seg(Method):
     """One network with a projection head (U2PL's representation head); no teacher, no bank."""
-
-    views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(PC2SegOptions)

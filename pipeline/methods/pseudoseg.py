@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
 from pipeline.config.options import PseudoSegOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Step
@@ -43,8 +43,6 @@ def calibrated_fusion(decoder: Tensor, attention: Tensor, temperature: float, wo
 
 class PseudoSeg(Method):
     """A segmentation network, an image classifier and an attention; the last two are used in training alone."""
-
-    views = ViewSpec(unlabeled=True, strong=1)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(PseudoSegOptions)

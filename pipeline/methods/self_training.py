@@ -8,7 +8,7 @@ CVPR 2022; main.py, dataset/semi.py of its release); without, the plain recipe.
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
 from pipeline.config.options import SelfTrainingOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Step
@@ -20,8 +20,6 @@ from pipeline.ops.mixing import small_box_masks
 
 class SelfTraining(Method):
     """One network, trained from its initial weights on labels of another."""
-
-    views = ViewSpec(unlabeled=True, strong=1, pseudo=True)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(SelfTrainingOptions)

@@ -1,6 +1,6 @@
 """SupOnly: the supervised baseline, trained on the labeled images alone."""
 
-from pipeline.batch import Batch, ViewSpec
+from pipeline.batch import Batch
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Step
 from pipeline.models import SegmentationModel
@@ -8,8 +8,6 @@ from pipeline.models import SegmentationModel
 
 class SupOnly(Method):
     """One network and L = L_s."""
-
-    views = ViewSpec(unlabeled=False)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes)

@@ -6,7 +6,7 @@ L = (L_s + lambda_s (L_s1 + L_s2)/2 + lambda_fp L_fp) / 2.
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch, ViewSpec
+from pipeline.batch import Batch
 from pipeline.config.options_fixmatch import UniMatchOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Method, Partition, Step
@@ -19,8 +19,6 @@ from pipeline.ops.mixing import drop_channels
 
 class UniMatch(Method):
     """One network and five batches of predictions: labeled, weak, weak with dropped channels, two strong views."""
-
-    views = ViewSpec(unlabeled=True, strong=2)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(UniMatchOptions)

@@ -6,7 +6,7 @@ L = (L_s + lambda_u (L_s1 + L_s2)/2) / 2. The teacher labels the weak view; its 
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch, ViewSpec
+from pipeline.batch import Batch
 from pipeline.config.options_fixmatch import UniMatchV2Options
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Partition, Step
@@ -18,8 +18,6 @@ from pipeline.ops.losses import confident_labels, masked_cross_entropy
 
 class UniMatchV2(TeacherMethod):
     """A student and a teacher that only ever evaluates."""
-
-    views = ViewSpec(unlabeled=True, strong=2)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         options = config.options_of(UniMatchV2Options)

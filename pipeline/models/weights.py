@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.config.backbones import BUILT_IN
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
 Download = Callable[[str], Mapping[str, Any]]
 """Takes the name of an encoder and returns its state dict."""
-BUILT_IN = ("none", "torchvision", "timm")
-"""The `model.weights` that are no place."""
 SAFETENSORS = ".safetensors"
 """What the name of a file in that format ends with; all others are torch's."""
 _NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")

@@ -7,7 +7,7 @@ import numpy as np
 import yaml
 
 from pipeline.config.command import command
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS
 from pipeline.config.schema import as_dict
 from pipeline.report import curves, plots, results
 from pipeline.report.answer import answers

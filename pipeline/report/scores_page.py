@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from pipeline.inference.evaluate import counted, mean_of, percent
+from pipeline.inference.class_table import counted, mean_of, percent
 from pipeline.inference.measures import DILATION, Measures, Tally
 from pipeline.inference.pictures import class_legend
 from pipeline.inference.score_tasks import Job

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from pipeline import storage
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS
 from pipeline.config.parse import suggest
 from pipeline.errors import UserError
 from pipeline.report import curves, plots, results

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.methods import SPECS
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.methods import METHODS
 from pipeline.sweep.table import TrialRow, look, table
 from pipeline.sweep.trials import Trial
 from pipeline.training.scaling import allowed_counts
@@ -121,7 +121,7 @@ def _steps_left(trial: Trial) -> int:
 
 def images_per_step(config: Config) -> int:
     """Labeled and unlabeled images that all workers read in a step."""
-    unlabeled = config.optim.batch_unlabeled if METHODS[config.method].views.unlabeled else 0
+    unlabeled = config.optim.batch_unlabeled if SPECS[config.method].views.unlabeled else 0
     return config.optim.batch_labeled + unlabeled
 
 

@@ -8,10 +8,9 @@ from typing import Any
 from pipeline import checkpoint, storage
 from pipeline.checkpoint import CONFIG_FILE, STUDENT, SUMMARY_FILE, Progress, read_summary
 from pipeline.config import cli
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS, SPECS
 from pipeline.config.schema import Config, merge
 from pipeline.errors import UserError
-from pipeline.methods import METHODS
 from pipeline.training.preflight import check_identity, resolve, resolve_paths
 from pipeline.training.recipe import check_recipe
 
@@ -42,7 +41,7 @@ class Trial:
     @property
     def staged(self) -> bool:
         """Whether it makes its pseudo-labels itself: a recipe of several runs."""
-        return METHODS[self.config.method].views.pseudo and self.config.data.pseudo_labels is None
+        return SPECS[self.config.method].views.pseudo and self.config.data.pseudo_labels is None
 
     @property
     def out(self) -> str:
@@ -91,7 +90,7 @@ def make_trials(
 
     Args:
         base: plain values by section that all have in common; `out` is the sweep's directory.
-        methods: names out of `METHODS`.
+        methods: names out of `SPECS`.
         splits: names of splits.
         seeds: how many, counted up from that of `base`.
         grid: further options.
@@ -108,8 +107,8 @@ def make_trials(
     common, sections = cli.resolve(base, OPTIONS), {key: key.partition(".")[0] for key in grid}
     trials, read = [], set[str]()
     for method, split, seed in itertools.product(methods, splits, range(seeds)):
-        if method not in METHODS:
-            raise UserError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        if method not in SPECS:
+            raise UserError(f"unknown method {method!r}; choose from {', '.join(SPECS)}")
         place = {"method": method, "split": split, "seed": common.seed + seed, "out": common.out or DEFAULT_OUT}
         values = {**base, **place}
         keys = [key for key, name in sections.items() if name in OPTIONS[method] or name not in OPTIONS]
@@ -133,7 +132,7 @@ def _pinned(trials: Sequence[Trial]) -> list[Trial]:
     starts: dict[str, str] = {}
     done = {}
     for trial, begun in sorted(((trial, trial.begun()) for trial in trials), key=lambda each: not each[1]):
-        data, reads = trial.config.data, METHODS[trial.config.method].views.unlabeled
+        data, reads = trial.config.data, SPECS[trial.config.method].views.unlabeled
         model, weights = trial.config.model, trial.config.model.weights
         if reads and data.unlabeled_pools in known and not begun:
             data = replace(data, pool_generations=known[data.unlabeled_pools])

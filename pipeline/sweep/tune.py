@@ -21,7 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipeline import storage
 from pipeline.checkpoint import LOG_FILE, Progress
 from pipeline.config import cli
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS
 from pipeline.config.schema import as_dict
 from pipeline.errors import RunError, UserError
 from pipeline.patience import retried

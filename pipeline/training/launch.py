@@ -22,16 +22,15 @@ from pipeline.cluster.connect import connect
 from pipeline.cluster.failures import explained, traceback_of
 from pipeline.cluster.nodes import Workers
 from pipeline.cluster.terminal import say
+from pipeline.config.methods import SPECS
 from pipeline.config.schema import Config, as_dict, to_yaml
 from pipeline.datasets.prepared.dataset import Dataset
-from pipeline.errors import RunError, UserError
-from pipeline.inference.evaluate import class_table, counted
+from pipeline.errors import Diverged, RunError, UserError
+from pipeline.inference.class_table import class_table, counted
 from pipeline.ingest.order import share_lanes
 from pipeline.ingest.read import share
-from pipeline.methods import METHODS
 from pipeline.patience import Patience
 from pipeline.training.lease import check_free, held
-from pipeline.training.meter import Diverged
 from pipeline.training.preflight import Checked, check_identity, resolve, resolve_paths, warn_of_local_places
 from pipeline.training.recovery import RECORD_FILE, recover, whole
 from pipeline.training.scaling import worker_counts, workers_of
@@ -171,7 +170,7 @@ def _counted(counts: Sequence[int]) -> str:
 def _announce(checked: Checked, counts: Sequence[int]) -> None:
     config, dataset, split, sources = checked
     optim = config.optim
-    unlabeled = f" + {optim.batch_unlabeled} unlabeled" if METHODS[config.method].views.unlabeled else ""
+    unlabeled = f" + {optim.batch_unlabeled} unlabeled" if SPECS[config.method].views.unlabeled else ""
     say(
         f"{config.method} on {dataset.info.name}, split {split.name}: {len(split.labeled)} labeled, "
         f"{len(split.unlabeled)} unlabeled images, list {split.digest}\n"
@@ -209,7 +208,6 @@ def _fit(checked: Checked, workers: Workers, holder: str, callbacks: Sequence[An
     # these import Ray, which must not happen before `connect`
     from pipeline.cluster.console import LostWorkers, relayed
     from pipeline.cluster.elastic import ElasticTrainer
-    from pipeline.training.worker import work
 
     config, dataset, split, _ = checked
     assert config.out is not None
@@ -232,7 +230,7 @@ def _fit(checked: Checked, workers: Workers, holder: str, callbacks: Sequence[An
         values = {"config": as_dict(config), "holder": holder, "line": console.line}
         try:
             values["labeled"] = share(dataset, split.labeled, Patience(config.run.storage_patience))
-            trainer = ElasticTrainer(work, train_loop_config=values, workers=workers, run_config=run_config)
+            trainer = ElasticTrainer(_work, train_loop_config=values, workers=workers, run_config=run_config)
             result: dict[str, Any] = trainer.fit().return_value  # type: ignore[assignment]
         except (ray.train.TrainingFailedError, RayError, KeyboardInterrupt) as error:
             if console.signal is not None or isinstance(error, KeyboardInterrupt):
@@ -245,6 +243,13 @@ def _fit(checked: Checked, workers: Workers, holder: str, callbacks: Sequence[An
     if "stopped" in result:
         raise console.stopped(result["stopped"])
     return result
+
+
+def _work(values: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs. It needs torch, so it is imported there: a driver without torch is 400 MB smaller."""
+    from pipeline.training.worker import work
+
+    return work(values)
 
 
 def _failed(error: BaseException, config: Config) -> UserError | RunError:

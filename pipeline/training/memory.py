@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from pipeline.batch import Batch, Views
+from pipeline.config.methods import SPECS
 from pipeline.config.schema import Config, without_weights
 from pipeline.inference.load import autocast
-from pipeline.methods import METHODS, Method, Step, build_method
+from pipeline.methods import Method, Step, build_method
 from pipeline.ops import kernel
 from pipeline.ops.world import World
 from pipeline.training.scaling import allowed_counts
@@ -144,7 +145,7 @@ def hollow(method: Method, device: torch.device) -> None:
 
 def empty_batch(config: Config, workers: int, device: torch.device) -> Batch:
     """What the loader gives to one of so many workers, on `device`, with arbitrary content."""
-    spec, size = METHODS[config.method].views, config.data.crop
+    spec, size = SPECS[config.method].views, config.data.crop
 
     def side(images: int, masked: bool, strong: int) -> Views:
         image = torch.empty(images, 3, *size, dtype=torch.uint8, device=device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.config.schema import Config
-from pipeline.errors import RunError
+from pipeline.errors import Diverged
 from pipeline.ingest.loader import IngestStats, Loader
 from pipeline.methods import Losses
 from pipeline.ops.world import World
@@ -28,10 +28,6 @@ TOLD_SECONDS = 0.1
 """For which training must stand still for checkpoints before the console says so."""
 _NEVER = 1 << 62
 """Stands for the step of the first non-finite loss while all are finite."""
-
-
-class Diverged(RunError):
-    """A loss, or what an update made of the network, is not finite."""
 
 
 class Meter:

@@ -12,8 +12,8 @@ from pipeline.checkpoint import CONFIG_FILE, SUMMARY_FILE
 from pipeline.cluster import nodes
 from pipeline.cluster.connect import default_root
 from pipeline.config import cli
-from pipeline.config.backbones import TIMM, check_crop
-from pipeline.config.options import OPTIONS
+from pipeline.config.backbones import BUILT_IN, TIMM, check_crop
+from pipeline.config.methods import OPTIONS, SPECS, check_durations, check_frozen
 from pipeline.config.schema import Config, identity, read_file
 from pipeline.datasets.prepared.dataset import INFO_FILE, Dataset, open_dataset
 from pipeline.datasets.prepared.pseudo import open_labels
@@ -21,10 +21,7 @@ from pipeline.datasets.prepared.splits import Split, load_split
 from pipeline.datasets.shapes import prepare_shapes
 from pipeline.errors import UserError
 from pipeline.ingest.order import Source, open_sources, share_lanes
-from pipeline.methods import METHODS, check_durations, check_frozen
-from pipeline.models.weights import BUILT_IN
 from pipeline.training.services import check_services
-from pipeline.training.start import check_start, find_start
 
 SHAPES_ROOT = "generated"
 """The `data.root` that means the shapes dataset, made on first use."""
@@ -116,7 +113,7 @@ def with_pools(config: Config, dataset: Dataset, split: Split, fresh: bool) -> t
     A run keeps the generations it began with: those of its config, while it names the same pools.
     """
     assert config.out is not None
-    if not METHODS[config.method].views.unlabeled:
+    if not SPECS[config.method].views.unlabeled:
         return replace(config, data=replace(config.data, pool_generations=())), []
     data = config.data
     if data.unlabeled_pools and not data.pool_generations and not fresh:
@@ -135,7 +132,7 @@ def check_batch(config: Config, split: Split, sources: Sequence[Source]) -> None
     Raises:
         UserError: fewer images than a batch takes, or a number that `optim.accumulate` does not divide.
     """
-    optim, both = config.optim, METHODS[config.method].views.unlabeled
+    optim, both = config.optim, SPECS[config.method].views.unlabeled
     for key in ("batch_labeled", "batch_unlabeled")[: 1 + both]:
         if getattr(optim, key) % optim.accumulate:
             raise UserError(f"optim.accumulate {optim.accumulate}: must divide optim.{key} {getattr(optim, key)}")
@@ -184,6 +181,8 @@ def with_start(config: Config, fresh: bool) -> Config:
     if before and before.model.weights.startswith(storage.join(weights, "")):
         weights = before.model.weights
     if not before or not checkpoint.newest(str(config.out)):
+        from pipeline.training.start import check_start, find_start  # these import torch
+
         place = find_start(weights)
         if place is not None:
             check_start(place, config.model)
@@ -206,7 +205,7 @@ def check_labels(config: Config, dataset: Dataset) -> None:
     Raises:
         UserError: they are missing, of other images, or nobody would look at them.
     """
-    labels, needed = config.data.pseudo_labels, METHODS[config.method].views.pseudo
+    labels, needed = config.data.pseudo_labels, SPECS[config.method].views.pseudo
     if needed and labels is None:
         raise UserError(f"method {config.method} needs data.pseudo_labels; `u2pl self_training` makes and uses them")
     if labels is not None and not needed:

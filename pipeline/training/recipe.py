@@ -19,7 +19,6 @@ from pipeline.datasets.prepared import pseudo
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
-from pipeline.inference.label import Labeling, label_unlabeled
 from pipeline.patience import Patience
 from pipeline.training.launch import delete_run, launch
 from pipeline.training.lease import held
@@ -58,6 +57,8 @@ def _stages(config: Config, fresh: bool, callbacks: Sequence[Any]) -> Progress:
         pseudo.delete_labels(labels)
     launch(teacher, fresh=fresh)
     print("\nstage 2 of 3: the teacher's labels of the unlabeled images")
+    from pipeline.inference.label import Labeling, label_unlabeled  # torch, which the other stages' drivers do without
+
     options = config.options_of(SelfTrainingOptions)
     newest = checkpoint.find(str(teacher.out))
     dataset = open_dataset(str(config.data.root))

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 from pipeline.cluster import nodes
 from pipeline.cluster.nodes import Machine, Workers, gpu_slots, places
+from pipeline.config.methods import SPECS
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.ingest.decode import DECODE_CPUS
-from pipeline.ingest.read import READ_CPUS
-from pipeline.methods import METHODS
+from pipeline.ingest.read import DECODE_CPUS, READ_CPUS
 
 CPUS_PER_WORKER = 0.5
 """CPUs of a worker without a GPU: half of one, so that Ray Data has the rest."""
@@ -64,7 +63,7 @@ def allowed_counts(config: Config) -> list[int]:
     With more than one, each needs whole pairs of unlabeled images. Mixing swaps boxes within pairs, so a pair must not
     be split over workers; over micro-batches it may, as it is mixed before.
     """
-    optim, both = config.optim, METHODS[config.method].views.unlabeled
+    optim, both = config.optim, SPECS[config.method].views.unlabeled
     sides = (optim.batch_labeled, optim.batch_unlabeled) if both else (optim.batch_labeled,)
     pairs = optim.batch_unlabeled / 2 if both else optim.batch_labeled
 
@@ -121,7 +120,7 @@ def _natural_limit(config: Config) -> int:
 
 def spare_cpus(config: Config) -> float:
     """CPUs that a run needs beside its workers: for reading through Ray Data and for decoding tasks."""
-    reading = READ_CPUS if METHODS[config.method].views.unlabeled else 0.0
+    reading = READ_CPUS if SPECS[config.method].views.unlabeled else 0.0
     return reading + (DECODE_CPUS if config.run.decode == "cluster" else 0.0)
 
 

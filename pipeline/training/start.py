@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 
 from pipeline import storage
+from pipeline.config.backbones import BUILT_IN
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
 from pipeline.inference.load import describe, find_network, is_described, is_export, load_model
 from pipeline.methods import Method, Predictor
 from pipeline.models.transfer import HEADS, has_head, take_over
-from pipeline.models.weights import BUILT_IN
 
 ARCHITECTURE = ("backbone", "decoder", "output_stride", "width")
 """Keys of `model` in which the two networks must agree."""

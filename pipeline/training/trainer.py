@@ -17,17 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.checkpoint import Progress, Score
+from pipeline.config.methods import SPECS
 from pipeline.config.schema import Config, without_weights
 from pipeline.datasets.prepared.dataset import Dataset, open_dataset
 from pipeline.datasets.prepared.pseudo import open_labels
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.errors import UserError
-from pipeline.inference.evaluate import counted, evaluate, read_images, spread
+from pipeline.inference.class_table import counted
+from pipeline.inference.evaluate import evaluate, read_images, spread
 from pipeline.inference.load import autocast
 from pipeline.inference.look import drawn, look
 from pipeline.ingest.loader import Loader
 from pipeline.ingest.order import open_sources
-from pipeline.methods import METHODS, Losses, Predictor, Step, build_method
+from pipeline.methods import Losses, Predictor, Step, build_method
 from pipeline.models.compiled import compile_networks, release_networks, uncompiled
 from pipeline.models.norm import sync_batchnorm
 from pipeline.ops import kernel
@@ -88,7 +90,7 @@ class Trainer:
         self.dataset = retried(lambda: open_dataset(str(config.data.root)))
         self.config = config = _with_background(config, self.dataset)
         self.split = retried(lambda: load_split(self.dataset, config.split, config.data.protocol))
-        unlabeled = METHODS[config.method].views.unlabeled
+        unlabeled = SPECS[config.method].views.unlabeled
         self.sources = retried(lambda: open_sources(config, self.dataset, self.split)) if unlabeled else []
         newest = runtime.latest()
         start = retried(lambda: find_start(config.model.weights)) if newest is None else None

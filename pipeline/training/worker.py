@@ -14,10 +14,9 @@ import torch.distributed as dist
 from pipeline.cluster.console import StopAsked, send_logs
 from pipeline.cluster.failures import out_of_memory
 from pipeline.config import cli
-from pipeline.config.options import OPTIONS
-from pipeline.errors import UserError
+from pipeline.config.methods import OPTIONS
+from pipeline.errors import Diverged, UserError
 from pipeline.patience import Patience
-from pipeline.training.meter import Diverged
 from pipeline.training.runtime import RayRuntime, machine
 from pipeline.training.trainer import StoppedEarly, Trainer
 

@@ -17,8 +17,9 @@ import ray.train
 import torch
 from torch import Tensor
 
-from pipeline.batch import Views, ViewSpec
+from pipeline.batch import Views
 from pipeline.config import cli
+from pipeline.config.methods import ViewSpec
 from pipeline.config.schema import Config, as_dict
 from pipeline.datasets.images import encode_png
 from pipeline.datasets.pools.make import make_pool

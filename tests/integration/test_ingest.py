@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.batch import Batch, ViewSpec
+from pipeline.batch import Batch
 from pipeline.config import cli
+from pipeline.config.methods import ViewSpec
 from pipeline.config.schema import Config, as_dict
 from pipeline.datasets.prepared.dataset import open_dataset, read_group
 from pipeline.datasets.prepared.splits import load_split

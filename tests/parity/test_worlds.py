@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.config.cli import resolve
+from pipeline.config.methods import OPTIONS, SPECS
 from pipeline.config.schema import Config, as_dict
 from pipeline.ingest.loader import Loader
-from pipeline.methods import METHODS, OPTIONS, Method, build_method
+from pipeline.methods import METHODS, Method, build_method
 from pipeline.training import trainer
 from pipeline.training.runtime import Agreement, PlainRuntime
 
@@ -64,7 +65,7 @@ def _config(root: str, labels: str, out: Path, method: str, backbone: str = "tin
 
 
 def _labels(method: str, labels: str) -> dict[str, str]:
-    return {"pseudo_labels": labels} if METHODS[method].views.pseudo else {}
+    return {"pseudo_labels": labels} if SPECS[method].views.pseudo else {}
 
 
 def _configs(root: str, labels: str, out: Path) -> dict[str, Config]:

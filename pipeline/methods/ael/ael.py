@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
 from pipeline.config.options import AELOptions
 from pipeline.config.schema import Config
 from pipeline.methods.ael.sampling import ClassConfidence, DrawnCrops, Reservoir, draw_index, zoomed
@@ -49,8 +49,6 @@ class Task(NamedTuple):
 class AEL(TeacherMethod):
     """Student, EMA teacher, class confidence, and a reservoir of unlabeled crops."""
 
-    views = ViewSpec(unlabeled=True)
-    durations = ("ael.warmup",)
     features: ClassVar[bool] = False
     """Whether the networks have a representation head."""
     allowed: Tensor

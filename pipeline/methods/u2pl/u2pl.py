@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
 from pipeline.config.options import U2PLOptions
 from pipeline.config.schema import Config
 from pipeline.methods.base import Losses, Partition, Step, untouched
@@ -72,9 +72,6 @@ class UnlabeledTargets(NamedTuple):
 
 class U2PL(TeacherMethod):
     """Student, EMA teacher, memory bank."""
-
-    views = ViewSpec(unlabeled=True)
-    durations = ("u2pl.warmup",)
 
     prototypes: Tensor
     """float32 [C,D], smoothed positives."""

@@ -38,7 +38,6 @@ class _Thresholds(NamedTuple):
 class U2PLAEL(AEL):
     """AEL's networks with representation heads, and a memory bank."""
 
-    durations = (*AEL.durations, "u2pl_ael.contrast_start")
     features = True
 
     def __init__(self, config: Config, num_classes: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.cli import layered, parse_config, parse_values, resolve
 from pipeline.config.command import command
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS
 from pipeline.config.schema import Config
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from pipeline.config import cli
 from pipeline.config.hints import ELSEWHERE
-from pipeline.config.options import OPTIONS
+from pipeline.config.methods import OPTIONS
 from pipeline.errors import UserError
 
 

@@ -1,4 +1,4 @@
-from pipeline.inference.evaluate import class_table
+from pipeline.inference.class_table import class_table
 
 
 def test_last_and_best():

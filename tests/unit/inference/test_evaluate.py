@@ -14,7 +14,8 @@ from pipeline.config.schema import EvalConfig
 from pipeline.datasets.prepared.dataset import OLDER_INDEX, SHARD_SCHEMA, Dataset, DatasetInfo
 from pipeline.errors import UserError
 from pipeline.inference import evaluate as module
-from pipeline.inference.evaluate import ahead, batches, counted, eval_mode, evaluate, read_samples, scored_groups
+from pipeline.inference.class_table import counted
+from pipeline.inference.evaluate import ahead, batches, eval_mode, evaluate, read_samples, scored_groups
 
 CPU = torch.device("cpu")
 SIZES = [(20, 24)] * 5 + [(24, 20)] * 2 + [(20, 24)] * 4

@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from pipeline.batch import Batch, Views, ViewSpec
+from pipeline.batch import Batch, Views
 from pipeline.config.cli import resolve
+from pipeline.config.methods import ViewSpec
 from pipeline.config.schema import Config
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.batch import ViewSpec
+from pipeline.config.methods import ViewSpec
 from pipeline.datasets.prepared.dataset import open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest import loader as loaders

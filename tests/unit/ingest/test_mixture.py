@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.batch import ViewSpec
 from pipeline.config.cli import resolve
+from pipeline.config.methods import ViewSpec
 from pipeline.config.schema import Config
 from pipeline.datasets.pools import make
 from pipeline.datasets.pools.pool import Generation, Pool, PoolInfo

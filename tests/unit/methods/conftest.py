@@ -8,14 +8,15 @@ import torch
 
 from pipeline.batch import Batch, Views
 from pipeline.config.cli import resolve
-from pipeline.methods import METHODS, OPTIONS, Method, Step, build_method
+from pipeline.config.methods import OPTIONS, SPECS
+from pipeline.methods import Method, Step, build_method
 from pipeline.models import SegmentationModel, upsample
 from pipeline.ops.world import World
 
 SIZE = 24
 CLASSES = 5
 TOTAL = 20
-STRONG = max(method.views.strong for method in METHODS.values())
+STRONG = max(spec.views.strong for spec in SPECS.values())
 """Strong views of a batch made by hand: as many as any method asks for."""
 
 CPU = torch.device("cpu")

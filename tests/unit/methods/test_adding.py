@@ -3,9 +3,10 @@
 import importlib.util
 import inspect
 import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,18 +14,20 @@ import pytest
 
 from pipeline.config import options
 from pipeline.config.cli import field_docs, resolve
-from pipeline.methods import METHODS, OPTIONS, Method
+from pipeline.config.methods import OPTIONS, SPECS, MethodSpec
+from pipeline.methods import Method
 from pipeline.training import trainer
 from pipeline.training.runtime import PlainRuntime
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
-OWN_OPTIONS, METHOD = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[:2]
+OWN_OPTIONS, METHOD, _, SPEC = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+(ENTRY_POINT,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
 NAME = "min_entropy"
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Method]]:
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Method]:
     """The first blocks of code on the page, each imported from a file and registered."""
 
     def imported(name: str, text: str) -> ModuleType:
@@ -40,10 +43,11 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Me
 
     own = imported("own_options", inspect.getsource(options).partition("@dataclass")[0] + OWN_OPTIONS).EntropyOptions
     monkeypatch.setattr(options, "EntropyOptions", own, raising=False)
+    imported(NAME, METHOD)
+    spec = MethodSpec(f"{NAME}:MinEntropy", {NAME: own})
+    monkeypatch.setitem(SPECS, NAME, spec)
     monkeypatch.setitem(OPTIONS, NAME, {NAME: own})
-    kind = imported(NAME, METHOD).MinEntropy
-    monkeypatch.setitem(METHODS, NAME, kind)
-    return kind
+    return spec.load()
 
 
 def test_the_example_is_short_and_documented(example):
@@ -74,3 +78,61 @@ def test_the_example_trains(example, shapes, tmp_path):
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert losses[-1]["supervised"] < losses[0]["supervised"]
     assert 0 < losses[-1]["entropy"] < losses[0]["entropy"]
+
+
+def installed(folder: Path, spec: str, method: str = "", entry: str = ENTRY_POINT) -> dict[str, str]:
+    """A package `min_entropy` as an installer leaves it; the environment in which it is found."""
+    package, facts = folder / NAME, folder / f"{NAME}-1.0.dist-info"
+    for each in (package, facts):
+        each.mkdir()
+    (package / "__init__.py").touch()
+    (package / "spec.py").write_text(spec)
+    (package / "method.py").write_text(method)
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(
+        re.sub(r'\[project\.entry-points\."(.*)"\]', r"[\1]", entry).replace('"', "")
+    )
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+OWN_SPEC = inspect.getsource(options).partition("@dataclass")[0] + OWN_OPTIONS + SPEC
+TRAINED = """
+from pipeline import make_config
+from pipeline.training import trainer
+from pipeline.training.runtime import PlainRuntime
+config = make_config({"method": "min_entropy", "data.root": ROOT, "out": OUT, "optim.steps": 2}, preset="demo")
+print("ended at", trainer.train(config, PlainRuntime(OUT)).step)
+"""
+
+
+def test_another_package_brings_it(shapes, tmp_path):
+    environment = installed(tmp_path, OWN_SPEC, METHOD.replace("pipeline.config.options", f"{NAME}.spec"))
+    words = ["train", "--method", NAME, "--min_entropy.lambda_u", "0.3", "--print_config"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "lambda_u: 0.3" in shown.stdout, shown.stderr
+    code = f"ROOT, OUT = {shapes!r}, {str(tmp_path / 'run')!r}\n{TRAINED}"
+    trained = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "ended at 2" in trained.stdout, trained.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "entry", "said"),
+    [
+        ("import nothing_of_this_name", ENTRY_POINT, "No module named 'nothing_of_this_name'; mend or uninstall it"),
+        ("SPEC = 3", ENTRY_POINT, "min_entropy.spec:SPEC is no MethodSpec"),
+        (OWN_SPEC, ENTRY_POINT.replace("min_entropy =", "u2pl ="), "there is one of this name; rename it"),
+    ],
+    ids=["broken", "something else", "a name that is taken"],
+)
+def test_a_package_that_brings_none_is_told_in_one_line(tmp_path, spec, entry, said):
+    environment = installed(tmp_path, spec, entry=entry)
+    command = [sys.executable, "-m", "pipeline", "train", "--split", "1_2"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"{said}\n")
+    assert f"of the package {NAME}: " in done.stderr
+    assert "Traceback" not in done.stderr

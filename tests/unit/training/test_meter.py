@@ -6,11 +6,12 @@ import torch
 
 from pipeline.batch import Batch, Views
 from pipeline.config.cli import resolve
+from pipeline.errors import Diverged
 from pipeline.ingest.loader import IngestStats
 from pipeline.methods import OPTIONS, Losses
 from pipeline.ops.world import World
 from pipeline.training import meter as meters
-from pipeline.training.meter import Diverged, Meter
+from pipeline.training.meter import Meter
 from tests.unit.ops.worlds import on_ranks
 
 NAN = float("nan")

@@ -15,13 +15,12 @@ from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.config.cli import resolve
 from pipeline.config.schema import Config, as_dict
-from pipeline.errors import UserError
+from pipeline.errors import Diverged, UserError
 from pipeline.methods import OPTIONS, Losses, Step
 from pipeline.methods.suponly import SupOnly
 from pipeline.models import vit
 from pipeline.models.weights import digest
 from pipeline.training import trainer
-from pipeline.training.meter import Diverged
 from pipeline.training.runtime import PlainRuntime
 from tests.unit.ingest.loading import producing
 from tests.unit.training.short_runs import Exploding, config_of, records, train
