@@ -4,7 +4,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
 import warnings
@@ -16,15 +15,12 @@ from pipeline.errors import RunError, UserError
 _CURRENT_CLUSTER = "ray/ray_current_cluster"
 
 
-def connect(*, state_api: bool = False) -> None:
+def connect() -> None:
     """Connects to Ray once.
 
     A submitted job and a machine with a running head join that cluster; otherwise a private one starts in this
     process. That one is guarded by a token that only this process and its children know, so nothing is left on disk
     and nobody else on the machine can submit to it.
-
-    Args:
-        state_api: let a private cluster answer questions about itself, which takes a dashboard process.
 
     Raises:
         UserError: the cluster of this machine cannot be joined.
@@ -35,9 +31,7 @@ def connect(*, state_api: bool = False) -> None:
     import ray
 
     if not ray.is_initialized():
-        options: dict[str, Any] = {"address": "local", "include_dashboard": state_api} if private else {}
-        if private and state_api:
-            options["dashboard_port"] = _announced_port()
+        options: dict[str, Any] = {"address": "local", "include_dashboard": False} if private else {}
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
@@ -78,18 +72,6 @@ def default_root() -> Path:
     """
     here = Path.cwd()
     return Path.home() / "u2pl-ray" if "working_dir_files" in here.parts else here
-
-
-def _announced_port() -> int:
-    """Picks a free port for a private cluster's dashboard and announces it to all its processes.
-
-    Without it Ray's own processes search this machine for a cluster, and fail if they find a second one.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    return port
 
 
 def _running() -> bool:

@@ -161,8 +161,7 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
     Raises:
         UserError: a sample does not fit the cluster, or Optuna is not installed.
     """
-    # what ASHA stops has workers, whose place is only freed by a process of Ray Train's that asks the state API
-    connect(state_api=asha)
+    connect()
     from ray import tune
 
     # imports Ray, which must not happen before `connect`
