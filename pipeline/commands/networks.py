@@ -33,7 +33,9 @@ def evaluate(argv: list[str]) -> None:
     help_text = "write the predictions there, as the servers of Cityscapes and VOC take them"
     add("--export_submission", metavar="DIR", help=help_text)
     args = parser.parse(argv)
-    from pipeline import storage
+    from pipeline import checkpoint, storage
+
+    checkpoint.find(storage.absolute(args.checkpoint))  # if there is none, that is said before torch is imported
     from pipeline.inference.score_tasks import plan, score
     from pipeline.patience import retried
     from pipeline.report.scores_page import as_json, as_page, as_text

@@ -37,6 +37,7 @@ def test_the_names_are_imported_when_they_are_used() -> None:
         (["train", "--u2pl.lambda_cc", "1"], "did you mean --u2pl.lambda_c?"),
         (["sweep", "--print_config"], "method: u2pl"),
         (["evaluate"], "the following arguments are required: checkpoint"),
+        (["evaluate", "nowhere"], "nowhere: no checkpoint"),
         (["report", "nowhere"], "nowhere: no run"),
         (["train", "--data", "nowhere", "--split", "1_2"], "nowhere: no dataset there"),
     ],
