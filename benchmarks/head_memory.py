@@ -1,6 +1,6 @@
 """What the processes of a sweep take of the head's memory, by kind, while its trials train.
 
-    python benchmarks/head_memory.py [--trials 16]
+    python benchmarks/head_memory.py [--trials 4]
 
 One private Ray with CPUs for all trials, SupOnly on the generated images, one worker a trial. Memory is counted once
 every worker has trained for two looks: the proportional set size (what processes share is divided among them), and the
@@ -9,7 +9,9 @@ Linux only.
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -72,13 +74,13 @@ def measure(trials: int) -> None:
     once = {kind: sum(pss for pss, _ in each) for kind, each in found.items() if len(each) < trials}
     own = {kind: sum(pss for pss, _ in each) for kind, each in found.items() if kind not in (WORKER, SPARE, *once)}
     print(f"a trial, without its worker: {sum(own.values()) / trials:.0f} MB (PSS), {trials} trials", flush=True)
-    os.kill(os.getpid(), 2)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def main() -> None:
     """Starts the trials and stops them once they are measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--trials", type=int, default=4)
     trials = parser.parse_args().trials
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
     with tempfile.TemporaryDirectory(prefix="head-") as folder:
@@ -87,7 +89,8 @@ def main() -> None:
         ray.init("local", num_cpus=4 * trials, include_dashboard=False, log_to_driver=False)
         config = cli.parse_config(flags, "", OPTIONS)[0]
         threading.Thread(target=measure, args=(trials,), daemon=True).start()
-        sweep(make_trials(as_dict(config), [config.method], [config.split], trials, {}))
+        with contextlib.suppress(KeyboardInterrupt):  # of `measure`
+            sweep(make_trials(as_dict(config), [config.method], [config.split], trials, {}))
 
 
 if __name__ == "__main__":

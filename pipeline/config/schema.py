@@ -164,6 +164,19 @@ class LossConfig:
     """ce: cross entropy; ohem: only hard pixels (threshold 0.7, at least 100000 kept per worker)."""
     aux_weight: float = 0.0
     """Weight of the auxiliary head's L_s; 0: no such head."""
+    class_weights: tuple[float, ...] = ()
+    """Weight of the pixels of each class, a number for each, in the order of the ids; none: all 1."""
+    focal: float = 0.0
+    """Focusing gamma: a pixel weighs (1 - p)^gamma, p the probability of its class (Lin et al. 2017: 2); 0: all 1."""
+    dice: float = 0.0
+    """Weight of the soft Dice loss, which is added (Milletari et al. 2016); 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.class_weights and not any(self.class_weights):
+            raise UserError(f"loss.class_weights {self.class_weights}: at least one must be above 0")
+        if self.supervised == "ohem" and (self.class_weights or self.focal):
+            key = "class_weights" if self.class_weights else "focal"
+            raise UserError(f"loss.{key}: loss.supervised ohem picks its pixels itself; take ce, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from pipeline.models import Prediction, SegmentationModel, build_model
 from pipeline.models.norm import freeze_batchnorm
 from pipeline.models.parts import FeatureMaps, joined
 from pipeline.ops.grid import make_grid, upsample
-from pipeline.ops.losses import cross_entropy, ohem_cross_entropy
+from pipeline.ops.losses import cross_entropy, dice_loss, focal_cross_entropy, ohem_cross_entropy
 from pipeline.ops.schedules import steps_of
 from pipeline.ops.world import World, uniform
 
@@ -121,6 +121,11 @@ class Method(nn.Module, ABC):
         """The background class, or None if there is none; the trainer has already asked the dataset for `auto`."""
         if self.background is not None and self.background >= num_classes:
             raise UserError(f"data.background {given}: there are classes 0 to {num_classes - 1}")
+        weights = config.loss.class_weights
+        if weights and len(weights) != num_classes:
+            raise UserError(f"loss.class_weights: {len(weights)} numbers for {num_classes} classes; give one for each")
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", torch.tensor(weights) if weights else None, persistent=False)
 
     @property
     def views(self) -> ViewSpec:
@@ -235,15 +240,21 @@ class Method(nn.Module, ABC):
         return labeled, unlabeled
 
     def supervised(self, prediction: Prediction, labeled: Views, world: World) -> Tensor:
-        """L_s of the labeled images, 0-dim: cross entropy or OHEM, plus the weighted auxiliary head."""
+        """L_s of the labeled images, 0-dim, as the section `loss` says, plus the weighted auxiliary head."""
         total = self._supervised(prediction.logits, labeled.truth, world)
         if prediction.aux is not None:
             total = total + self.config.loss.aux_weight * self._supervised(prediction.aux, labeled.truth, world)
         return total
 
     def _supervised(self, logits: Tensor, mask: Tensor, world: World) -> Tensor:
-        size = (mask.shape[-2], mask.shape[-1])
-        if self.config.loss.supervised == "ohem":
-            return ohem_cross_entropy(upsample(logits.float(), size), mask, world)
-        grid = make_grid(size, (logits.shape[-2], logits.shape[-1]))
-        return cross_entropy(logits, grid.arrange(mask), world, grid)
+        loss, size = self.config.loss, (mask.shape[-2], mask.shape[-1])
+        shaped = loss.class_weights or loss.focal
+        fine = upsample(logits.float(), size) if shaped or loss.dice or loss.supervised == "ohem" else logits
+        if loss.supervised == "ohem":
+            total = ohem_cross_entropy(fine, mask, world)
+        elif shaped:
+            total = focal_cross_entropy(fine, mask, world, self.class_weights, loss.focal)
+        else:
+            grid = make_grid(size, (logits.shape[-2], logits.shape[-1]))
+            total = cross_entropy(logits, grid.arrange(mask), world, grid)
+        return total + loss.dice * dice_loss(fine, mask, world) if loss.dice else total

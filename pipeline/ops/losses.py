@@ -63,6 +63,56 @@ def ohem_cross_entropy(
     return cross_entropy(logits, target.masked_fill(~kept, IGNORE), world)
 
 
+def focal_cross_entropy(
+    logits: Tensor, target: Tensor, world: World, weights: Tensor | None = None, gamma: float = 0.0
+) -> Tensor:
+    """sum_i w_i (1 - p_i)^gamma CE_i / sum_i w_i over the pixels that are not ignored, 0 if there are none.
+
+    p_i is the probability of pixel i's class, and w_i the weight of that class. With gamma 0 it is the mean of
+    `torch.nn.CrossEntropyLoss` with weights; else the focal loss (Lin et al., ICCV 2017, eq. 5), which divides by the
+    objects of a detector where this divides by weighted pixels.
+
+    Args:
+        logits: float [B,C,H,W].
+        target: int64 [B,H,W], 255 ignored.
+        world: ranks that share the mean.
+        weights: float32 [C] >= 0, by class; None: all 1.
+        gamma: 0 or above.
+    """
+    valid = target != IGNORE
+    losses = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
+    if gamma:
+        losses = losses * (1.0 - (-losses).exp()).clamp_min(1e-6) ** gamma  # at 0 a root has no finite slope
+    weight = valid.float() if weights is None else valid * weights[target.masked_fill(~valid, 0)]
+    return (losses * weight).sum() / (world.sum(weight.sum()) / world.size).clamp_min(1e-12)
+
+
+def dice_loss(logits: Tensor, target: Tensor, world: World) -> Tensor:
+    """1 - mean over classes of 2 sum_i p_i y_i / (sum_i p_i + sum_i y_i): soft Dice, float32, 0-dim.
+
+    Sums run over the pixels of the global batch that are not ignored, the mean over the classes that these show; 0 if
+    there are none. The denominator has no squares (Milletari et al., 3DV 2016, have them).
+
+    It is no mean over pixels, so a rank's share has the value of the whole, and the rank's part of its gradient.
+
+    Args:
+        logits: float [B,C,H,W].
+        target: int64 [B,H,W], 255 ignored.
+        world: ranks that share the batch.
+    """
+    valid = (target != IGNORE).unsqueeze(1)
+    found = logits.float().softmax(1) * valid
+    truth = torch.zeros_like(found).scatter_(1, target.clamp_max(logits.shape[1] - 1).unsqueeze(1), valid.float())
+    both, size, pixels = (each.sum((0, 2, 3)) for each in (found * truth, found + truth, truth))
+    all_both, all_size, all_pixels = world.sum(torch.stack([both, size, pixels]))
+    shown = all_pixels > 0
+    weight = shown / shown.sum().clamp_min(1)
+    all_size = all_size.clamp_min(1.0)
+    value = (weight * (1.0 - 2.0 * all_both / all_size)).sum()
+    slope = world.size * (weight * 2.0 * (all_both / all_size.square() * size - both / all_size)).sum()
+    return value + slope - slope.detach()
+
+
 def unsupervised_cross_entropy(
     logits: Tensor, pseudo_label: Tensor, shown: Tensor, world: World, grid: Grid | None = None
 ) -> Tensor:

@@ -237,3 +237,17 @@ def test_identity_leaves_out_place_and_machines():
     assert identity(base) == identity(resolve({"model": {"checkpoint_activations": True}}, OPTIONS))
     assert identity(base) != identity(dataclasses.replace(base, seed=1))
     assert identity(base) != identity(resolve({"u2pl": {"lambda_c": 0.5}}, OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ({"focal": -1.0}, r"loss\.focal: expected a number from 0 on, got -1\.0"),
+        ({"class_weights": [1.0, -2.0]}, r"loss\.class_weights: expected a number from 0 on, got -2\.0"),
+        ({"class_weights": [0.0, 0.0]}, r"loss\.class_weights .*: at least one must be above 0"),
+        ({"supervised": "ohem", "focal": 2.0}, r"loss\.focal: loss\.supervised ohem picks its pixels itself"),
+    ],
+)
+def test_supervised_losses_that_make_no_sense_are_refused(loss, words):
+    with pytest.raises(UserError, match=words):
+        resolve({"method": "suponly", "loss": loss}, OPTIONS)

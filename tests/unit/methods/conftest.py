@@ -37,13 +37,14 @@ def small(
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
+    supervised: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Method:
     """A method with the tiny network; where an option has a size, it is small enough for 24 x 24 pixels."""
     values = {
         "method": name,
         "model": {"backbone": "tiny", "weights": "none", "feature_dim": 8, **(model or {})},
-        "loss": {"aux_weight": aux},
+        "loss": {"aux_weight": aux, **(supervised or {})},
         "optim": {"steps": TOTAL, **(optim or {})},
         "data": {"crop": (SIZE, SIZE), "background": "0", **(data or {})},
         "u2pl": {"warmup": 2, "anchors": 8, "negatives": 4, "keys": 8, "queue": 20, "queue_background": 30},

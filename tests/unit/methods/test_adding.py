@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
 OWN_OPTIONS, METHOD, _, SPEC = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-(ENTRY_POINT,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+(ENTRY_POINT,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
 NAME = "min_entropy"
 
 

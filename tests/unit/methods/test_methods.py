@@ -178,6 +178,31 @@ def test_a_background_that_is_no_class_is_refused(build):
         build("suponly", data={"background": "5"})
 
 
+LOSSES = {
+    "class weights": {"class_weights": [1.0, 0.5, 2.0, 1.0, 3.0]},
+    "focal": {"focal": 2.0},
+    "dice": {"dice": 0.5},
+    "all": {"class_weights": [1.0, 0.5, 2.0, 1.0, 3.0], "focal": 1.0, "dice": 1.0},
+    "ohem and dice": {"supervised": "ohem", "dice": 1.0},
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=list(LOSSES))
+@pytest.mark.parametrize("name", ["suponly", "u2pl"])
+def test_it_trains_with_other_supervised_losses(name, loss, build):
+    plain, other = (build(name, aux=0.4, supervised=each) for each in ({}, loss))
+    values = [float(method(batch(), step(0)).terms["supervised"].detach()) for method in (plain, other)]
+    assert values[0] != values[1]
+    first, *_, last = [train_step(other, index, batch(), lr=0.05)["supervised"] for index in range(12)]
+    assert last < first
+    assert other.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_class_weights_of_another_number_of_classes_are_refused(build):
+    with pytest.raises(UserError, match=r"loss\.class_weights: 2 numbers for 5 classes; give one for each"):
+        build("suponly", supervised={"class_weights": [1.0, 2.0]})
+
+
 @pytest.mark.parametrize("name", OFF)
 def test_with_its_unlabeled_side_switched_off_a_method_trains_as_suponly_does(name, build):
     """With statistics of its own for each side. Dropout is off: other passes before it would take its numbers."""

@@ -3,7 +3,15 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.ops.grid import FullGrid, Grid, QuarterGrid, upsample
-from pipeline.ops.losses import IGNORE, cross_entropy, mean_count, ohem_cross_entropy, unsupervised_cross_entropy
+from pipeline.ops.losses import (
+    IGNORE,
+    cross_entropy,
+    dice_loss,
+    focal_cross_entropy,
+    mean_count,
+    ohem_cross_entropy,
+    unsupervised_cross_entropy,
+)
 from pipeline.ops.world import World
 from tests.unit.ops.worlds import on_ranks
 
@@ -54,7 +62,73 @@ def test_padding_adds_nothing_to_the_weight_of_the_unsupervised_loss(ranks):
     torch.testing.assert_close(torch.stack(shares).mean(), expected)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, ohem_cross_entropy, unsupervised])
+WEIGHTS = torch.tensor([0.5, 2.0, 0.0])
+
+
+def _focal(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The words of the docstring, pixel by pixel, with gamma 2."""
+    total, weights = torch.zeros(()), 0.0
+    for b, y, x in (target != IGNORE).nonzero().tolist():
+        own = int(target[b, y, x])
+        probability = logits[b, :, y, x].softmax(0)[own]
+        total = total - WEIGHTS[own] * (1 - probability) ** 2 * probability.log()
+        weights += float(WEIGHTS[own])
+    return total / weights
+
+
+def _dice(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    valid, losses = target != IGNORE, []
+    for own in range(logits.shape[1]):
+        found, truth = logits.softmax(1)[:, own][valid], (target == own)[valid].float()
+        if truth.any():
+            losses.append(1 - 2 * (found * truth).sum() / (found.sum() + truth.sum()))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("loss", "slow"),
+    [
+        (lambda logits, target, world: focal_cross_entropy(logits, target, world, WEIGHTS, 2.0), _focal),
+        (dice_loss, _dice),
+    ],
+    ids=["weighted and focal", "dice"],
+)
+def test_losses_of_unequal_classes_are_those_of_the_global_batch(loss, slow, ranks):
+    """Value and gradient as DDP averages them; one image is ignored as a whole, and class 1 is in one image alone."""
+    logits, target = _batch()
+    target[1:][target[1:] == 1] = 2
+    reference = logits.clone().requires_grad_()
+    expected = slow(reference, target)
+    expected.backward()
+    inputs = [part.clone().requires_grad_() for part in logits.chunk(ranks)]
+    total = torch.stack(on_ranks(ranks, lambda w: loss(inputs[w.rank], target.chunk(ranks)[w.rank], w))).mean()
+    total.backward()
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(torch.cat([part.grad for part in inputs if part.grad is not None]), reference.grad)
+
+
+def test_the_weighted_mean_is_that_of_torch():
+    logits, target = _batch()
+    expected = F.cross_entropy(logits, target, WEIGHTS, ignore_index=IGNORE)
+    torch.testing.assert_close(focal_cross_entropy(logits, target, World(), WEIGHTS), expected)
+
+
+def test_a_class_that_the_batch_does_not_show_has_no_dice():
+    logits, target = _batch()
+    target[target == 1] = 2
+    torch.testing.assert_close(dice_loss(logits, target, World()), _dice(logits, target))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_a_pixel_that_is_surely_right_has_a_finite_slope(gamma):
+    logits = torch.tensor([[200.0, -200.0, 0.0]]).view(1, 3, 1, 1).requires_grad_()
+    focal_cross_entropy(logits, torch.zeros(1, 1, 1, dtype=torch.int64), World(), None, gamma).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, ohem_cross_entropy, unsupervised, focal_cross_entropy, dice_loss])
 def test_nothing_known_is_loss_0_with_a_graph(loss):
     logits = torch.randn(2, 3, 4, 5, requires_grad=True)
     value = loss(logits, torch.full((2, 4, 5), IGNORE), World())
