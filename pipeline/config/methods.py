@@ -6,18 +6,12 @@ its own names a `MethodSpec` for each under the entry point `u2pl.methods`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
 
 from pipeline.config import options as own
 from pipeline.config.options_fixmatch import FixMatchOptions, UniMatchOptions, UniMatchV2Options
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.ops.schedules import steps_of
-
-if TYPE_CHECKING:
-    from pipeline.methods.base import Method
 
 ENTRY_POINT = "u2pl.methods"
 """Group under which other packages name their methods."""
@@ -47,19 +41,6 @@ class MethodSpec:
     """Which views of the images it needs."""
     durations: tuple[str, ...] = ()
     """Keys of options, such as `u2pl.warmup`, that are steps or, below 1, a share of the run; must end before it."""
-
-    def load(self) -> "type[Method]":
-        """The class; imports torch.
-
-        Raises:
-            UserError: the module cannot be imported or has no such class.
-        """
-        module, _, name = self.code.partition(":")
-        try:
-            kind: type[Method] = getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"method {self.code}: {error}; mend its package, or uninstall it") from error
-        return kind
 
 
 _LABELED = ViewSpec(unlabeled=False)
@@ -123,6 +104,11 @@ def _join_others() -> None:
 _join_others()
 OPTIONS: dict[str, dict[str, type]] = {name: dict(spec.options) for name, spec in SPECS.items()}
 """By method the sections that it reads."""
+
+
+def steps_of(duration: float, total: int) -> int:
+    """A duration in steps: from 1 on it is a number of steps, below 1 a share of the run's `total` steps."""
+    return round(duration * total) if duration < 1 else round(duration)
 
 
 def check_durations(config: Config) -> None:

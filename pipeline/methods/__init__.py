@@ -1,20 +1,31 @@
 """The code of the systems of the comparison. Adding one: a file here, its options and a line in `config/methods.py`."""
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 from pipeline.config import cli
 from pipeline.config.backbones import check_crop
 from pipeline.config.methods import OPTIONS, SPECS, check_durations
 from pipeline.config.schema import Config
+from pipeline.errors import UserError
 from pipeline.methods.base import Losses, Method, Predictor, Step
 
 
 class _Classes(Mapping[str, type[Method]]):
-    """The class of each method, imported when it is asked for."""
+    """The class of each method, imported when it is asked for.
+
+    Raises:
+        UserError: the module of a method cannot be imported, or has no such class.
+    """
 
     def __getitem__(self, name: str) -> type[Method]:
-        return SPECS[name].load()
+        module, _, own = SPECS[name].code.partition(":")
+        try:
+            kind: type[Method] = getattr(import_module(module), own)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"method {name}: {error}; mend its package, or uninstall it") from error
+        return kind
 
     def __iter__(self) -> Iterator[str]:
         return iter(SPECS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Views
-from pipeline.config.methods import SPECS, ViewSpec
+from pipeline.config.methods import SPECS, ViewSpec, steps_of
 from pipeline.config.schema import BatchNorm, Config
 from pipeline.errors import UserError
 from pipeline.models import Prediction, SegmentationModel, build_model
@@ -18,7 +18,6 @@ from pipeline.models.norm import freeze_batchnorm
 from pipeline.models.parts import FeatureMaps, joined
 from pipeline.ops.grid import make_grid, upsample
 from pipeline.ops.losses import cross_entropy, dice_loss, focal_cross_entropy, ohem_cross_entropy
-from pipeline.ops.schedules import steps_of
 from pipeline.ops.world import World, uniform
 
 In = TypeVar("In", Tensor, FeatureMaps)

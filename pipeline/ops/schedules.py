@@ -3,11 +3,6 @@
 import math
 
 
-def steps_of(duration: float, total: int) -> int:
-    """A duration in steps: from 1 on it is a number of steps, below 1 a share of the run's `total` steps."""
-    return round(duration * total) if duration < 1 else round(duration)
-
-
 def poly(step: int, steps: int, power: float, warmup: int = 0) -> float:
     """Factor of the learning rate: (1 - step/steps)^power, times the linear rise of the warm-up.
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.config.methods import steps_of
 from pipeline.config.schema import OptimConfig, RunConfig
 from pipeline.methods import Method
-from pipeline.ops.schedules import cosine, poly, steps_of
+from pipeline.ops.schedules import cosine, poly
 
 
 class Chain:

@@ -15,7 +15,7 @@ import pytest
 from pipeline.config import options
 from pipeline.config.cli import field_docs, resolve
 from pipeline.config.methods import OPTIONS, SPECS, MethodSpec
-from pipeline.methods import Method
+from pipeline.methods import METHODS, Method
 from pipeline.training import trainer
 from pipeline.training.runtime import PlainRuntime
 from tests.conftest import ROOT
@@ -44,10 +44,9 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Method]:
     own = imported("own_options", inspect.getsource(options).partition("@dataclass")[0] + OWN_OPTIONS).EntropyOptions
     monkeypatch.setattr(options, "EntropyOptions", own, raising=False)
     imported(NAME, METHOD)
-    spec = MethodSpec(f"{NAME}:MinEntropy", {NAME: own})
-    monkeypatch.setitem(SPECS, NAME, spec)
+    monkeypatch.setitem(SPECS, NAME, MethodSpec(f"{NAME}:MinEntropy", {NAME: own}))
     monkeypatch.setitem(OPTIONS, NAME, {NAME: own})
-    return spec.load()
+    return METHODS[NAME]
 
 
 def test_the_example_is_short_and_documented(example):
