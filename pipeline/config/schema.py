@@ -191,6 +191,8 @@ class EvalConfig:
     """Resize before the network; logits go back to the stored size, where they are scored."""
     window: tuple[int, int] = (769, 769)
     """Sliding window, height and width; its stride is two thirds of that."""
+    patience: int = 0
+    """Evaluations in a row without a better mIoU after which a run ends early; 0: it trains all steps."""
 
     def __post_init__(self) -> None:
         require_positive("eval", self, "every", "scale", "window")

@@ -132,6 +132,8 @@ class Trainer:
             Diverged: a loss, parameter or buffer is not finite; names the step and its samples; on every rank alike.
         """
         config, start = self.config, self.progress.step
+        if self._settled():  # an attempt before this one has come so far, and was killed
+            return self.progress
         if config.run.compile_network:
             self._compile_network()
         if self.world.size > 1:  # buffers are equal on all ranks by construction; broadcasting a bank would be slow
@@ -176,6 +178,9 @@ class Trainer:
                             self.save(scored)
                         if tracker:
                             tracker.flush()
+                if scored and self._settled():
+                    self._say_why_it_ends(done)
+                    break
                 if wish is Wish.STOP and not last:
                     raise StoppedEarly(done)
         finally:
@@ -185,6 +190,16 @@ class Trainer:
                 ends.callback(self._drain, meter)
                 ends.callback(self.loader.close)
         return self.progress
+
+    def _settled(self) -> bool:
+        """Whether `eval.patience` evaluations have come since the best one; the same on every rank."""
+        patience, last, best = self.config.eval.patience, self.progress.last, self.progress.best
+        since = last.step - best.step if last and best else 0
+        return 0 < patience * self.config.eval.every <= since
+
+    def _say_why_it_ends(self, done: int) -> None:
+        if self.world.rank == 0 and done < self.config.optim.steps:
+            log.info("no better mIoU in %d evaluations (eval.patience): ending early", self.config.eval.patience)
 
     def _drain(self, meter: Meter) -> None:
         """Waits for the last checkpoint; what ends a run meanwhile came later than an error of it."""

@@ -13,6 +13,7 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.batch import Batch
+from pipeline.checkpoint import Score
 from pipeline.config.cli import resolve
 from pipeline.config.schema import Config, as_dict
 from pipeline.errors import Diverged, UserError
@@ -97,6 +98,28 @@ def test_the_last_step_is_scored_and_saved_whatever_the_intervals(shapes, tmp_pa
     assert train(config).last is not None
     assert [(r["kind"], r["step"]) for r in records(tmp_path)] == [("train", 5), ("eval", 5)]
     assert checkpoint.newest(str(tmp_path)) == f"{tmp_path}/{checkpoint.name(5)}"
+
+
+def test_without_a_better_score_for_so_long_it_ends(shapes, tmp_path, monkeypatch, caplog):
+    """The scores are given here, as what happens after them is the matter: the best comes at step 4."""
+    caplog.set_level(logging.INFO, "pipeline.training.trainer")
+    scores = {2: 0.2, 4: 0.5, 6: 0.4, 8: 0.5, 10: 0.3, 12: 0.6}
+
+    def scored(own: trainer.Trainer, tracker: Any) -> None:
+        own.progress.scored(Score(own.progress.step, {"student": scores[own.progress.step]}, []))
+
+    monkeypatch.setattr(trainer.Trainer, "evaluate", scored)
+    config = config_of(shapes, tmp_path, optim={"steps": 12}, eval={"every": 2, "patience": 3}, run={"pictures": 0})
+    progress = train(config)
+    assert progress.best is not None
+    assert (progress.step, progress.best.step) == (10, 4)
+    assert checkpoint.newest(str(tmp_path)) == f"{tmp_path}/{checkpoint.name(10)}"
+    assert "no better mIoU in 3 evaluations (eval.patience): ending early" in caplog.messages
+    noted = records(tmp_path)
+    assert train(config) == progress, "killed before its summary was written, it has ended all the same"
+    assert records(tmp_path) == noted
+    patient = dataclasses.replace(config, eval=dataclasses.replace(config.eval, patience=4))
+    assert train(patient).step == 12
 
 
 def test_a_finished_run_trains_no_further(shapes, tmp_path):
