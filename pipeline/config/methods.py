@@ -129,6 +129,19 @@ def check_durations(config: Config) -> None:
             )
 
 
+def check_classes(config: Config, classes: int) -> None:
+    """Refuses what does not go with a dataset's number of classes.
+
+    Raises:
+        UserError: names the option.
+    """
+    background, weights = config.data.background, config.loss.class_weights
+    if background.isdigit() and int(background) >= classes:
+        raise UserError(f"data.background {background}: there are classes 0 to {classes - 1}")
+    if weights and len(weights) != classes:
+        raise UserError(f"loss.class_weights: {len(weights)} numbers for {classes} classes; give one for each")
+
+
 def check_frozen(config: Config) -> None:
     """Refuses batch norms that are to be frozen and have no statistics yet.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config import cli
 from pipeline.config.backbones import check_crop
-from pipeline.config.methods import OPTIONS, SPECS, check_durations
+from pipeline.config.methods import OPTIONS, SPECS, check_classes, check_durations
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods.base import Losses, Method, Predictor, Step
@@ -60,6 +60,7 @@ def build_method(config: Config, num_classes: int) -> Method:
     Raises:
         UserError: an option does not fit the run, the classes or the network.
     """
+    check_classes(config, num_classes)
     check_durations(config)
     check_crop(config.data.crop, config.model.backbone)
     return METHODS[config.method](config, num_classes)

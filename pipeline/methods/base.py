@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Views
 from pipeline.config.methods import SPECS, ViewSpec, steps_of
 from pipeline.config.schema import BatchNorm, Config
-from pipeline.errors import UserError
 from pipeline.models import Prediction, SegmentationModel, build_model
 from pipeline.models.norm import freeze_batchnorm
 from pipeline.models.parts import FeatureMaps, joined
@@ -118,11 +117,7 @@ class Method(nn.Module, ABC):
         given = config.data.background
         self.background = int(given) if given.isdigit() else None
         """The background class, or None if there is none; the trainer has already asked the dataset for `auto`."""
-        if self.background is not None and self.background >= num_classes:
-            raise UserError(f"data.background {given}: there are classes 0 to {num_classes - 1}")
         weights = config.loss.class_weights
-        if weights and len(weights) != num_classes:
-            raise UserError(f"loss.class_weights: {len(weights)} numbers for {num_classes} classes; give one for each")
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", torch.tensor(weights) if weights else None, persistent=False)
 

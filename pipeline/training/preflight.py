@@ -13,7 +13,7 @@ from pipeline.cluster import nodes
 from pipeline.cluster.connect import default_root
 from pipeline.config import cli
 from pipeline.config.backbones import BUILT_IN, TIMM, check_crop
-from pipeline.config.methods import OPTIONS, SPECS, check_durations, check_frozen
+from pipeline.config.methods import OPTIONS, SPECS, check_classes, check_durations, check_frozen
 from pipeline.config.schema import Config, identity, read_file
 from pipeline.datasets.prepared.dataset import INFO_FILE, Dataset, open_dataset
 from pipeline.datasets.prepared.pseudo import open_labels
@@ -49,6 +49,7 @@ def resolve(config: Config, *, fresh: bool = False) -> Checked:
     split = load_split(dataset, config.split, config.data.protocol)
     config, sources = with_pools(config, dataset, split, fresh)
     config = with_start(config, fresh)
+    check_classes(config, len(dataset.info.classes))
     check_durations(config)
     check_frozen(config)
     check_crop(config.data.crop, config.model.backbone)

@@ -59,6 +59,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         (["--model.weights", "nowhere.pth"], ["nowhere.pth"]),
         (["--optim.batch_labeled", "500"], ["25 labeled images", "batch_labeled"]),
         (["--optim.batch_unlabeled", "500"], ["375 unlabeled images", "batch_unlabeled"]),
+        (["--loss.class_weights", "1", "2"], ["loss.class_weights", "2 numbers for 6 classes"]),
+        (["--data.background", "6"], ["data.background 6", "classes 0 to 5"]),
         (["--out", "s3://"], ["bucket"]),
         (["--data.unlabeled_pools", "nowhere"], ["nowhere: no pool there", "u2pl prepare"]),
         (["--data.unlabeled_pools", "a", "--data.pool_weights", "1"], ["data.pool_weights", "2 numbers"]),
