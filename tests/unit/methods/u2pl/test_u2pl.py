@@ -290,17 +290,24 @@ def test_every_option_trains(name, build):
 
 @pytest.mark.parametrize("name", [*OPTIONS, None])
 def test_plain_parts_train_as_the_fast_ones_do(name, build):
-    """The same losses step by step, with labels padded and unlabeled pixels left out."""
-    runs = []
-    for parts in ("fast", "reference"):
-        method = cast("U2PL", build("u2pl", **(OPTIONS[name] if name else {}), parts=parts))
-        runs.append([train_step(method, index, batch(), lr=0.05) for index in range(5)])
+    """The same losses and networks after each step, with labels padded and unlabeled pixels left out.
+
+    Each step begins with the same networks: what rounding makes of a few steps can move a pixel over a threshold, and
+    which one depends on the processor.
+    """
+    options = OPTIONS[name] if name else {}
+    fast, plain = (cast("U2PL", build("u2pl", **options, parts=parts)) for parts in ("fast", "reference"))
     close = 2e-2 if name == "bfloat16 bank" else 2e-4  # there the fast gradient is rounded as the keys are
-    for fast, plain in zip(*runs, strict=True):
-        assert {key: float(value) for key, value in fast.items()} == pytest.approx(
-            {key: float(value) for key, value in plain.items()}, rel=close, abs=2e-5
+    for index in range(5):
+        plain.load_state_dict(fast.state_dict())
+        one, other = (train_step(method, index, batch(), lr=0.05) for method in (fast, plain))
+        assert {key: float(value) for key, value in one.items()} == pytest.approx(
+            {key: float(value) for key, value in other.items()}, rel=close, abs=2e-5
         )
-    assert runs[0][-1]["contrastive"] > 0
+        theirs = dict(plain.named_parameters())
+        for key, value in fast.named_parameters():
+            torch.testing.assert_close(value, theirs[key], rtol=close, atol=close * 0.05, msg=f"step {index}: {key}")
+        assert index < 4 or one["contrastive"] > 0
 
 
 def _terms(build, index: int = 5, **options: Any) -> dict[str, torch.Tensor]:
