@@ -117,7 +117,8 @@ class Method(nn.Module, ABC):
         given = config.data.background
         self.background = int(given) if given.isdigit() else None
         """The background class, or None if there is none; the trainer has already asked the dataset for `auto`."""
-        weights = config.loss.class_weights
+        largest = max(config.loss.class_weights, default=1.0)
+        weights = [each / largest for each in config.loss.class_weights]  # their ratios alone matter
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", torch.tensor(weights) if weights else None, persistent=False)
 

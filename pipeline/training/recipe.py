@@ -82,4 +82,5 @@ def check_recipe(config: Config) -> None:
 
 def _teacher(config: Config) -> Config:
     options = {"suponly": SupOnlyOptions()}
-    return replace(config, method="suponly", options=options, out=storage.join(str(config.out), TEACHER))
+    scored = replace(config.eval, patience=0)  # it would choose the teacher's last checkpoint on the validation set
+    return replace(config, method="suponly", options=options, eval=scored, out=storage.join(str(config.out), TEACHER))
