@@ -55,12 +55,17 @@ class DataConfig:
     """Probability that a strong view loses its colours."""
     blur: float = 0.5
     """Probability that a strong view is blurred, by 0.1 to 2 pixels; less where fine texture tells classes."""
+    transform: str | None = None
+    """Function of your own that changes each view after crop and flip: package.module.function."""
+    balance: float = 0.0
+    """Labeled images of classes that a smaller share of them shows come more often in an epoch: sqrt(balance / share)
+    times for the rarest class of the image (Gupta et al. 2019); 0: each comes once."""
     background: str = "auto"
     """Class of what is no object: its number, none, or auto: the dataset's class named background, if it has one."""
 
     def __post_init__(self) -> None:
         require_positive("data", self, "crop", "scale")
-        require_share("data", self, "strength", "grey", "blur")
+        require_share("data", self, "strength", "grey", "blur", "balance")
         if self.background not in ("auto", "none") and not (self.background.isascii() and self.background.isdigit()):
             raise UserError(f"data.background: expected a class number, none or auto, got {self.background}")
         if not 0 <= self.hue <= 0.5:

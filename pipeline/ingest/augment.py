@@ -18,6 +18,7 @@ from pipeline.batch import PADDING_COLOUR, Views
 from pipeline.config.schema import DataConfig
 from pipeline.datasets.images import DecodeError, decode_mask, decode_reduced, decode_rgb, read_header, reduce
 from pipeline.datasets.prepared.dataset import IGNORE_INDEX as IGNORE
+from pipeline.ingest import transform
 from pipeline.ingest.order import generator
 from pipeline.ingest.read import Sample
 
@@ -222,7 +223,11 @@ def view_bytes(recipe: ViewRecipe, *, classes: bool, strong: int = 0) -> int:
 
 
 def fill(sample: Sample, recipe: ViewRecipe, views: Views, place: int) -> Outcome:
-    """Decodes one sample into row `place` of the views. No pixel of a damaged sample is valid."""
+    """Decodes one sample into row `place` of the views. No pixel of a damaged sample is valid.
+
+    Raises:
+        UserError: the transform of the user's own fails.
+    """
     began = time.thread_time()
     image, valid = views.image[place].numpy(), views.valid[place].numpy()
     masks = [each[place].numpy() for each in (views.mask, views.pseudo) if each is not None]
@@ -231,6 +236,9 @@ def fill(sample: Sample, recipe: ViewRecipe, views: Views, place: int) -> Outcom
     try:
         window = _fill_weak(sample, recipe, image, masks)
         mark_shown(window, valid)
+        if recipe.data.transform:
+            rng = generator(recipe.seed, sample.epoch, sample.id, "transform")
+            transform.apply(recipe.data.transform, image, masks, valid, rng, sample.id)
         area = shown(window, recipe.data.crop[1])
         for number, view in enumerate(strong):
             rng = generator(recipe.seed, sample.epoch, sample.id, "strong", number)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Views
+from pipeline.errors import UserError
 from pipeline.ingest.augment import Outcome, ViewRecipe, empty_views, fill
 from pipeline.ingest.read import DECODE_CPUS, Sample
 
@@ -99,9 +100,15 @@ class ClusterDecoder:
 
     def _fetch(self, samples: Sequence[Sample]) -> Decoded:
         import ray
+        from ray.exceptions import RayTaskError
 
         sent = [_copied(sample) for sample in samples]
-        arrays, outcomes = ray.get(self._task.remote(sent, self._recipe))
+        try:
+            arrays, outcomes = ray.get(self._task.remote(sent, self._recipe))
+        except RayTaskError as error:  # Ray's own carries a traceback
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise
         views = empty_views(samples, self._recipe, self._buffers.take)
         for tensor, array in zip(_tensors(views), arrays, strict=True):
             tensor.numpy()[:] = array  # what comes out of the object store is read-only, and goes when it is dropped

@@ -40,6 +40,8 @@ class Group:
     """Where the images lie, if the row group holds links to them."""
     keyed: str = ""
     """What the order of its rows depends on in place of `shard`, if it may lie in other folders."""
+    turn: tuple[int, int] = (0, 1)
+    """Which of how many turns an epoch this one is, for images that come more than once: the views differ."""
 
     @property
     def copied(self) -> bool:
@@ -65,7 +67,14 @@ class GroupTable(Protocol):
 class IndexTable(Sequence[Group]):
     """Rows of a dataset's index as groups; see `GroupTable`."""
 
-    def __init__(self, dataset: Dataset, rows: np.ndarray, starts: np.ndarray, columns: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: np.ndarray,
+        starts: np.ndarray,
+        columns: tuple[str, ...],
+        turns: np.ndarray | None = None,
+    ) -> None:
         """Makes a table.
 
         Args:
@@ -73,7 +82,9 @@ class IndexTable(Sequence[Group]):
             rows: int64 [n], of its index; those of a group follow each other, in stored order.
             starts: int64 [groups], where in `rows` each group begins.
             columns: what is read of them.
+            turns: int64 [groups], how often each came before, if some come more than once.
         """
+        self._turns, self._most = turns, 1 if turns is None else 1 + int(turns.max())
         self._dataset, self._index_rows, self._columns = dataset, rows, columns
         self._bounds = np.append(starts, len(rows))
         counts = np.diff(self._bounds)
@@ -103,6 +114,7 @@ class IndexTable(Sequence[Group]):
         return Group(
             self._dataset.root, taken["shard"][0], taken["row_group"][0], tuple(taken["row"]), tuple(taken["id"]),
             sum(map(sum, sizes)), self._columns, places,
+            turn=(0 if self._turns is None else int(self._turns[number]), self._most),
         )  # fmt: skip
 
 
@@ -115,10 +127,43 @@ def select_groups(dataset: Dataset, ids: Sequence[str], columns: tuple[str, ...]
     return IndexTable(dataset, rows, np.flatnonzero(new), columns)
 
 
-def select_images(dataset: Dataset, ids: Sequence[str], columns: tuple[str, ...]) -> IndexTable:
-    """`ids` as groups of one row each, by id: a plan of these permutes images."""
+def select_images(
+    dataset: Dataset, ids: Sequence[str], columns: tuple[str, ...], times: np.ndarray | None = None
+) -> IndexTable:
+    """`ids` as groups of one row each, by id: a plan of these permutes images.
+
+    Args:
+        dataset: an open dataset.
+        ids: of images.
+        columns: what is read of them.
+        times: int64 [n], how often each comes in an epoch, by id; None: once.
+    """
     rows = _named(dataset, ids).sort_by("id")["row"].to_numpy()
-    return IndexTable(dataset, rows, np.arange(len(rows)), columns)
+    if times is None:
+        return IndexTable(dataset, rows, np.arange(len(rows)), columns)
+    turns = np.concatenate([np.arange(count) for count in times])
+    return IndexTable(dataset, rows.repeat(times), np.arange(times.sum()), columns, turns)
+
+
+def balanced(dataset: Dataset, ids: Sequence[str], balance: float, rng: np.random.Generator) -> np.ndarray:
+    """How often each image comes in an epoch, int64 [n] by id: repeat factor sampling.
+
+    An image comes max(1, max over its classes c of sqrt(balance / f_c)) times, f_c the share of `ids` that show c
+    (Gupta et al. 2019, LVIS). A fraction is left to chance once, not anew in each epoch.
+
+    Args:
+        dataset: one whose index says which classes masks show.
+        ids: of images with a mask.
+        balance: in 0..1.
+        rng: decides on fractions.
+    """
+    rows = _named(dataset, ids).sort_by("id")["row"].to_numpy()
+    lists = dataset.index["classes"].take(rows).combine_chunks()
+    found, images = lists.flatten().to_numpy(), np.arange(len(lists)).repeat(lists.value_lengths().to_numpy())
+    shares = np.bincount(found, minlength=256) / len(lists)
+    wanted = np.ones(len(lists))
+    np.maximum.at(wanted, images, np.sqrt(balance / shares[found]))
+    return (wanted + rng.random(len(lists))).astype(np.int64)
 
 
 def _named(dataset: Dataset, ids: Sequence[str]) -> pa.Table:

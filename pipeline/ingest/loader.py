@@ -17,8 +17,8 @@ from pipeline.datasets.prepared.splits import Split
 from pipeline.errors import UserError
 from pipeline.ingest.augment import Outcome, ViewRecipe, view_bytes
 from pipeline.ingest.decode import Buffers, ClusterDecoder, Decoded, Decoder, ThreadDecoder
-from pipeline.ingest.groups import LABELED, select_images
-from pipeline.ingest.order import LanePlan, Mixture, Source, open_sources, owned_lanes
+from pipeline.ingest.groups import LABELED, balanced, select_images
+from pipeline.ingest.order import LanePlan, Mixture, Source, generator, open_sources, owned_lanes
 from pipeline.ingest.read import Reader, Sample, SampleStream, held_reader, is_held
 from pipeline.patience import Patience
 
@@ -154,7 +154,9 @@ class Loader:
         sources = (sources or open_sources(config, dataset, split)) if spec.unlabeled else ()
         self._origins = origins(dataset, split, sources)
         lanes, seed = config.optim.batch_labeled, config.seed
-        images = LanePlan(select_images(dataset, split.labeled, LABELED), lanes, seed, "labeled")
+        balance, ids = config.data.balance, split.labeled
+        times = balanced(dataset, ids, balance, generator(seed, "balance")) if balance else None
+        images = LanePlan(select_images(dataset, ids, LABELED, times), lanes, seed, "labeled")
         held = is_held(dataset, split.labeled)
         held_or = held_reader(dataset, split.labeled, shared, reader, self._patience) if held else reader
         self._streams = [SampleStream(images, owned_lanes(lanes, rank, world), start, held_or, None, self._patience)]

@@ -115,6 +115,7 @@ class Unit:
     """The step that needs its first row."""
     lane: int
     epoch: int
+    """What views are drawn by: of images that come more than once in an epoch each turn counts as one."""
     group: Group
     order: tuple[int, ...]
     """Positions in `group.rows`, in the order they are served; rows before the start step are left out."""
@@ -155,7 +156,8 @@ class LanePlan:
             )
             skip = max(0, start - step)
             served = tuple(int(i) for i in order[skip:])
-            yield Unit(step + skip, lane, epoch, group, served)
+            turn, turns = group.turn
+            yield Unit(step + skip, lane, epoch * turns + turn, group, served)
             step += len(order)
             position += self.lanes
 

@@ -179,6 +179,8 @@ class Comparison:
         found.append(_differing("The program's version", versions))
         pools = ((run.config.data.pool_generations, run.uri) for run in self.runs if run.config.data.pool_generations)
         found.append(_differing("How much of the unlabeled pools was there (data.pool_generations)", pools))
+        if early := [f"{run.uri} at step {run.progress.step}" for run in self.runs if run.ended_early]:
+            found.append(f"Ended before optim.steps, as scores rose no more (eval.patience): {_some(early)}")
         if self.doubles:
             found.append(f"Left out, as others have the same method, settings, split and seed: {_some(self.doubles)}")
         return [note for note in found if note]

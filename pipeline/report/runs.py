@@ -82,6 +82,11 @@ class Run:
         return [_score(record) for record in self.records if record["kind"] == "eval"]
 
     @property
+    def ended_early(self) -> bool:
+        """Whether it is finished and has fewer steps than its config says: `eval.patience` ended it."""
+        return self.finished and self.progress.step < self.config.optim.steps
+
+    @property
     def cost(self) -> tuple[float, str] | None:
         """Hours of training and evaluation together, a student's with its teacher's; None where a record does not tell.
 

@@ -58,6 +58,8 @@ def resolve(config: Config, *, fresh: bool = False) -> Checked:
     check_batch(config, split, sources)
     check_val(dataset)
     check_labels(config, dataset)
+    check_balance(config, dataset)
+    check_transform(config)
     return Checked(config, dataset, split, sources)
 
 
@@ -144,6 +146,31 @@ def check_batch(config: Config, split: Split, sources: Sequence[Source]) -> None
         )
     if sources:
         share_lanes(sources, optim.batch_unlabeled)
+
+
+def check_balance(config: Config, dataset: Dataset) -> None:
+    """Refuses to balance classes of a dataset whose index does not say which masks show them.
+
+    Raises:
+        UserError: it does not.
+    """
+    if config.data.balance and not dataset.classified:
+        raise UserError(
+            f"data.balance: {dataset.root} was prepared by an older version, which did not note the classes of each "
+            "image; prepare it again"
+        )
+
+
+def check_transform(config: Config) -> None:
+    """Tries the transform of the user's own.
+
+    Raises:
+        UserError: it cannot be imported, or fails.
+    """
+    if config.data.transform:
+        from pipeline.ingest import transform
+
+        transform.check(config.data.transform, config.data.crop)
 
 
 def check_packages(backbone: str, weights: str) -> None:

@@ -11,7 +11,7 @@ from tests.docs import PAGES, ROOT, Block, blocks
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 RUN = {"sh": "tests/integration/test_docs.py", "sh ci": ".ci/run", "sh cluster": "nobody here"}
 SHOWN = {"text", "mermaid"}
-PYTHON = {"docs/README.md", "docs/adding-a-method.md", "docs/adding-a-backbone.md"}
+PYTHON = {"docs/README.md", "docs/adding-a-method.md", "docs/adding-a-backbone.md", "docs/adding-a-transform.md"}
 """Their Python is run by tests/integration/test_docs.py, and by test_adding.py of tests/unit/methods and models."""
 
 

@@ -62,10 +62,13 @@ INDEX_SCHEMA = pa.schema(
         pa.field("image_crc", pa.int64(), nullable=False),
         pa.field("mask_at", pa.int64(), nullable=False),
         pa.field("mask_crc", pa.int64(), nullable=False),
+        pa.field("classes", pa.list_(pa.uint8()), nullable=False),  # that its mask shows, ascending
     ]
 )
 OLDER_INDEX = pa.schema(list(INDEX_SCHEMA)[: INDEX_SCHEMA.get_field_index("image_at")])
 """The index of version 0.1.0, which does not say where images lie."""
+_READ_SCHEMAS = (INDEX_SCHEMA, pa.schema(list(INDEX_SCHEMA)[:-1]), OLDER_INDEX)
+"""Newest first."""
 WRITE_OPTIONS: dict[str, Any] = {
     "compression": "NONE",
     "use_dictionary": False,
@@ -156,12 +159,17 @@ class Dataset:
     info: DatasetInfo
     """The content of dataset.json."""
     index: pa.Table
-    """One row per sample, `INDEX_SCHEMA` or `OLDER_INDEX`."""
+    """One row per sample, `INDEX_SCHEMA`; that of an older version lacks its last columns."""
 
     @property
     def located(self) -> bool:
         """Whether the index says where images lie in their shards."""
         return "image_at" in self.index.column_names
+
+    @property
+    def classified(self) -> bool:
+        """Whether the index says which classes masks show."""
+        return "classes" in self.index.column_names
 
     def subset(self, name: str) -> pa.Table:
         """The rows of the index that belong to the subset `name` (train or val), in stored order."""
@@ -184,7 +192,7 @@ def open_dataset(root: str) -> Dataset:
         index = pq.read_table(pa.BufferReader(data), use_threads=False).combine_chunks()  # one row is found at once
     except pa.ArrowException as error:
         raise UserError(f"{root}/{info.index}: not readable ({error}); prepare the dataset again") from error
-    if not (index.schema.equals(INDEX_SCHEMA) or index.schema.equals(OLDER_INDEX)):
+    if not any(map(index.schema.equals, _READ_SCHEMAS)):
         raise UserError(f"{root}/{info.index}: has other columns than this version knows; prepare the dataset again")
     return Dataset(root, info, index)
 

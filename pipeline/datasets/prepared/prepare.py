@@ -21,7 +21,7 @@ from pipeline.datasets.specs import DatasetSpec
 from pipeline.errors import UserError
 from pipeline.patience import retried
 
-PART_VERSION = 3
+PART_VERSION = 4
 """Of what is known of a shard: what other versions have begun is begun anew."""
 
 

@@ -204,6 +204,7 @@ def _index_row(slot: Slot, number: int, row: Row) -> dict[str, Any]:
         "mask_bytes": len(row.mask or b""),
         "height": row.height,
         "width": row.width,
+        "classes": [value for value, count in enumerate(row.pixels) if count and value != IGNORE_INDEX],
     }
 
 

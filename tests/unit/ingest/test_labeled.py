@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.datasets.images import decode_mask
 from pipeline.datasets.prepared import dataset as stored
 from pipeline.datasets.prepared.dataset import INDEX_SCHEMA, OLDER_INDEX, Dataset, open_dataset
 from pipeline.datasets.prepared.splits import load_split
 from pipeline.ingest import read
-from pipeline.ingest.groups import LABELED, select_groups, select_images
+from pipeline.ingest.groups import LABELED, balanced, select_groups, select_images
 from pipeline.ingest.order import LanePlan, Permutation, generator
 from pipeline.ingest.read import SampleStream, cut_items, held_reader, read_inline
 from pipeline.patience import Patience
@@ -50,6 +51,7 @@ def simulated(count: int) -> Dataset:
         "image_at": begin + within(images), "image_crc": _zeros_crc(images),
         "mask_at": begin + image_ends[whole] - image_ends[groups * GROUP] + 32 + within(masks),
         "mask_crc": _zeros_crc(masks),
+        "classes": pa.FixedSizeListArray.from_arrays(np.zeros(count, np.uint8), 1).cast(pa.list_(pa.uint8())),
     }  # fmt: skip
     return Dataset("s3://data/simulated", cast("Any", None), pa.table(columns).cast(INDEX_SCHEMA).combine_chunks())
 
@@ -82,7 +84,7 @@ def labeled_plan(dataset: Dataset, ids: list[str], lanes: int = 16) -> LanePlan:
 def test_the_order_of_earlier_versions_stays():
     """A digest that the labeled set of version 0.1.0 made, also of later epochs and from a step on."""
     ids = [f"2007_{number:06d}" for number in range(92)]
-    index = pa.table({name: ids if name == "id" else [0] * 92 for name in INDEX_SCHEMA.names})
+    index = pa.table({name: ids if name == "id" else [0] * 92 for name in INDEX_SCHEMA.names[:-1]})
     index = index.set_column(2, "shard", pa.array(["s"] * 92))
     plan = labeled_plan(Dataset("root", cast("Any", None), index), ids)
     told = [
@@ -121,6 +123,61 @@ def test_the_plan_serves_this_permutation():
     epochs, places = np.divmod(np.arange(9_600, 10_600), len(ids))
     order = [Permutation(len(ids), 0, "labeled", epoch)(np.arange(len(ids))) for epoch in range(2)]
     assert served == [ids[order[epoch][place]] for epoch, place in zip(epochs, places, strict=True)]
+
+
+# ---- balanced classes -----------------------------------------------------------------------------------------
+
+
+def test_images_of_rare_classes_come_more_often():
+    """Against the definition, written out image by image; a fraction is right on average."""
+    ids = [f"{number:04d}" for number in range(1000)]
+    shown = [[1] + [2] * (number % 10 == 0) + [7] * (number % 100 == 5) for number in range(1000)]
+    shown[3] = []  # all of it is ignored
+    dataset = Dataset("root", cast("Any", None), pa.table({"id": ids[::-1], "classes": shown[::-1]}))
+    share = {1: 0.999, 2: 0.1, 7: 0.01}
+    wanted = [max([1.0, *(np.sqrt(0.3 / share[name]) for name in names)]) for names in shown]
+    drawn = np.array([balanced(dataset, ids, 0.3, np.random.default_rng(seed)) for seed in range(200)])
+    assert (np.floor(wanted) <= drawn).all()
+    assert (drawn <= np.ceil(wanted)).all()
+    assert drawn[:, 0::10].mean() == pytest.approx(np.sqrt(3), abs=0.02)
+    assert drawn[:, 5::100].mean() == pytest.approx(np.sqrt(30), abs=0.06)
+    assert (drawn[:, 3] == 1).all()
+
+
+def test_the_index_says_which_classes_a_mask_shows(shapes):
+    dataset = open_dataset(shapes)
+    ids = dataset.index["id"].to_pylist()[:40]
+    masks = {
+        name: np.unique(decode_mask(mask))
+        for group in select_groups(dataset, ids, LABELED)
+        for name, mask in zip(group.ids, read.read_rows(group, None, Patience())["mask"].to_pylist(), strict=True)
+    }
+    for name, found in zip(ids, dataset.index["classes"].to_pylist(), strict=False):
+        assert found == [value for value in masks[name].tolist() if value != 255]
+
+
+def test_of_a_split_alone_classes_are_counted():
+    dataset = Dataset(
+        "root", cast("Any", None), pa.table({"id": ["a", "b", "c", "d"], "classes": [[0], [1], [1], [1]]})
+    )
+    assert balanced(dataset, ["a", "b"], 1.0, np.random.default_rng(0)).tolist() in ([1, 1], [1, 2], [2, 1], [2, 2])
+    assert balanced(dataset, ["a", "b"], 0.5, np.random.default_rng(0)).tolist() == [1, 1]
+
+
+def test_balanced_batches(shapes):
+    """Each turn of an epoch has a view of its own, and the sequence is one for any start and number of workers."""
+    config = configured(shapes, balance=1.0)
+    batches = take(config, 60)
+    times = Counter(name for batch in batches for name in batch.labeled.ids)
+    plain = Counter(name for batch in take(configured(shapes), 60) for name in batch.labeled.ids)
+    assert max(plain.values()) - min(plain.values()) <= 1
+    assert max(times.values()) > 1.4 * min(times.values())
+    views = {batch.labeled.image[row].numpy().tobytes() for batch in batches for row in range(4)}
+    assert len(views) == 60 * 4
+    assert same(batches[23:27], take(config, 4, start=23))
+    halves = [take(config, 8, rank=rank, world=2) for rank in range(2)]
+    for whole, *parts in zip(batches[:8], *halves, strict=True):
+        assert whole.labeled.ids == (*parts[0].labeled.ids, *parts[1].labeled.ids)
 
 
 # ---- what a start reads and holds -----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ def write_run(
     scores: Sequence[float] = (0.5,),
     *,
     finished: bool = True,
+    ended: int | None = None,
     config: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
@@ -42,6 +43,7 @@ def write_run(
         seed: of the config.
         scores: mIoU 0..1; the first class is 0.1 above, the second 0.1 below.
         finished: whether there is a summary.
+        ended: after which step; None: the last one.
         config: more keys.
         data: replaces what the checkpoint says of the data; empty: there is no checkpoint.
         about: more of what the run is made of.
@@ -59,8 +61,9 @@ def write_run(
         lines += [train, {"kind": "eval", **each, "worker_seconds": 1800.0}]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     if finished:
+        step = ended or values["optim"].get("steps", 100)
         best = max(evaluations, key=lambda each: each["miou"]["teacher"])
-        (folder / "summary.json").write_text(json.dumps({"step": 100, "last": evaluations[-1], "best": best}))
+        (folder / "summary.json").write_text(json.dumps({"step": step, "last": evaluations[-1], "best": best}))
     known = {"index": "abc" * 20, "split": f"list-{split}", "classes": CLASSES} if data is None else data
     if known:
         place = folder / "step_0000010"

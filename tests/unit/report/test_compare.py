@@ -86,6 +86,14 @@ def test_pools_that_grew_between_runs_are_noted(tmp_path):
     assert note.startswith("How much of the unlabeled pools was there (data.pool_generations) differs: (1,)")
 
 
+def test_a_run_that_ended_early_is_noted(tmp_path):
+    write_run(tmp_path / "whole")
+    write_run(tmp_path / "early", "u2pl", ended=60)
+    assert only(tmp_path).notes() == [
+        f"Ended before optim.steps, as scores rose no more (eval.patience): {tmp_path / 'early'} at step 60"
+    ]
+
+
 def test_networks_to_look_at_are_of_one_seed(tmp_path):
     for name, method, seed in (("a", "suponly", 0), ("b", "suponly", 1), ("c", "u2pl", 1), ("d", "u2pl", 2)):
         write_run(tmp_path / name, method, seed=seed)

@@ -143,6 +143,9 @@ def test_a_start_says_once_that_a_dataset_is_of_an_earlier_version(
     monkeypatch.setattr(preflight, "open_dataset", lambda root: older)
     launch.plan(config)
     assert capsys.readouterr().out.count("prepare it again to read less") == 1
+    balanced = _config("--data", shapes, "--out", str(tmp_path), "--workers", "1", "--data.balance", "0.5")
+    with pytest.raises(UserError, match=r"^data.balance: .*/shapes was prepared by an older version.*prepare it again"):
+        launch.plan(balanced)
 
 
 def test_a_config_that_was_cut_off_is_damaged_not_another_run(tmp_path: Path) -> None:

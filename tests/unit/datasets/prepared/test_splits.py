@@ -23,7 +23,7 @@ def dataset(root: Path, roles: dict[str, str], protocol: str = "random") -> Data
     rows = [
         dict.fromkeys(INDEX_SCHEMA.names, 1)
         | {"id": key, "subset": "val" if role == "val" else "train", "shard": "s"}
-        | {"mask_bytes": 0 if role == "bare" else 9}
+        | {"mask_bytes": 0 if role == "bare" else 9, "classes": []}
         for key, role in roles.items()
     ]
     info = DatasetInfo(
