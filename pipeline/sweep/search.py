@@ -179,7 +179,7 @@ def search(base: Config, space: Space, samples: int, *, optuna: bool, asha: bool
         mode="max",
         num_samples=samples,
         search_alg=_optuna(base.seed, at_once) if optuna else _random(base.seed, at_once),
-        scheduler=_scheduler(base) if asha else None,
+        scheduler=early_stops(base) if asha else None,
     )
     with LiveTable([], find, samples) as live:
         run_tuner(find, {key: _domain(each) for key, each in space.items()}, config, live)
@@ -216,7 +216,13 @@ def _optuna(seed: int, at_once: int) -> Any:
         raise UserError("--optuna: not installed; pip install 'u2pl-ray[search]'") from error
 
 
-def _scheduler(config: Config) -> Any:
+def early_stops(config: Config) -> Any:
+    """ASHA over evaluations: at the first one and at 3, 9, ... times its step the best third of those so far goes on.
+
+    Rungs are steps, so trials that began at other times, or run beside each other, are compared where they had equally
+    much training. A verdict depends on what came to the rung before; the trial that is best at every rung always goes
+    on.
+    """
     from ray.tune.schedulers import ASHAScheduler
 
     steps, every = config.optim.steps, config.eval.every

@@ -6,12 +6,14 @@ Nothing of Tune's has to be kept: a trial is a run directory, so the same comman
 
 import contextlib
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray.util
@@ -65,14 +67,21 @@ class LiveTable(tune.Callback):
         self._live = sys.stdout.isatty()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="live", daemon=True)
+        self._handlers: dict[int, Any] = {}
+        self._signal = 0
 
     def __enter__(self) -> "LiveTable":
-        """Starts the thread that shows the table."""
+        """Starts the thread that shows the table, and listens for what is to end the sweep; in the main thread."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                self._handlers[number] = signal.signal(number, self._heard)
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Stops it and shows the final table."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         self._ended.set()
         self._thread.join()
         self._show()
@@ -80,6 +89,18 @@ class LiveTable(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Empty: Tune pickles its callbacks for a restore that is not used here."""
         return {}
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        self._handlers[number](number, frame)
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raises again what a signal's handler raised where it was lost; called by Tune in each turn of its loop.
+
+        Python drops what is raised in a destructor or a callback from C, and Ray runs both as it starts a trial.
+        """
+        if self._signal:
+            self._handlers[self._signal](self._signal, None)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Notes that a trial runs; called by Tune."""

@@ -1,12 +1,14 @@
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from pipeline.config import cli
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.methods import OPTIONS
-from pipeline.sweep.search import Range, parse_space, prepare, sample
+from pipeline.sweep.search import Range, early_stops, parse_space, prepare, sample
 
 
 @pytest.fixture
@@ -93,3 +95,63 @@ def test_values_that_do_not_go_together_are_that_samples_problem(base):
     prepared, space = prepare(base("--method", "u2pl"), parse_space(["u2pl.r_l=1..15", "u2pl.r_h=10..21"]))
     assert "r_l" in sample(prepared, space, {"u2pl.r_l": 14, "u2pl.r_h": 11}, 0).problem
     assert sample(prepared, space, {"u2pl.r_l": 3, "u2pl.r_h": 11}, 1).problem == ""
+
+
+# ---- early stops ------------------------------------------------------------------------------------------------
+
+
+def reports(
+    curves: np.ndarray, every: int, at_once: int, rng: np.random.Generator
+) -> Generator[tuple[int, int, float], bool]:
+    """Trial, step and score as they come while `at_once` trials run at speeds of their own; send back who is stopped.
+
+    Args:
+        curves: float64 [trials, evaluations].
+        every: steps between evaluations.
+        at_once: trials at a time.
+        rng: decides who is next.
+    """
+    waiting, running = list(range(len(curves))), dict[int, int]()
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            running[waiting.pop(0)] = 0
+        trial = int(rng.choice(list(running)))
+        running[trial] += 1
+        stopped = yield trial, running[trial] * every, curves[trial, running[trial] - 1]
+        if stopped or running[trial] == curves.shape[1]:
+            del running[trial]
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 16])
+@pytest.mark.parametrize("seed", range(5))
+def test_early_stops_are_those_of_asha_whoever_runs_beside_whom(base, at_once, seed):
+    """Against the rule written out: at each rung, worse than the best third of those that came there before."""
+    rng = np.random.default_rng(seed)
+    curves = np.sort(rng.random((16, 27)), 1) * rng.random((16, 1))
+    curves[11] = curves.max(0) + 0.01
+    scheduler = early_stops(base("--eval.every", "10", "--optim.steps", "270"))
+    scheduler.set_search_properties("score", "max")
+    trials = [SimpleNamespace(trial_id=str(number)) for number in range(16)]
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)
+    rungs: dict[int, list[float]] = {10: [], 30: [], 90: [], 270: []}
+    last, stopped = dict[int, int](), set[int]()
+    stream = reports(curves, 10, at_once, rng)
+    trial, step, score = next(stream)
+    while True:
+        last[trial] = step
+        before = rungs.get(step, [])
+        expected = bool(before) and score < np.percentile(before, 100 * 2 / 3)
+        found = scheduler.on_trial_result(None, trials[trial], {"step": step, "score": score})
+        assert (found == "STOP") == expected, (trial, step)
+        if step in rungs:
+            rungs[step].append(score)
+        stopped |= {trial} if expected else set()
+        try:
+            trial, step, score = stream.send(expected)
+        except StopIteration:
+            break
+    assert last[11] == 270  # the best of all
+    assert 11 not in stopped
+    assert {last[number] for number in stopped} <= set(rungs)
+    assert len(stopped) >= 8

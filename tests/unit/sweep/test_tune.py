@@ -1,5 +1,7 @@
 """The log of a trial: it can be read while the trial runs, and goes on behind that of an earlier attempt."""
 
+import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,3 +28,15 @@ def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "log.txt").mkdir()
     with tune._logged(str(tmp_path)):
         print("trained")
+
+
+def test_a_signal_that_was_lost_on_its_way_ends_the_sweep_at_the_next_turn() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with tune.LiveTable([], lambda params, place: pytest.fail("no trial"), 0) as live:
+        live.on_step_begin(0, [])
+        with suppress(KeyboardInterrupt):  # as in a destructor
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_for("the signal", lambda: False)
+        with pytest.raises(KeyboardInterrupt):
+            live.on_step_begin(1, [])
+    assert signal.getsignal(signal.SIGINT) == before
