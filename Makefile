@@ -53,7 +53,7 @@ test-fast: lint
 test-controls: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist load -m controls tests/parity/test_controls.py
 
-# Runs that are killed at every point of a checkpoint, and one of which something dies every minute for half an hour.
+# Long tests of whole runs: they shrink, lose their storage, are killed at every point of a checkpoint, or once a minute.
 test-night: install
 	$(BIN)/python -m pytest -s -m night tests/integration
 

@@ -141,6 +141,7 @@ def went_on(job: Job, newest: str | None) -> None:
     assert re.findall(r"resuming from (\S+),", job.said) == [newest] * bool(newest), job.said
 
 
+@pytest.mark.night
 def test_a_storage_that_takes_no_checkpoint(
     shapes: str, proxy: FaultProxy, environment: dict[str, str], calm: str, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def config(shapes: str, tmp_path: Path) -> Config:
     return cli.parse_config(flags, "test", OPTIONS)[0]
 
 
+@pytest.mark.night
 def test_any_number_of_workers_makes_the_same_batches(config: Config, tmp_path: Path) -> None:
     """One worker; and four up to a kill, then two. The one shares the labeled images, the four stream them."""
     one = trained(config, tmp_path / "one", workers=1, labeled="shared")

@@ -187,6 +187,7 @@ class TestStream:
             storage.write_bytes(shard, whole)
 
 
+@pytest.mark.night
 def test_a_run_without_storage_ends_and_goes_on(
     server: S3Server, proxy: FaultProxy, dataset: Dataset, ray_folder: str, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ EVERY = 200
 """Steps between checkpoints."""
 
 
+@pytest.mark.night
 def test_a_run_shrinks_and_grows(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
     """Nothing is charged to the failure budget, and no step is left out."""
     (gcs,) = free_ports(1)

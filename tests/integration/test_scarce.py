@@ -46,6 +46,7 @@ def test_writing_to_disks_that_are_full_or_read_only(mount: Mount, tmp_path: Pat
         storage.write_bytes(f"{tmp_path}/{'x' * 300}", b"x")
 
 
+@pytest.mark.night
 def test_a_run_on_a_full_disk_ends_and_goes_on(
     shapes: str, s3: S3Server, ray_folder: str, mount: Mount, tmp_path: Path
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_run_on_a_full_disk_ends_and_goes_on(
     assert [record["step"] for record in records(run)] == list(range(1, 10))
 
 
+@pytest.mark.night
 def test_a_full_folder_of_temporary_files(
     shapes: str, s3: S3Server, ray_folder: str, mount: Mount, tmp_path: Path
 ) -> None:

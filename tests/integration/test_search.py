@@ -25,6 +25,7 @@ def _another_cluster(tmp_path: Path) -> Iterator[None]:
         process.kill()
 
 
+@pytest.mark.night
 @pytest.mark.usefixtures("_another_cluster")
 def test_bad_samples_are_stopped_and_make_room(shapes: str, s3: S3Server, ray_folder: str, tmp_path: Path) -> None:
     """On two CPUs one run fits: a sample starts only if the one that was stopped before it has left nothing behind."""

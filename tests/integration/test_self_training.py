@@ -23,6 +23,7 @@ from tests.processes import descendants, kill, wait_for
 FLAGS = ["--preset", "demo", "--split", "1_2", "--optim.steps", "6", "--run.tensorboard", "false"]
 
 
+@pytest.mark.night
 def test_a_killed_recipe_goes_on_where_it_was_and_keeps_its_options(
     shapes: str, joined: dict[str, str], tmp_path: Path
 ) -> None:

@@ -250,8 +250,12 @@ def test_a_config_of_this_machine_is_one_line(head: Head, flags: list[str]) -> N
 
 
 def test_interrupting_leaves_the_job_running_and_says_so(head: Head, tmp_path: Path) -> None:
-    mark = tmp_path / "finished"
-    script = f"import time, pathlib; print('going', flush=True); time.sleep(6); pathlib.Path({str(mark)!r}).touch()"
+    mark, release = tmp_path / "finished", tmp_path / "release"
+    script = (
+        "import time, pathlib; print('going', flush=True)\n"
+        f"while not pathlib.Path({str(release)!r}).exists(): time.sleep(0.2)\n"
+        f"pathlib.Path({str(mark)!r}).touch()"
+    )
     arguments = [sys.executable, "jobs/submit.py", "--address", head.url, "--", "python", "-c", script]
     with Job(arguments, head.environment, tmp_path / "log") as job:
         wait_for("its first line", lambda: "\ngoing" in job.said)
@@ -259,6 +263,7 @@ def test_interrupting_leaves_the_job_running_and_says_so(head: Head, tmp_path: P
         assert job.wait(60) == 130
         assert "the job goes on; follow it with `ray job logs --follow raysubmit_" in job.said
         assert "Traceback" not in job.said
+        release.touch()
         wait_for("the job itself", mark.exists)
 
 
