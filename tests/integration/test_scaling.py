@@ -5,6 +5,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from pipeline import storage
 from tests.heads import head_command, node_command, nodes
 from tests.jobs import Job, environment, has_checkpoint, records, train_command
