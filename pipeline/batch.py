@@ -1,5 +1,6 @@
 """What flows from ingest to a method: the batch. Depends on torch alone, so both sides may import it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,17 @@ PADDING_COLOUR = (124, 116, 104)
 """Colour of padding in RGB: the mean colour in bytes, so padding is about 0 after normalisation."""
 
 
+def padding_of(mean: Sequence[float]) -> tuple[int, ...]:
+    """Value of padding in each band, 0..255: `mean` in bytes, or of RGB `PADDING_COLOUR` if none is given."""
+    return tuple(round(value) for value in mean) if mean else PADDING_COLOUR
+
+
 @dataclass(frozen=True)
 class Views:
     """The images of one side of the batch."""
 
     image: Tensor
-    """uint8 [B,3,H,W], weak view (resize, crop, flip); padding has `PADDING_COLOUR`."""
+    """uint8 [B,3,H,W], or another number of bands; weak view (resize, crop, flip); padding as `padding_of` says."""
     mask: Tensor | None
     """int64 [B,H,W] class ids, 255 ignored; None on the unlabeled side."""
     valid: Tensor

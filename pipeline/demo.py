@@ -11,7 +11,7 @@ import numpy as np
 from aiohttp import web
 from PIL import Image
 
-from pipeline.datasets.images import DecodeError, decode_rgb, notes_rotation, read_header
+from pipeline.datasets.images import DecodeError, decode_part, notes_rotation, read_header
 from pipeline.errors import UserError
 from pipeline.inference.load import Model
 from pipeline.inference.pictures import colour_mask, heat, overlay
@@ -60,7 +60,7 @@ def look(model: Model, data: bytes) -> Seen:
     """
     header = read_header(data)
     notes, turned = [], notes_rotation(header)
-    image = Image.fromarray(decode_rgb(header))
+    image = Image.fromarray(decode_part(header))
     if turned:
         notes.append("The photo notes a rotation (EXIF), which is not applied: it is shown as its file stores it.")
     if max(image.size) > MAX_SIDE:

@@ -24,6 +24,7 @@ def prepare(argv: list[str]) -> None:
     from pipeline.datasets.pools.sources import POOL_SOURCES
     from pipeline.datasets.prepared.prepare import prepare as prepare_samples
     from pipeline.datasets.prepared.prepare import summary, warnings
+    from pipeline.datasets.raw.bands import parse_bands
     from pipeline.datasets.raw.flags import POOL_FLAGS, parse, read_raw
     from pipeline.datasets.raw.photos import PhotoRules
     from pipeline.datasets.shapes import LOOKS, prepare_shapes
@@ -48,7 +49,7 @@ def prepare(argv: list[str]) -> None:
             spec=spec,
             seed=args.seed,
             release=(args.splits, args.protocol) if args.splits else None,
-            rules=PhotoRules(args.exif, args.high_byte),
+            rules=PhotoRules(args.exif, args.high_byte, parse_bands(args.bands, args.range) if args.bands else None),
             inputs=[storage.absolute(place) for place in (args.root, args.splits, args.sbd) if place],
             **{key: vars(args)[key] for key in ("overwrite", "skip_bad", "workers")},
         )

@@ -55,6 +55,10 @@ class DataConfig:
     """Probability that a strong view loses its colours."""
     blur: float = 0.5
     """Probability that a strong view is blurred, by 0.1 to 2 pixels; less where fine texture tells classes."""
+    mean: tuple[float, ...] = ()
+    """Mean of each band, 0..255, with which networks normalise. None given: the dataset's own, of RGB ImageNet's."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each band, in the same way."""
     transform: str | None = None
     """Function of your own that changes each view after crop and flip: package.module.function."""
     balance: float = 0.0
@@ -68,6 +72,8 @@ class DataConfig:
         require_share("data", self, "strength", "grey", "blur", "balance")
         if self.background not in ("auto", "none") and not (self.background.isascii() and self.background.isdigit()):
             raise UserError(f"data.background: expected a class number, none or auto, got {self.background}")
+        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise UserError(f"data.std {self.std}: must be a number above 0 for each of data.mean {self.mean}")
         if not 0 <= self.hue <= 0.5:
             raise UserError(f"data.hue: must be between 0 and 0.5, got {self.hue}")
         require_positive("data", self, "pool_generations")

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline import storage
-from pipeline.datasets.images import DecodeError, decode_image, decode_mask, orientation, read_header
+from pipeline.datasets.images import DecodeError, decode_image, decode_mask, orientation, read_header, shown
 from pipeline.datasets.prepared.dataset import SUBSETS, Dataset, read_group
 from pipeline.datasets.prepared.shards import FOLDERS
 from pipeline.datasets.prepared.splits import Split, list_splits, read_split, sample_roles
@@ -325,7 +325,8 @@ def _picture(dataset: Dataset, row: np.int64, note: str) -> Collection[Picture]:
     """One picture, or none if the image is damaged."""
     (sample,) = _read(dataset, np.array([row]), ["id", "image", "mask"])
     try:
-        image, mask = Image.fromarray(decode_image(sample["image"])), Image.fromarray(decode_mask(sample["mask"]))
+        image = Image.fromarray(shown(decode_image(sample["image"])))
+        mask = Image.fromarray(decode_mask(sample["mask"]))
     except DecodeError:
         return []
     share = min(1.0, SIDE / max(image.size))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused before their pixels are decoded."""
@@ -30,6 +31,8 @@ TURNS = {
 _BACK = {**TURNS, 6: TURNS[8], 8: TURNS[6]}
 _PNG_BITS = 24
 """Where a PNG file has its bits a channel."""
+BANDS_KEY = "u2pl-bands"
+"""The note in a PNG of several bands, which lie one below the other: how many there are."""
 
 
 # Pillow's own limit is higher and only warns; `catch_warnings` would change the filters of all threads.
@@ -41,15 +44,15 @@ class DecodeError(ValueError):
 
 
 def decode_image(data: bytes | memoryview) -> np.ndarray:
-    """An image file as RGB.
+    """An image file as RGB, or with all its bands if `encode_bands` made it.
 
     Returns:
-        uint8 [H,W,3].
+        uint8 [H,W,3] or [H,W,B].
 
     Raises:
         DecodeError: damaged, too large, of more than 8 bits a channel, or of a format that is not in `FORMATS`.
     """
-    return decode_rgb(read_header(data))
+    return decode_part(read_header(data))
 
 
 def decode_mask(data: bytes | memoryview) -> np.ndarray:
@@ -98,7 +101,9 @@ def read_header(data: bytes | memoryview, formats: tuple[str, ...] = FORMATS, bi
             image = Image.open(io.BytesIO(data), formats=formats)
         except Image.UnidentifiedImageError as error:
             if "TIFF" in formats and bytes(data[:4]) in (b"II*\0", b"MM\0*"):
-                raise DecodeError("a TIFF of a kind that is not read: write 8 bits in RGB or grey") from error
+                raise DecodeError(
+                    "a TIFF of a kind that is not read: write 8 bits in RGB or grey, or take its bands with --bands"
+                ) from error
             raise
     if image.width * image.height > MAX_PIXELS:
         raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
@@ -155,7 +160,19 @@ def reduce(image: Image.Image, factor: int) -> int:
     return factor if image.size == wanted else 1
 
 
-def decode_rgb(image: Image.Image, part: tuple[int, int, int, int] | None = None) -> np.ndarray:
+def size_of(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an image from `read_header`, of each of its bands."""
+    return image.height // (bands_of(image) or 1), image.width
+
+
+def bands_of(image: Image.Image) -> int:
+    """How many bands `encode_bands` wrote into an image; 0: it did not make it."""
+    noted = str(image.info.get(BANDS_KEY, "")) if image.format == "PNG" and image.mode == "L" else ""
+    bands = int(noted) if noted.isascii() and noted.isdigit() else 0
+    return bands if bands and image.height % bands == 0 else 0
+
+
+def decode_part(image: Image.Image, part: tuple[int, int, int, int] | None = None) -> np.ndarray:
     """The pixels of an opened image.
 
     Args:
@@ -163,12 +180,16 @@ def decode_rgb(image: Image.Image, part: tuple[int, int, int, int] | None = None
         part: top, left, height, width of what is wanted; None: everything.
 
     Returns:
-        uint8 [height,width,3], writable.
+        uint8 [height,width,3], or [height,width,B] of an image from `encode_bands`; writable.
 
     Raises:
         DecodeError: damaged, or of more than 8 bits a channel.
     """
     with _translated():
+        if bands := bands_of(image):
+            top, left, height, width = part or (0, 0, *size_of(image))
+            pixels = np.asarray(image).reshape(bands, *size_of(image))
+            return np.ascontiguousarray(pixels[:, top : top + height, left : left + width].transpose(1, 2, 0))
         image = _rgb(image)
         if part and part != (0, 0, image.height, image.width):
             top, left, height, width = part
@@ -192,7 +213,7 @@ def decode_reduced(
         uint8 [*size,3], writable.
 
     Raises:
-        DecodeError: as `decode_rgb`.
+        DecodeError: as `decode_part`.
     """
     top, left, height, width = part
     box = (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
@@ -218,6 +239,21 @@ def _translated(formats: tuple[str, ...] = FORMATS) -> Iterator[None]:
         raise
     except Exception as error:
         raise DecodeError(str(error) or type(error).__name__) from error
+
+
+def shown(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What a picture shows of an image, uint8 [H,W,B] to [H,W,3]: its first three bands, or the first one as grey."""
+    return pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, :1].repeat(3, 2)
+
+
+def encode_bands(pixels: NDArray[np.uint8]) -> bytes:
+    """A PNG file of uint8 [H,W,B]: grey, the bands one below the other; `decode_image` gives them back."""
+    height, width, bands = pixels.shape
+    note = PngInfo()
+    note.add_text(BANDS_KEY, str(bands))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.transpose(2, 0, 1).reshape(bands * height, width)).save(buffer, "PNG", pnginfo=note)
+    return buffer.getvalue()
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

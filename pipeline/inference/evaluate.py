@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.batch import padding_of
 from pipeline.config.parse import suggest
 from pipeline.config.schema import EvalConfig
 from pipeline.datasets.images import DecodeError, decode_image, decode_mask
@@ -171,7 +172,9 @@ def evaluate(
 def scorer(predictor: nn.Module, dataset: Dataset, config: EvalConfig) -> Callable[..., Tensor]:
     """`whole` or `sliding` of the predictor, as the config or the dataset says; takes images and `scale`."""
     mode = dataset.info.evaluation if config.mode == "dataset" else config.mode
-    return partial(sliding, predictor, window=config.window) if mode == "sliding" else partial(whole, predictor)
+    if mode != "sliding":
+        return partial(whole, predictor)
+    return partial(sliding, predictor, window=config.window, colour=padding_of(dataset.info.mean))
 
 
 def scored_groups(dataset: Dataset, subset: str = "val") -> list[ScoredGroup]:

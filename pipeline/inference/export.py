@@ -15,7 +15,7 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -31,6 +31,7 @@ from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import RunError, UserError
 from pipeline.inference.load import WEIGHTS_FILE, restore
 from pipeline.inference.logits import whole
+from pipeline.models import SegmentationModel
 
 FORMATS = {"torch_export": "model.pt2", "onnx": "model.onnx", "safetensors": WEIGHTS_FILE}
 """The file of each format."""
@@ -107,7 +108,7 @@ def _scale(config: Config, form: str) -> float:
 def _write_torch(program: Program, file: Path) -> Callable[[Tensor], Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about weights that are parts of others; they are whole
-        exported = torch.export.export(program, (_image(CHECKED[1], program.scale),), dynamic_shapes=_shapes(program))
+        exported = torch.export.export(program, (_image(CHECKED[1], program),), dynamic_shapes=_shapes(program))
         torch.export.save(exported, file)
         return torch.export.load(file).module()
 
@@ -121,7 +122,7 @@ def _write_onnx(program: Program, file: Path) -> Callable[[Tensor], Tensor]:
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            program, (_image(CHECKED[1], program.scale),), file, dynamo=True, external_data=False,
+            program, (_image(CHECKED[1], program),), file, dynamo=True, external_data=False,
             dynamic_shapes=_shapes(program), input_names=["image"],
             output_names=["classes" if program.classes else "logits"],
         )  # fmt: skip
@@ -153,10 +154,11 @@ def _shapes(program: Program) -> dict[str, dict[int, Any]]:
     return {"image": {0: torch.export.Dim("batch", min=1, max=1024), **sides}}
 
 
-def _image(size: tuple[int, int, int], scale: float) -> Tensor:
+def _image(size: tuple[int, int, int], program: Program) -> Tensor:
     batch, *sides = size
+    bands = next(len(each.mean) for each in program.network.modules() if isinstance(each, SegmentationModel))
     generator = torch.Generator().manual_seed(sum(size))
-    shape = (batch, 3, *(math.ceil(side / scale) for side in sides))
+    shape = (batch, bands, *(math.ceil(side / program.scale) for side in sides))
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
@@ -170,7 +172,7 @@ def _compared(program: Program, exported: Callable[[Tensor], Tensor]) -> str:
     worst = 0.0
     bare = Program(program.network, program.scale, classes=False).eval()
     for size in CHECKED:
-        image = _image(size, program.scale)
+        image = _image(size, program)
         logits, found = bare(image), exported(image)
         top = logits.topk(2, dim=1).values
         sure = top[:, 0] - top[:, 1] > 2 * TOLERANCE
@@ -199,12 +201,22 @@ def _network(model: ModelConfig) -> str:
     return f"{model.backbone} with {decoder}" + (f" at stride {model.output_stride}" if decoder == "deeplab" else "")
 
 
+def _kind(config: Config, about: Mapping[str, Any]) -> str:
+    """Shape and bands of the images that a program takes."""
+    if "bands" not in about:
+        return "[B,3,H,W], RGB"
+    pairs = zip(about["bands"], about["ranges"], strict=True)
+    bands = ", ".join(f"{band} ({low:g}..{high:g})" for band, (low, high) in pairs)
+    return f"[B,{len(config.data.mean)},H,W], bands {bands} as 0..255"
+
+
 def _card(config: Config, meta: Meta, form: str, *, classes: bool, half: bool) -> str:
     """The model's card, in Markdown."""
     about, last = meta.about, meta.last
     score = f"{100 * last.value:.2f} % after step {last.step}" if last else "not evaluated"
     takes = "weights for `pipeline.load_model`" if form == "safetensors" else (
-        f"takes uint8 images [B,3,H,W], RGB, of any size from {math.ceil(SMALLEST / _scale(config, form))} pixels"
+        f"takes uint8 images {_kind(config, about)}, of any size from "
+        f"{math.ceil(SMALLEST / _scale(config, form))} pixels"
         + (f", resized by {config.eval.scale:g}; gives " if _scale(config, form) != config.eval.scale else "; gives ")
         + ("class ids, uint8 [B,H,W]" if classes else "logits, float32 [B,C,H,W]")
     )  # fmt: skip

@@ -12,11 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import checkpoint, storage
+from pipeline.batch import padding_of
 from pipeline.config import cli
 from pipeline.config.methods import OPTIONS
 from pipeline.config.schema import Config, RunConfig, without_weights
 from pipeline.datasets.images import DecodeError, decode_image
 from pipeline.datasets.prepared.dataset import Dataset, open_dataset
+from pipeline.datasets.raw.bands import Bands, read_bands
 from pipeline.errors import UserError
 from pipeline.inference.logits import sliding, whole
 from pipeline.methods import Method, build_method
@@ -47,7 +49,9 @@ class Model:
         self.palette = tuple(map(tuple, about["palette"]))
         """RGB colour, 0..255, by class id."""
         self.network = method.predictor()
-        """uint8 [B,3,H,W], RGB -> float logits [B,C,h,w]."""
+        """uint8 [B,3,H,W], RGB, or of `bands` -> float logits [B,C,h,w]."""
+        self.bands = bands_of(about)
+        """What images are made of; None: they are RGB."""
         self._sliding = (config.eval.mode if config.eval.mode != "dataset" else about["evaluation"]) == "sliding"
         self._device = next(method.parameters()).device
 
@@ -55,7 +59,8 @@ class Model:
         """Logits of one image, computed as the run's evaluation does: whole or window by window.
 
         Args:
-            image: path or URI of a JPEG or PNG, a Pillow image, or RGB as uint8 [H,W,3].
+            image: path or URI of a file, a Pillow image, or RGB as uint8 [H,W,3]. Of a network for other `bands` a TIFF
+                or PNG with these bands, or uint8 [H,W,B], scaled as `bands.ranges` says.
 
         Returns:
             float32 logits [C,H,W] at the image's own size, on the model's device.
@@ -63,11 +68,12 @@ class Model:
         Raises:
             UserError: the image cannot be read.
         """
-        pixels = torch.from_numpy(_pixels(image).copy()).to(self._device).permute(2, 0, 1).unsqueeze(0)
+        pixels = torch.from_numpy(_pixels(image, self.bands).copy()).to(self._device).permute(2, 0, 1).unsqueeze(0)
         config = self.config.eval
         with torch.no_grad(), autocast(self._device, self.config.run):
             if self._sliding:
-                return sliding(self.network, pixels, config.window, config.scale)[0]
+                colour = padding_of(self.config.data.mean if self.bands else ())
+                return sliding(self.network, pixels, config.window, config.scale, colour)[0]
             return whole(self.network, pixels, config.scale)[0]
 
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -168,16 +174,33 @@ def _damage_told(place: str) -> Iterator[None]:
         raise UserError(f"{place}: damaged, or no export of this version ({why}); export the run again") from error
 
 
-def _pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """RGB, uint8 [H,W,3]."""
+def bands_of(about: Mapping[str, Any]) -> Bands | None:
+    """What the images of a run are made of, as its checkpoints note it; None: they are RGB."""
+    if "bands" not in about:
+        return None
+    return Bands(tuple(about["bands"]), tuple((low, high) for low, high in about["ranges"]))
+
+
+def read_pixels(data: bytes, bands: Bands | None) -> np.ndarray:
+    """The pixels of a file as a network takes them: RGB, uint8 [H,W,3], or [H,W,B] of these bands.
+
+    Raises:
+        DecodeError: damaged, or without them.
+    """
+    return decode_image(data) if bands is None else read_bands(data, bands)
+
+
+def _pixels(image: str | Path | Image.Image | np.ndarray, bands: Bands | None) -> np.ndarray:
+    """uint8 [H,W,3], or [H,W,B] of other bands."""
     if isinstance(image, str | Path):
         try:
-            return decode_image(storage.read_bytes(str(image)))
+            return read_pixels(storage.read_bytes(str(image)), bands)
         except DecodeError as error:
             raise UserError(f"{image}: {error}") from error
     pixels = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise UserError(f"image: expected uint8 [H,W,3], got {pixels.dtype} {list(pixels.shape)}")
+    channels = len(bands.chosen) if bands else 3
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels:
+        raise UserError(f"image: expected uint8 [H,W,{channels}], got {pixels.dtype} {list(pixels.shape)}")
     return pixels
 
 
@@ -210,6 +233,9 @@ def open_data(config: Config, classes: Sequence[str], data: str | None) -> Datas
         UserError: it cannot be opened, or has other classes, or the same ones in another order.
     """
     dataset = open_dataset(data or str(config.data.root))
+    bands, own_bands = len(dataset.info.bands) or 3, len(config.data.mean) or 3
+    if bands != own_bands:
+        raise UserError(f"{dataset.root} has images of {bands} bands, the network takes {own_bands}")
     theirs = dataset.info.classes
     if len(theirs) != len(classes):
         raise UserError(f"{dataset.root} has {len(theirs)} classes, the checkpoint {len(classes)}")

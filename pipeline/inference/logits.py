@@ -28,7 +28,13 @@ def whole(model: nn.Module, image: Tensor, scale: float = 1.0) -> Tensor:
     return upsample(model(at_scale(image, scale)).float(), size)
 
 
-def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], scale: float = 1.0) -> Tensor:
+def sliding(
+    model: nn.Module,
+    image: Tensor,
+    window: tuple[int, int],
+    scale: float = 1.0,
+    colour: Sequence[int] = PADDING_COLOUR,
+) -> Tensor:
     """Logits of images window by window, averaged where windows overlap.
 
     Windows start every two thirds of their size; the last ones are moved back to end at the border. An image that
@@ -39,13 +45,14 @@ def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], scale: flo
         image: uint8 [B,3,H,W].
         window: height and width, in pixels of the resized image.
         scale: resize before the network, > 0.
+        colour: of padding, for each band 0..255.
 
     Returns:
         float32 logits [B,C,H,W].
     """
     scaled = at_scale(image, scale)
     height, width = scaled.shape[2:]
-    padded = _padded(scaled, window)
+    padded = _padded(scaled, window, colour)
     total, count = None, torch.zeros(padded.shape[2:], device=image.device)
     for cell in _cells(padded.shape[2], padded.shape[3], window):
         logits = upsample(model(padded[cell]).float(), window)
@@ -105,14 +112,14 @@ def _starts(length: int, window: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
-def _padded(image: Tensor, window: tuple[int, int]) -> Tensor:
+def _padded(image: Tensor, window: tuple[int, int], padding: Sequence[int]) -> Tensor:
     """`image` enlarged to at least `window`."""
     batch, _, height, width = image.shape
     size = (max(height, window[0]), max(width, window[1]))
     if size == (height, width):
         return image
-    colour = torch.tensor(PADDING_COLOUR, dtype=torch.uint8, device=image.device)
-    padded = colour.view(1, 3, 1, 1).repeat(batch, 1, *size)
+    colour = torch.tensor(padding, dtype=torch.uint8, device=image.device)
+    padded = colour.view(1, -1, 1, 1).repeat(batch, 1, *size)
     padded[..., :height, :width] = image
     return padded
 

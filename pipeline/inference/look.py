@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config.schema import Config
+from pipeline.datasets.images import shown
 from pipeline.datasets.prepared.dataset import Dataset
 from pipeline.inference.evaluate import Sample, eval_mode, scorer
 from pipeline.inference.load import autocast
@@ -66,7 +67,7 @@ def look(
     seen: list[Tensor] = []
     with eval_mode(predictor):
         for sample in samples:
-            image = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1)[None].to(device)
+            image = _planes(sample.image)[None].to(device)
             with autocast(device, config.run):
                 logits = logits_of(image, scale=config.eval.scale)[0]
             seen.append(_thinned(logits, side).float().cpu())
@@ -80,7 +81,7 @@ def look(
         looks.append(
             Look(
                 id=sample.id,
-                image=_thinned(torch.from_numpy(sample.image.copy()).permute(2, 0, 1), side).permute(1, 2, 0).numpy(),
+                image=_thinned(_planes(shown(sample.image)), side).permute(1, 2, 0).numpy(),
                 truth=_thinned(torch.from_numpy(sample.mask.copy())[None], side)[0].numpy(),
                 prediction=logits.argmax(0).numpy(),
                 entropy=relative_entropy(logits).numpy(),
@@ -90,6 +91,11 @@ def look(
             )
         )
     return looks
+
+
+def _planes(image: np.ndarray) -> Tensor:
+    """uint8 [H,W,B] as [B,H,W]."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
 
 
 def _thinned(values: Tensor, side: int) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from pipeline import storage
-from pipeline.datasets.images import DecodeError, decode_rgb, encode_png, notes_rotation, read_header
+from pipeline.datasets.images import DecodeError, decode_part, encode_png, notes_rotation, read_header, shown
+from pipeline.datasets.raw.bands import read_bands
 from pipeline.inference.evaluate import ahead
 from pipeline.inference.load import load_model
 from pipeline.inference.pictures import overlay
@@ -127,14 +128,18 @@ class MaskWriter:
         """Looks at the images of a unit; notes those that cannot be read in `left_out`."""
         for at, data in read_images(unit, self._patience):
             try:
-                image = read_header(data)
-                kind = str(image.format)
-                turned = notes_rotation(image)
-                pixels = decode_rgb(image)
+                kind, turned, pixels = self._read(data)
             except DecodeError as error:
                 left_out[unit.ids[at]] = " ".join(str(error).split())
                 continue
             yield self._look(unit.names[at], data, kind, turned, pixels)
+
+    def _read(self, data: bytes) -> tuple[str, bool, np.ndarray]:
+        """Format of a file, whether it notes a rotation that pixels do not follow, and its pixels, uint8 [H,W,B]."""
+        if self._model.bands:
+            return "TIFF", False, read_bands(data, self._model.bands)
+        image = read_header(data)
+        return str(image.format), notes_rotation(image), decode_part(image)
 
     def _look(self, name: str, photo: bytes, kind: str, turned: bool, pixels: np.ndarray) -> _Made:
         options = {*self._recipe.options}
@@ -170,7 +175,7 @@ class MaskWriter:
         if VOC in self._recipe.options:
             # Viewers turn a photo as its file notes, but not its mask; without the note both stay as they are.
             suffix, data = (
-                (".png", encode_png(made.pixels))
+                (".png", encode_png(shown(made.pixels)))
                 if made.record.turned or made.kind == "TIFF"
                 else (SUFFIXES[made.kind], made.photo)
             )

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from pipeline.config.schema import EvalConfig
+from pipeline.datasets.images import shown
 from pipeline.datasets.prepared.dataset import Dataset, DatasetInfo, open_dataset
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import Sample, read_images, spread
@@ -67,14 +68,14 @@ def overlay(image: np.ndarray, mask: np.ndarray, palette: Sequence[Colour]) -> n
     """An image under its mask.
 
     Args:
-        image: uint8 [H,W,3].
+        image: uint8 [H,W,3], or of other bands, see `shown`.
         mask: [H,W], as for `colour_mask`.
         palette: RGB by class id.
 
     Returns:
         uint8 [H,W,3].
     """
-    return ((1 - MIX) * image + MIX * colour_mask(mask, palette)).round().astype(np.uint8)
+    return ((1 - MIX) * shown(image) + MIX * colour_mask(mask, palette)).round().astype(np.uint8)
 
 
 def side_by_side(
@@ -88,7 +89,7 @@ def side_by_side(
     """A thumbnail of an image, and its masks at the same size beside it.
 
     Args:
-        image: uint8 [H,W,3].
+        image: uint8 [H,W,3], or of other bands, see `shown`.
         masks: [H,W] each, as for `colour_mask`.
         palette: RGB by class id.
         side: pixels of the longer side of each, at most.
@@ -97,7 +98,7 @@ def side_by_side(
     Returns:
         uint8 [h,w,3].
     """
-    small = Image.fromarray(image)
+    small = Image.fromarray(shown(image))
     small.thumbnail((side, side))
     gap = np.full((small.height, 4, 3), _BACKGROUND, np.uint8)
     parts = [np.asarray(small)]
@@ -252,7 +253,7 @@ def draw(networks: Mapping[str, nn.Module], dataset: Dataset, config: EvalConfig
         seen = {title: each[index].argmax(1)[0].cpu().numpy() for title, each in logits.items()}
         rows.append(
             {
-                "input": sample.image,
+                "input": shown(sample.image),
                 "truth": colour_mask(sample.mask, palette),
                 **{title: colour_mask(prediction, palette) for title, prediction in seen.items()},
                 "entropy": heat(uncertain[index]),

@@ -26,11 +26,11 @@ import numpy as np
 from pipeline import checkpoint, storage
 from pipeline.cluster import tasks
 from pipeline.datasets.files import escaped, is_junk
-from pipeline.datasets.images import decode_image, decode_mask
+from pipeline.datasets.images import decode_mask
 from pipeline.datasets.pools.place import files_below
 from pipeline.errors import UserError
 from pipeline.inference.evaluate import ahead
-from pipeline.inference.load import load_model, task_device
+from pipeline.inference.load import bands_of, describe, load_model, read_pixels, task_device
 from pipeline.inference.mask_writer import (
     ENTROPY,
     OVERLAYS,
@@ -237,8 +237,9 @@ def shown(job: Job, names: set[str]) -> Iterator[tuple[str, np.ndarray, np.ndarr
     """Some of the images with their masks, read again.
 
     Yields:
-        Name, photo as uint8 [H,W,3], class ids as uint8 [H,W].
+        Name, photo as uint8 [H,W,3] or of other bands, class ids as uint8 [H,W].
     """
+    bands = bands_of(describe(job.recipe.checkpoint).about)
     patience = Patience()
     for unit in job.listing.units:
         wanted = names.intersection(unit.names)
@@ -247,7 +248,7 @@ def shown(job: Job, names: set[str]) -> Iterator[tuple[str, np.ndarray, np.ndarr
         for at, data in read_images(unit, patience, wanted):
             name = unit.names[at]
             mask = decode_mask(storage.read_bytes(storage.join(job.recipe.masks, f"{name}.png")))
-            yield name, decode_image(data), mask
+            yield name, read_pixels(data, bands), mask
 
 
 def clear(out: str) -> None:

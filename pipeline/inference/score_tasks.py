@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline import checkpoint, storage
-from pipeline.batch import PADDING_COLOUR
+from pipeline.batch import PADDING_COLOUR, padding_of
 from pipeline.cluster import tasks
 from pipeline.config import cli
 from pipeline.config.schema import EvalConfig
@@ -252,7 +252,7 @@ class GroupScorer:
         recipe, info = self._recipe, self._dataset.info
         samples = read_samples(self._dataset, group, self._patience)
         if recipe.way.mode == CROP:
-            samples = [release_crop(sample) for sample in samples]
+            samples = [release_crop(sample, padding_of(self._dataset.info.mean)) for sample in samples]
         found = {name: Tally(len(info.classes), info.ignore_index, self._device) for name in self._networks}
         for batch in batches(samples, recipe.batch):
             image, mask = (each.to(self._device) for each in stacked(batch))
@@ -282,13 +282,13 @@ class GroupScorer:
             self._patience.retried(lambda uri=uri, data=data: storage.write_bytes(uri, data))
 
 
-def release_crop(sample: Sample) -> Sample:
+def release_crop(sample: Sample, padding: Sequence[int] = PADDING_COLOUR) -> Sample:
     """What the U2PL release scores of a VOC image: a window of 513x513 in the middle.
 
     A smaller image is padded on all sides, with the mean colour, and its mask with class 0: the padding is scored, as
     background.
     """
-    image = np.full((CROP_SIDE, CROP_SIDE, 3), PADDING_COLOUR, np.uint8)
+    image = np.full((CROP_SIDE, CROP_SIDE, len(padding)), padding, np.uint8)
     mask = np.zeros((CROP_SIDE, CROP_SIDE), np.uint8)
     (into_y, from_y), (into_x, from_x) = map(_middle, sample.mask.shape)
     image[into_y, into_x] = sample.image[from_y, from_x]

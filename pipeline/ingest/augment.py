@@ -6,6 +6,7 @@ A pure function of bytes, id, epoch and seed: neither the number of workers nor 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +17,20 @@ from torch import Tensor
 
 from pipeline.batch import PADDING_COLOUR, Views
 from pipeline.config.schema import DataConfig
-from pipeline.datasets.images import DecodeError, decode_mask, decode_reduced, decode_rgb, read_header, reduce
+from pipeline.datasets.images import (
+    DecodeError,
+    bands_of,
+    decode_mask,
+    decode_part,
+    decode_reduced,
+    read_header,
+    reduce,
+    size_of,
+)
 from pipeline.datasets.prepared.dataset import IGNORE_INDEX as IGNORE
 from pipeline.ingest import transform
 from pipeline.ingest.order import generator
 from pipeline.ingest.read import Sample
-
-PADDING = np.array(PADDING_COLOUR, np.uint8)
-"""Pixels outside of the image."""
-
 
 # ---- where a view lies ------------------------------------------------------------------------------------------
 
@@ -64,13 +70,14 @@ def reduction(window: Window) -> int:
     return next((n for n in (8, 4, 2) if height >= n * t_height and width >= n * t_width), 1)
 
 
-def cut_image(part: np.ndarray, window: Window, out: np.ndarray) -> None:
+def cut_image(part: np.ndarray, window: Window, out: np.ndarray, padding: Sequence[int] = PADDING_COLOUR) -> None:
     """Fills `out` with the window of the image: antialiased bilinear, padding in the mean colour.
 
     Args:
-        part: uint8 [h,w,3], the pixels of `window.source` alone, or these resized already.
+        part: uint8 [h,w,3] or of other bands, the pixels of `window.source` alone, or these resized already.
         window: from `draw_window`.
-        out: uint8 [3,crop_h,crop_w], overwritten.
+        out: uint8 [3,crop_h,crop_w], or of as many bands, overwritten.
+        padding: value of padding in each band.
     """
     pixels = torch.from_numpy(part).permute(2, 0, 1)
     size = window.target[2:]
@@ -79,7 +86,7 @@ def cut_image(part: np.ndarray, window: Window, out: np.ndarray) -> None:
         pixels = resized.squeeze(0)
     rows, columns = shown(window, out.shape[2])
     if size != out.shape[1:]:
-        out[:] = PADDING[:, None, None]
+        out[:] = np.array(padding, np.uint8)[:, None, None]
     out[:, rows, columns] = pixels.numpy()[:, :, ::-1] if window.flip else pixels.numpy()
 
 
@@ -124,17 +131,31 @@ SIGMA = (0.1, 2.0)
 
 
 def fill_strong(
-    image: np.ndarray, area: tuple[slice, slice], config: DataConfig, rng: np.random.Generator, out: np.ndarray
+    image: np.ndarray,
+    area: tuple[slice, slice],
+    config: DataConfig,
+    drawn: Callable[[], np.random.Generator],
+    out: np.ndarray,
+    *,
+    rgb: bool = True,
 ) -> None:
     """Makes one strong view; padding keeps its colour and takes no part (the contrast's mean, the blur).
 
     Args:
-        image: uint8 [3,H,W], the weak view.
+        image: uint8 [3,H,W] or of other bands, the weak view.
         area: rows and columns of it that show the image.
         config: how much it changes: `strength`, `hue`, `grey`, `blur`.
-        rng: decides everything.
-        out: uint8 [3,H,W], overwritten.
+        drawn: a generator that decides everything, the same with each call.
+        out: as `image`, overwritten.
+        rgb: whether the bands are a colour. Of others each changes by itself, and all alike: brightness, contrast and
+            blur, as saturation, hue and grey are of colours.
     """
+    if not rgb:
+        out[:] = image
+        for band, changed in zip(image, out, strict=True):
+            changed[area] = np.asarray(_changed(Image.fromarray(band[area].copy()), config, drawn()))
+        return
+    rng = drawn()
     picture = Image.fromarray(np.ascontiguousarray(image[:, area[0], area[1]].transpose(1, 2, 0)))
     out[:] = image
     out[:, area[0], area[1]] = np.asarray(_changed(picture, config, rng)).transpose(2, 0, 1)
@@ -144,7 +165,7 @@ def _changed(picture: Image.Image, config: DataConfig, rng: np.random.Generator)
     jitter, grey, blur = rng.random(3) < (JITTER, config.grey, config.blur)
     if jitter:
         picture = _jittered(picture, config, rng)
-    if grey:
+    if grey and picture.mode == "RGB":
         picture = picture.convert("L").convert("RGB")
     if blur:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*SIGMA)))
@@ -152,7 +173,7 @@ def _changed(picture: Image.Image, config: DataConfig, rng: np.random.Generator)
 
 
 def _jittered(picture: Image.Image, config: DataConfig, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast, saturation and hue, changed in random order."""
+    """Brightness, contrast, saturation and hue, changed in random order; the last two leave grey as it is."""
     from torchvision.transforms.v2 import functional as F  # slow to import, and few methods have strong views
 
     brightness, contrast, saturation = rng.uniform(1 - config.strength, 1 + config.strength, 3)
@@ -184,6 +205,15 @@ class ViewRecipe:
     seed: int
     strong: int
     """How many strong views an unlabeled sample gets."""
+    bands: int = 0
+    """Of images that are no RGB; 0: they are."""
+    padding: tuple[int, ...] = PADDING_COLOUR
+    """Value of padding in each band."""
+
+    @property
+    def channels(self) -> int:
+        """Of every view."""
+        return self.bands or 3
 
 
 class Outcome(NamedTuple):
@@ -201,7 +231,7 @@ def empty_views(samples: Sequence[Sample], recipe: ViewRecipe, allocate: Allocat
     labeled = samples[0].mask is not None
 
     def images() -> Tensor:
-        return allocate((count, 3, height, width), torch.uint8)
+        return allocate((count, recipe.channels, height, width), torch.uint8)
 
     def classes(encoded: memoryview | bytes | None) -> Tensor | None:
         return None if encoded is None else allocate((count, height, width), torch.int64)
@@ -218,7 +248,7 @@ def empty_views(samples: Sequence[Sample], recipe: ViewRecipe, allocate: Allocat
 
 def view_bytes(recipe: ViewRecipe, *, classes: bool, strong: int = 0) -> int:
     """Memory that one sample takes with or without a mask or pseudo-label, and with some strong views."""
-    pixel = 3 + 1 + 8 * classes + 3 * strong
+    pixel = recipe.channels + 1 + 8 * classes + recipe.channels * strong
     return pixel * recipe.data.crop[0] * recipe.data.crop[1]
 
 
@@ -241,13 +271,13 @@ def fill(sample: Sample, recipe: ViewRecipe, views: Views, place: int) -> Outcom
             transform.apply(recipe.data.transform, image, masks, valid, rng, sample.id)
         area = shown(window, recipe.data.crop[1])
         for number, view in enumerate(strong):
-            rng = generator(recipe.seed, sample.epoch, sample.id, "strong", number)
-            fill_strong(image, area, recipe.data, rng, view)
+            drawn = partial(generator, recipe.seed, sample.epoch, sample.id, "strong", number)
+            fill_strong(image, area, recipe.data, drawn, view, rgb=not recipe.bands)
     except DecodeError as error:
         problem = str(error)
         valid[:] = False
         for view in (image, *strong):
-            view[:] = PADDING[:, None, None]
+            view[:] = np.array(recipe.padding, np.uint8)[:, None, None]
         for mask in masks:
             mask[:] = IGNORE
     return Outcome(time.thread_time() - began, problem)
@@ -256,15 +286,17 @@ def fill(sample: Sample, recipe: ViewRecipe, views: Views, place: int) -> Outcom
 def _fill_weak(sample: Sample, recipe: ViewRecipe, image: np.ndarray, masks: Sequence[np.ndarray]) -> Window:
     """Draws the window for the stored size, then decodes no more pixels than it needs."""
     picture = read_header(sample.image)
-    width, height = picture.size
+    if bands_of(picture) != recipe.bands:
+        raise DecodeError(f"has {bands_of(picture) or 'no'} bands, the dataset {recipe.bands or 'RGB'}")
+    height, width = size_of(picture)
     rng = generator(recipe.seed, sample.epoch, sample.id, "unlabeled" if sample.mask is None else "labeled")
     window = draw_window(height, width, recipe.data, rng)
-    factor = reduce(picture, reduction(window))
+    factor = reduce(picture, reduction(window))  # 1 of images of bands, which are PNG files
     if factor == 1:
-        part = decode_rgb(picture, window.source)
+        part = decode_part(picture, window.source)
     else:
         part = decode_reduced(picture, window.source, factor, window.target[2:])
-    cut_image(part, window, image)
+    cut_image(part, window, image, recipe.padding)
     encoded = [each for each in (sample.mask, sample.label) if each is not None]
     for each, mask in zip(encoded, masks, strict=True):
         classes = decode_mask(each)

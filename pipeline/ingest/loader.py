@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.batch import Batch, Views
+from pipeline.batch import Batch, Views, padding_of
 from pipeline.config.methods import ViewSpec
 from pipeline.config.schema import Config
 from pipeline.datasets.prepared.dataset import Dataset
@@ -149,7 +149,8 @@ class Loader:
         """
         self.stats = IngestStats()
         self._patience = patience or Patience()
-        recipe = ViewRecipe(config.data, config.seed, spec.strong)
+        padding = padding_of(dataset.info.mean)
+        recipe = ViewRecipe(config.data, config.seed, spec.strong, len(dataset.info.bands), padding)
         self._decoder = _decoder(config, recipe, threads, Buffers(pinned=pinned))
         sources = (sources or open_sources(config, dataset, split)) if spec.unlabeled else ()
         self._origins = origins(dataset, split, sources)

@@ -232,6 +232,8 @@ class Source:
     """How many generations of the pool count; 0 for the dataset's own images."""
     digest: str
     """Hash of what the source holds."""
+    made_of: tuple[tuple[int, ...], tuple[tuple[float, float], ...]] = ((), ())
+    """Bands and ranges of its images; empty: they are RGB."""
 
 
 def open_sources(config: Config, dataset: Dataset, split: Split) -> list[Source]:
@@ -241,7 +243,7 @@ def open_sources(config: Config, dataset: Dataset, split: Split) -> list[Source]
     weight is 0.
 
     Raises:
-        UserError: a pool cannot be used, or lacks a generation that the run began with.
+        UserError: a pool cannot be used, lacks a generation that the run began with, or has images of other bands.
     """
     data = config.data
     weights = data.pool_weights or (None,) * (1 + len(data.unlabeled_pools))
@@ -252,6 +254,11 @@ def open_sources(config: Config, dataset: Dataset, split: Split) -> list[Source]
         found.append(Source("own images", own, images, weights[0] or images, 0, split.digest))
     for uri, weight, generations in zip(data.unlabeled_pools, weights[1:], pinned, strict=True):
         found.append(open_source(uri, weight, generations))
+        if found[-1].made_of != (dataset.info.bands, dataset.info.ranges):
+            raise UserError(
+                f"data.unlabeled_pools: images of {uri} are of other bands or ranges than those of {dataset.root}; "
+                "prepare both with the same --bands and --range, or neither"
+            )
     return found
 
 
@@ -269,7 +276,9 @@ def open_source(uri: str, weight: float | None = None, generations: int | None =
     if storage.exists(storage.join(uri, INFO_FILE)):
         dataset = open_dataset(uri)
         ids = dataset.subset("train")["id"].to_pylist()
-        return Source(uri, select_groups(dataset, ids), len(ids), weight or len(ids), 1, dataset.info.index_hash[:12])
+        info, groups = dataset.info, select_groups(dataset, ids)
+        made_of = (info.bands, info.ranges)
+        return Source(uri, groups, len(ids), weight or len(ids), 1, info.index_hash[:12], made_of)
     pool = open_pool(uri)
     there = len(pool.info.generations)
     generations = generations or there

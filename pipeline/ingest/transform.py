@@ -14,9 +14,9 @@ from pipeline.datasets.prepared.dataset import IGNORE_INDEX as IGNORE
 from pipeline.errors import UserError
 
 Transform = Callable[[np.ndarray, list[np.ndarray], np.random.Generator], tuple[np.ndarray, Sequence[np.ndarray]]]
-"""From image uint8 [H,W,3], masks uint8 [H,W] and randomness to both anew, of the same shapes and dtypes. The last mask
-is 0 where the view shows the image and 255 elsewhere; those before it are class ids, or pseudo-labels, with 255 for
-what is ignored. All of them have to move alike."""
+"""From image uint8 [H,W,3] (or other bands), masks uint8 [H,W] and randomness to both anew, of the same shapes and
+dtypes. The last mask is 0 where the view shows the image and 255 elsewhere; those before it are class ids, or
+pseudo-labels, with 255 for what is ignored. All of them have to move alike."""
 
 
 @lru_cache
@@ -38,13 +38,13 @@ def load(path: str) -> Transform:
     return cast("Transform", found)
 
 
-def check(path: str, crop: tuple[int, int]) -> None:
-    """Calls the transform as training does, on an image and one mask of zeros.
+def check(path: str, crop: tuple[int, int], bands: int = 3) -> None:
+    """Calls the transform as training does, on an image of so many bands and one mask of zeros.
 
     Raises:
         UserError: as `load` and `apply`.
     """
-    image, mask = np.zeros((3, *crop), np.uint8), np.zeros(crop, np.int64)
+    image, mask = np.zeros((bands, *crop), np.uint8), np.zeros(crop, np.int64)
     apply(path, image, [mask], np.ones(crop, bool), np.random.default_rng(0), "of a trial call")
 
 
@@ -55,7 +55,7 @@ def apply(
 
     Args:
         path: see `load`.
-        image: uint8 [3,H,W].
+        image: uint8 [3,H,W], or of other bands.
         masks: of class ids or pseudo-labels, int64 [H,W], 0..255.
         valid: bool [H,W], where the view shows the image.
         rng: decides everything.
@@ -68,7 +68,7 @@ def apply(
     planes = [mask.astype(np.uint8) for mask in masks] + [np.where(valid, 0, IGNORE).astype(np.uint8)]
     try:
         pixels, changed = transform(np.ascontiguousarray(image.transpose(1, 2, 0)), planes, rng)
-        _refuse_others("image", pixels, (*valid.shape, 3))
+        _refuse_others("image", pixels, (*valid.shape, len(image)))
         for plane in changed:
             _refuse_others("masks", plane, valid.shape)
         if len(changed) != len(planes):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Views
 from pipeline.config.methods import SPECS, ViewSpec, steps_of
 from pipeline.config.schema import BatchNorm, Config
-from pipeline.models import Prediction, SegmentationModel, build_model
+from pipeline.models import Prediction, Scale, SegmentationModel, build_model
 from pipeline.models.norm import freeze_batchnorm
 from pipeline.models.parts import FeatureMaps, joined
 from pipeline.ops.grid import make_grid, upsample
@@ -114,6 +114,8 @@ class Method(nn.Module, ABC):
         self.config = config
         self.num_classes = num_classes
         self.batch_norm: BatchNorm = batch_norm
+        self.channels = len(config.data.mean) or 3
+        """Bands of the images."""
         given = config.data.background
         self.background = int(given) if given.isdigit() else None
         """The background class, or None if there is none; the trainer has already asked the dataset for `auto`."""
@@ -187,13 +189,14 @@ class Method(nn.Module, ABC):
         Raises:
             UserError: its weights do not fit.
         """
-        aux = self.config.loss.aux_weight > 0
+        aux, data = self.config.loss.aux_weight > 0, self.config.data
         network = build_model(
             self.config.model,
             self.num_classes,
             features=features,
             aux=aux,
             micro_batches=self.config.optim.accumulate,
+            scale=Scale(data.mean, data.std) if data.mean else None,
         )
         if self.batch_norm == "frozen":
             freeze_batchnorm(network.encoder)

@@ -31,7 +31,7 @@ class FlawDetector(nn.Module):
     Each pads by 2 (release: 1), so that crops below 60 pixels do not shrink to nothing.
 
     Args:
-        inputs: channels, 3 + C.
+        inputs: channels, those of images + C.
         width: channels of the first layer.
     """
 
@@ -163,7 +163,7 @@ class GCT(Method):
         self.options = options
         self.left = self.build_network(features=False)
         self.right = self.build_network(features=False)
-        self.detector = FlawDetector(3 + num_classes, self.options.detector_width)
+        self.detector = FlawDetector(self.channels + num_classes, self.options.detector_width)
 
     def networks(self) -> dict[str, SegmentationModel]:
         """Both networks; the left one is the result, as the release reports it first."""

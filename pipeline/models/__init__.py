@@ -1,7 +1,7 @@
 """Networks: encoders and decoders, one file a family (`config/backbones.py` lists them), and the heads of U2PL."""
 
-from pipeline.models.network import SegmentationModel, build_model
+from pipeline.models.network import Scale, SegmentationModel, build_model
 from pipeline.models.parts import FeatureMaps, Prediction
 from pipeline.ops.grid import upsample
 
-__all__ = ["FeatureMaps", "Prediction", "SegmentationModel", "build_model", "upsample"]
+__all__ = ["FeatureMaps", "Prediction", "Scale", "SegmentationModel", "build_model", "upsample"]

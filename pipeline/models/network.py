@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pkgutil import resolve_name
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,26 @@ COLOUR_STD = (58.395, 57.12, 57.375)
 """Standard deviation of ImageNet's colours in RGB, 0..255."""
 
 
+class Scale(NamedTuple):
+    """What an image is normalised with: numbers for each band, 0..255."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+RGB = Scale(MEAN_COLOUR, COLOUR_STD)
+"""Of photos."""
+
+
 class SegmentationModel(nn.Module):
     """Normalisation, an encoder (Tensor -> FeatureMaps) and a decoder (FeatureMaps -> Prediction)."""
 
     mean: Tensor
-    """float32 [3,1,1], mean colour in RGB, 0..255."""
+    """float32 [3,1,1], mean colour in RGB, 0..255; of images that are no RGB the mean of each band."""
     std: Tensor
     """float32 [3,1,1], its standard deviation."""
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, micro_batches: int = 1) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder, micro_batches: int = 1, scale: Scale | None = None) -> None:
         """Puts the parts together.
 
         Args:
@@ -33,21 +45,23 @@ class SegmentationModel(nn.Module):
             decoder: FeatureMaps to Prediction.
             micro_batches: in how many parts a batch passes in training, see `by_parts`; passes without gradient are
                 whole.
+            scale: mean and deviation of each band; None: of ImageNet's colours.
         """
         super().__init__()
+        scale = scale or RGB
         self.micro_batches = micro_batches
         self.encoder = encoder
         self.decoder = decoder
         # constants, not state: they are in no checkpoint
-        self.register_buffer("mean", torch.tensor(MEAN_COLOUR).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(COLOUR_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(scale.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(scale.std).view(-1, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Prediction:
         """The prediction of a batch.
 
         Args:
-            image: uint8 [B,3,H,W], RGB, of any size. It is normalised here, on the device: bytes are a quarter of the
-                traffic of floats.
+            image: uint8 [B,3,H,W], RGB, of any size, or of the bands that it was built for. It is normalised here, on
+                the device: bytes are a quarter of the traffic of floats.
         """
         return self._by_parts(lambda part: self.decoder(self._encode(part)), image)
 
@@ -85,7 +99,13 @@ class SegmentationModel(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, num_classes: int, *, features: bool, aux: bool = False, micro_batches: int = 1
+    config: ModelConfig,
+    num_classes: int,
+    *,
+    features: bool,
+    aux: bool = False,
+    micro_batches: int = 1,
+    scale: Scale | None = None,
 ) -> SegmentationModel:
     """Makes a network with freshly initialised decoder and heads, from torch's global random numbers.
 
@@ -97,12 +117,15 @@ def build_model(
         features: whether to add the representation head.
         aux: whether to add the auxiliary head.
         micro_batches: in how many parts a batch passes in training.
+        scale: mean and deviation of each band of the images; None: they are RGB, with ImageNet's.
 
     Raises:
         UserError: the weights cannot be had or do not fit, or encoder and decoder do not.
     """
     backbone, decoder = find_backbone(config.backbone), find_decoder(config.decoder, config.backbone)
     encoder: Encoder = resolve_name(backbone.build)(config)
+    scale = scale or RGB
+    take_bands(encoder, len(scale.mean))
     if config.checkpoint_activations and not encoder.has_blocks:
         raise UserError(
             f"model.checkpoint_activations: the blocks of model.backbone {config.backbone} are not known here; "
@@ -110,5 +133,20 @@ def build_model(
         )
     made: Decoder = resolve_name(DECODERS[decoder])(config, encoder, num_classes, features=features, aux=aux)
     encoder.recompute = config.checkpoint_activations
-    model = SegmentationModel(encoder, made, micro_batches)
+    model = SegmentationModel(encoder, made, micro_batches, scale)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def take_bands(encoder: nn.Module, bands: int) -> None:
+    """Makes the first convolution of an encoder take so many bands in the place of RGB, in place.
+
+    Each band gets the mean of the weights of red, green and blue, times 3 / bands: a grey image, the same in all bands,
+    gives what it gave before. So pretrained weights stay of use, and from scratch it is a start like any other.
+    """
+    first = next(layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d))
+    if bands == first.in_channels:
+        return
+    if first.in_channels != 3 or first.groups != 1:
+        raise ValueError(f"the first convolution takes {first.in_channels} channels in {first.groups} groups")
+    weight = first.weight.mean(1, keepdim=True).repeat(1, bands, 1, 1) * (3 / bands)
+    first.weight, first.in_channels = nn.Parameter(weight.detach()), bands

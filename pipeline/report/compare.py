@@ -299,7 +299,8 @@ def usual(runs: Sequence[Run], options: Sections) -> dict[str, Any]:
     common = {name: values[counts.most_common(1)[0][0]] for name, counts in found.items()}
     defaults = dict(_flat({name: asdict(kind()) for read in options.values() for name, kind in read.items()}))
     return {
-        name: defaults[name] if repr(defaults.get(name)) in found[name] else value for name, value in common.items()
+        name: defaults[name] if name in defaults and repr(defaults[name]) in found[name] else value
+        for name, value in common.items()
     }
 
 

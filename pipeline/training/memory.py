@@ -145,10 +145,10 @@ def hollow(method: Method, device: torch.device) -> None:
 
 def empty_batch(config: Config, workers: int, device: torch.device) -> Batch:
     """What the loader gives to one of so many workers, on `device`, with arbitrary content."""
-    spec, size = SPECS[config.method].views, config.data.crop
+    spec, size, channels = SPECS[config.method].views, config.data.crop, len(config.data.mean) or 3
 
     def side(images: int, masked: bool, strong: int) -> Views:
-        image = torch.empty(images, 3, *size, dtype=torch.uint8, device=device)
+        image = torch.empty(images, channels, *size, dtype=torch.uint8, device=device)
         label = torch.empty(images, *size, dtype=torch.int64, device=device)
         valid, ids = torch.empty(images, *size, dtype=torch.bool, device=device), tuple(map(str, range(images)))
         others = tuple(torch.empty_like(image) for _ in range(strong))

@@ -59,7 +59,8 @@ def resolve(config: Config, *, fresh: bool = False) -> Checked:
     check_val(dataset)
     check_labels(config, dataset)
     check_balance(config, dataset)
-    check_transform(config)
+    check_transform(config, dataset)
+    check_bands(config, dataset)
     return Checked(config, dataset, split, sources)
 
 
@@ -161,7 +162,18 @@ def check_balance(config: Config, dataset: Dataset) -> None:
         )
 
 
-def check_transform(config: Config) -> None:
+def check_bands(config: Config, dataset: Dataset) -> None:
+    """Refuses means of another number of bands than images have.
+
+    Raises:
+        UserError: they are.
+    """
+    bands = len(dataset.info.bands) or 3
+    if config.data.mean and len(config.data.mean) != bands:
+        raise UserError(f"data.mean: {len(config.data.mean)} numbers, but images of {dataset.root} have {bands} bands")
+
+
+def check_transform(config: Config, dataset: Dataset) -> None:
     """Tries the transform of the user's own.
 
     Raises:
@@ -170,7 +182,7 @@ def check_transform(config: Config) -> None:
     if config.data.transform:
         from pipeline.ingest import transform
 
-        transform.check(config.data.transform, config.data.crop)
+        transform.check(config.data.transform, config.data.crop, len(dataset.info.bands) or 3)
 
 
 def check_packages(backbone: str, weights: str) -> None:
@@ -256,8 +268,10 @@ def check_identity(config: Config) -> None:
         return
     before = _begun(config)
     assert before is not None
-    if not written and config.data.background == "auto":  # a checkpoint holds what the dataset says
-        config = replace(config, data=replace(config.data, background=before.data.background))
+    if not written:  # a checkpoint holds what the dataset says
+        known = {"background": before.data.background} if config.data.background == "auto" else {}
+        known |= {} if config.data.mean else {"mean": before.data.mean, "std": before.data.std}
+        config = replace(config, data=replace(config.data, **known))
     _, difference = _difference(identity(before), identity(config))
     if difference:
         raise UserError(f"{config.out} holds a run with {difference}; delete it (--fresh does) or use another --out")

@@ -62,12 +62,14 @@ class StoppedEarly(Exception):
         self.step = step
 
 
-def _with_background(config: Config, dataset: Dataset) -> Config:
-    """The config with the class that the dataset calls background, so that a checkpoint knows it."""
-    if config.data.background != "auto":
-        return config
-    known = dataset.info.background
-    return replace(config, data=replace(config.data, background="none" if known is None else str(known)))
+def _with_facts(config: Config, dataset: Dataset) -> Config:
+    """The config with what the dataset says of its background and bands, so that a checkpoint knows it."""
+    data, info = config.data, dataset.info
+    if data.background == "auto":
+        data = replace(data, background="none" if info.background is None else str(info.background))
+    if info.mean and not data.mean:
+        data = replace(data, mean=info.mean, std=info.std)
+    return replace(config, data=data)
 
 
 class Trainer:
@@ -88,7 +90,7 @@ class Trainer:
         # the driver has read all this, so trouble is brief: it is waited for, as it may be the reason of a restart
         retried = runtime.patience.retried
         self.dataset = retried(lambda: open_dataset(str(config.data.root)))
-        self.config = config = _with_background(config, self.dataset)
+        self.config = config = _with_facts(config, self.dataset)
         self.split = retried(lambda: load_split(self.dataset, config.split, config.data.protocol))
         unlabeled = SPECS[config.method].views.unlabeled
         self.sources = retried(lambda: open_sources(config, self.dataset, self.split)) if unlabeled else []
@@ -234,6 +236,8 @@ class Trainer:
         slow = self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
         if slow and self.config.run.precision == "bf16":
             log.warning("run.precision bf16: this GPU only emulates it, which is slow; --run.precision fp16 is faster")
+        if self.dataset.info.bands and self.method.views.strong:
+            log.info("strong views of bands: brightness, contrast and blur; saturation, hue and grey are of colours")
         alone = self.method.warmup
         if self.progress.step < alone:
             log.info("learning from labels alone until step %d", alone)
@@ -260,6 +264,7 @@ class Trainer:
         return {
             "dataset": self.dataset.info.name,
             "palette": self.dataset.info.palette,
+            **({"bands": info.bands, "ranges": info.ranges} if (info := self.dataset.info).bands else {}),
             "evaluation": self.dataset.info.evaluation,
             "protocol": self.config.data.protocol or self.dataset.info.protocol,
             "labeled": len(self.split.labeled),

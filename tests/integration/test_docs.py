@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 
 from pipeline import storage
+from tests.bands import draw
 from tests.docs import PAGES, ROOT, blocks
 from tests.s3 import S3Server
 from tests.unit.datasets.conftest import SIZE, Trees
@@ -61,7 +63,7 @@ def checkout(tmp_path: Path, shapes: str) -> Path:
 
 
 def exports(folder: Path) -> None:
-    """What other tools give: labelme's tree, CVAT's export, scans of 16 bits, photos of a phone."""
+    """What other tools give: labelme's tree, CVAT's export, scans of 16 bits, twelve bands, photos of a phone."""
     colors = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
     for number in range(10):
         ids = Trees.ids(number) % 3
@@ -78,6 +80,9 @@ def exports(folder: Path) -> None:
         Trees.put(folder / f"phone/images/{subset}/{number}.jpg", Trees.turned(6 if number % 2 else 1))
         upright = np.ascontiguousarray(ids.T) if number % 2 else ids
         Trees.put(folder / f"phone/masks/{subset}/{number}.png", Trees.encode((upright > 0).astype(np.uint8)))
+        tifffile.imwrite(deepest := io.BytesIO(), draw(number)[0], photometric="minisblack", planarconfig="contig")
+        Trees.put(folder / f"fields/images/{subset}/{number}.tif", deepest.getvalue())
+        Trees.put(folder / f"fields/masks/{subset}/{number}.png", Trees.encode(draw(number)[1]))
     Trees.put(folder / "phone/images/train/live.heic", b"x")
     Trees.put(folder / "labelme/labels.txt", "__ignore__\n_background_\ndisk\nsquare\n")
     Trees.put(

@@ -108,6 +108,14 @@ class DatasetInfo:
     """Pixels of all masks per subset: of each class, and last of those that are ignored."""
     skipped: int = 0
     """Bad samples that prepare left out because it was told to."""
+    bands: tuple[int, ...] = ()
+    """Which bands of the source's files images are made of, from 0; empty: images are RGB."""
+    ranges: tuple[tuple[float, float], ...] = ()
+    """Of each band: the source's values that became 0 and 255."""
+    mean: tuple[float, ...] = ()
+    """Of each band over the train images, 0..255; empty: images are RGB, networks take ImageNet's colours."""
+    std: tuple[float, ...] = ()
+    """The standard deviation, in the same way; at least 1."""
     ignore_index: int = IGNORE_INDEX
     """Mask value of pixels that are neither trained on nor scored."""
     schema_version: int = SCHEMA_VERSION

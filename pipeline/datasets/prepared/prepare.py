@@ -120,7 +120,7 @@ def read_row(sample: RawSample, spec: DatasetSpec, rules: PhotoRules, facts: _Fa
         raise BadSampleError(f"{uri}: unreadable ({str(error) or type(error).__name__})") from error
     facts.notes.update(photo.notes)
     pixels = () if mask is None else tuple(mask.pixels.tolist())
-    return Row(sample.id, photo.data, mask.data if mask else None, *photo.size, pixels)
+    return Row(sample.id, photo.data, mask.data if mask else None, *photo.size, pixels, photo.moments)
 
 
 def _same_palette(known: dict[str, tuple[int, str]], found: Mapping[int, int], uri: str) -> None:
@@ -215,7 +215,7 @@ def prepare(
         raise UserError(f"{source}: {error}") from error
     for note, count in sum((Counter(part.notes) for part in parts), Counter()).items():
         print(f"{note}: {count}", file=sys.stderr)
-    return shards.finish(root, parts, name=name, spec=spec, seed=seed, release=release)
+    return shards.finish(root, parts, name=name, spec=spec, seed=seed, release=release, bands=rules.bands)
 
 
 def check_parts(parts: Sequence[Part]) -> None:

@@ -35,6 +35,7 @@ from pipeline.datasets.prepared.dataset import (
     DatasetInfo,
     open_dataset,
 )
+from pipeline.datasets.raw.bands import Bands
 from pipeline.datasets.specs import DatasetSpec
 from pipeline.errors import UserError
 from pipeline.patience import retried
@@ -66,6 +67,8 @@ class Row:
     width: int
     pixels: tuple[int, ...] = ()
     """[256], how many pixels of the mask hold each value; empty: no mask, or not counted."""
+    moments: tuple[tuple[int, int], ...] = ()
+    """Of each band: the sum of its bytes, and that of their squares; empty of RGB."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class Part:
     """Values of masks that are no class, as --values writes them."""
     palette: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By class id: the colour that the palettes of its masks give it, 0xRRGGBB, and the first mask that does."""
+    moments: list[tuple[int, int]] = field(default_factory=list)
+    """Of each band of all its images: the sum of the bytes, and that of their squares; empty of RGB."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,9 @@ def write_shard(root: str, slot: Slot, rows: Sequence[Row], digest: str = "", **
     _locate(data, rows, index)
     counts: NDArray[np.int64] = np.array([row.pixels or [0] * 256 for row in rows], np.int64).reshape(-1, 256).sum(0)
     pixels = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
-    part = Part(digest, slot.subset, slot.shard, len(data), index, **{"bad": {}, "pixels": pixels, **facts})
+    moments = [tuple(map(sum, zip(*each, strict=True))) for each in zip(*(row.moments for row in rows), strict=True)]
+    known = {"bad": {}, "pixels": pixels, "moments": moments, **facts}
+    part = Part(digest, slot.subset, slot.shard, len(data), index, **known)
     retried(lambda: storage.write_bytes(storage.join(root, slot.shard), data))
     text = json.dumps(asdict(part)).encode()
     retried(lambda: storage.write_bytes(storage.join(root, _part_file(slot.shard)), text))
@@ -317,6 +324,7 @@ def finish(
     spec: DatasetSpec,
     seed: int = 0,
     release: tuple[str, str] | None = None,
+    bands: Bands | None = None,
 ) -> DatasetInfo:
     """Writes split lists, index and dataset.json: only now the shards are a dataset. One that was there goes after it.
 
@@ -327,6 +335,7 @@ def finish(
         spec: classes, palette, evaluation.
         seed: of the generated split lists.
         release: folder and protocol of published lists, which then become the default.
+        bands: what the images are made of, if they are no RGB.
 
     Raises:
         UserError: see `splits.read_release`.
@@ -355,11 +364,23 @@ def finish(
         masked={subset: _masked(parts, subset) for subset in MIN_SHARDS},
         pixels={subset: _pixels(parts, subset, len(spec.classes)) for subset in MIN_SHARDS},
         skipped=len(bad),
+        **(_band_facts(parts, bands) if bands else {}),
     )
     storage.write_bytes(storage.join(root, INFO_FILE), info.to_json().encode())
     stale = {*old.shards, *old.lists, old.index} - {*info.shards, *info.lists, info.index} if old else set()
     _delete(root, [*stale, *(_part_file(part.shard) for part in parts), ATTEMPT_FILE])
     return info
+
+
+def _band_facts(parts: Sequence[Part], bands: Bands) -> dict[str, Any]:
+    """What dataset.json says of bands: mean and deviation are over all pixels of the train images."""
+    train = [part for part in parts if part.subset == "train"]
+    pixels = sum(row["height"] * row["width"] for part in train for row in part.index)
+    sums = np.array([part.moments for part in train if part.moments], np.float64).sum(0) / pixels
+    mean = sums[:, 0]
+    std = np.sqrt(np.maximum(sums[:, 1] - mean**2, 0.0))
+    rounded = tuple(tuple(round(float(value), 3) for value in values) for values in (mean, np.maximum(std, 1.0)))
+    return {"bands": bands.chosen, "ranges": bands.ranges, "mean": rounded[0], "std": rounded[1]}
 
 
 def _index_file(folder: str) -> str:

@@ -48,6 +48,10 @@ def parse(argv: Sequence[str], description: str | None) -> argparse.Namespace:
         raise UserError(f"--source {args.source} needs --root, the folder of the images")
     if args.source not in POOL_SOURCES and (args.copy or args.append):
         raise UserError(f"--copy and --append are for pools: --source {', '.join(POOL_SOURCES)}")
+    if bool(args.bands) != bool(args.range):
+        raise UserError("--bands and --range go together: --bands 0..11 --range 0..10000")
+    if args.bands and args.source in (*LOOKS, *POOL_SOURCES):
+        raise UserError("--bands goes with trees of images and masks; a pool is the train part of such a dataset")
     if args.column and args.source != "parquet":
         raise UserError("--column names the images of Parquet files: --source parquet")
     return args
@@ -74,6 +78,8 @@ def _parser(description: str | None) -> cli.Parser:
     add("--download", action="store_true", help="fetch VOC 2012 to --root, and SBD to --sbd, first")
     add("--exif", choices=("auto", "apply", "ignore"), default="auto",
         help="rotations that cameras note: turn the pixels, or leave them (default: as the mask fits)")  # fmt: skip
+    add("--bands", help="bands of TIFF or PNG files that are no 8-bit RGB, from 0: 0..11 or 3,2,1 (with --range)")
+    add("--range", metavar="LOW..HIGH", help="values of the bands that become 0 and 255: for all, or a,b,c for each")
     add("--high_byte", action="store_true", help="keep the upper eight bits of images with 16 bits a channel")
     add("--seed", type=int, default=0, help="of row order, generated splits and images (default: 0)")
     add("--overwrite", action="store_true", help="replace what is finished")

@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.datasets.images import (
+    MAX_PIXELS,
     TURNS,
     DecodeError,
     bits_per_channel,
     decode_image,
+    encode_bands,
     encode_png,
     open_image,
     orientation,
 )
+from pipeline.datasets.raw.bands import Bands, read_bands
+from pipeline.errors import UserError
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -38,6 +42,8 @@ class PhotoRules:
     fits then."""
     high_byte: bool = False
     """Keep the upper eight bits of images with 16 bits a channel; else they are refused."""
+    bands: Bands | None = None
+    """Take these bands of each image; None: images are RGB or grey."""
 
 
 class Photo(NamedTuple):
@@ -49,6 +55,8 @@ class Photo(NamedTuple):
     """Of its pixels, as training decodes them."""
     notes: tuple[str, ...]
     """What was done to it, or is odd about it, to be counted and told."""
+    moments: tuple[tuple[int, int], ...] = ()
+    """Of each chosen band: the sum of its bytes, and that of their squares; empty of RGB."""
 
 
 def check_image(data: bytes) -> Size:
@@ -80,12 +88,13 @@ def canonical_photo(data: bytes, mask: Size | None, rules: PhotoRules) -> Photo:
 
     Raises:
         BadSampleError: unreadable, too large, of more bits a channel than the rules take, or of real numbers.
+        UserError: bands are to be read, and what reads them is not installed.
     """
     try:
-        return _canonical(data, mask, rules)
+        return _canonical(data, mask, rules) if rules.bands is None else _banded(data, rules.bands)
     except DecodeError as error:
         raise BadSampleError(f"unreadable image ({error})") from error
-    except BadSampleError:
+    except (BadSampleError, UserError):
         raise
     except Exception as error:  # Pillow raises almost anything where a file contradicts itself
         raise BadSampleError(f"unreadable image ({str(error) or type(error).__name__})") from error
@@ -97,13 +106,13 @@ def _canonical(data: bytes, mask: Size | None, rules: PhotoRules) -> Photo:
     bits, turn = bits_per_channel(image, data), orientation(image)
     notes: list[str] = []
     if image.mode.startswith("F"):
-        raise BadSampleError("pixels are real numbers: write the picture as 8-bit PNG or TIFF")
+        raise BadSampleError("pixels are real numbers: --bands 0 --range LOW..HIGH takes a range of them")
     if bits > 16 or image.mode == "I":
-        raise BadSampleError("pixels of 32 bits or with a sign: write the picture as 8-bit PNG or TIFF")
+        raise BadSampleError("pixels of 32 bits or with a sign: --bands 0 --range LOW..HIGH takes a range of them")
     if bits > 8 and not rules.high_byte:
         raise BadSampleError(
             f"{bits} bits a channel: --high_byte keeps the upper eight; where these are dark (12-bit cameras), "
-            "stretch the pictures to 8 bits first"
+            "--bands 0 --range 0..4095 takes a range of values (of colours --bands 0..2)"
         )
     if form != "JPEG" and getattr(image, "n_frames", 1) > 1:
         notes.append("images that hold several pictures, of which the first is taken")
@@ -124,6 +133,16 @@ def _canonical(data: bytes, mask: Size | None, rules: PhotoRules) -> Photo:
     if turned or bits > 8 or form not in ("JPEG", "PNG"):
         data = encode_png(_eight_bits(image, bits))
     return Photo(data, (image.height, image.width), tuple(notes))
+
+
+def _banded(data: bytes, bands: Bands) -> Photo:
+    pixels = read_bands(data, bands)
+    if pixels.size > MAX_PIXELS:
+        height, width, count = pixels.shape
+        raise BadSampleError(f"{count} bands of {width}x{height}: more than {MAX_PIXELS:,} values; cut it into tiles")
+    values = pixels.reshape(-1, pixels.shape[2]).astype(np.int64)
+    moments = zip(values.sum(0).tolist(), (values**2).sum(0).tolist(), strict=True)
+    return Photo(encode_bands(pixels), pixels.shape[:2], (), tuple(moments))
 
 
 def _applies(rules: PhotoRules, turn: int, mask: Size | None, stored: Size) -> bool:

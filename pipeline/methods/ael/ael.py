@@ -62,7 +62,7 @@ class AEL(TeacherMethod):
         )  # fmt: skip
         self.options = options
         self.confidence = ClassConfidence(num_classes, self.options.momentum)
-        self.reservoir = Reservoir(num_classes, self.options.depth, 4, config.data.crop)
+        self.reservoir = Reservoir(num_classes, self.options.depth, self.channels + 1, config.data.crop)
         allowed = torch.ones(num_classes)
         excluded = {*self.options.excluded, self.background}
         allowed[[k for k in range(num_classes) if k in excluded]] = 0.0
@@ -85,12 +85,12 @@ class AEL(TeacherMethod):
     def prepare(self, labeled: Views, unlabeled: Views, step: Step) -> Task:
         """Makes the mixed images and all targets, and puts some of the unlabeled images into the reservoir."""
         partner = self.partners(len(unlabeled.image), step)
-        seen = torch.cat([labeled.image, unlabeled.image, partner.crops[:, :3]])
+        seen = torch.cat([labeled.image, unlabeled.image, partner.crops[:, :-1]])
         # evaluation mode: clean images have other batch statistics than those the student learns with
         logits = self.teacher.eval().logits(seen)
         of_labeled, of_unlabeled, of_partner = self.targets(logits, labeled, unlabeled, partner)
         box = self.boxes(of_partner.label, partner, step)
-        mixed = torch.where(box.unsqueeze(1), partner.crops[:, :3], unlabeled.image)
+        mixed = torch.where(box.unsqueeze(1), partner.crops[:, :-1], unlabeled.image)
         both = zip(of_unlabeled, of_partner, strict=True)
         self.remember(unlabeled, of_unlabeled.label, step)
         return Task(labeled, of_labeled, mixed, Targets(*(torch.where(box, theirs, own) for own, theirs in both)))
@@ -128,7 +128,7 @@ class AEL(TeacherMethod):
             partner: the partners.
         """
         confidence, label = upsample(logits.float(), labeled.size).softmax(1).max(1)
-        valid = torch.cat([labeled.valid, unlabeled.valid, partner.crops[:, 3] > 0])
+        valid = torch.cat([labeled.valid, unlabeled.valid, partner.crops[:, -1] > 0])
         counts = [len(labeled.image), len(unlabeled.image), len(partner.crops)]
         return [Targets(*parts) for parts in zip(label.split(counts), (confidence * valid).split(counts), strict=True)]
 

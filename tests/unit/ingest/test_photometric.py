@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -5,11 +6,13 @@ import pytest
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as F
 
+from pipeline.batch import PADDING_COLOUR
 from pipeline.config.schema import DataConfig
 from pipeline.ingest import augment
-from pipeline.ingest.augment import PADDING, fill_strong
+from pipeline.ingest.augment import fill_strong
 from pipeline.ingest.order import generator
 
+PADDING = np.array(PADDING_COLOUR, np.uint8)
 AREA = (slice(4, 30), slice(7, 40))
 INSIDE = (slice(None), *AREA)
 
@@ -27,7 +30,7 @@ def _image() -> np.ndarray:
 def _strong(seed: int, image: np.ndarray | None = None, **options: float) -> np.ndarray:
     image = _image() if image is None else image
     out = np.empty_like(image)
-    fill_strong(image, AREA, DataConfig(**options), generator("photometric", seed), out)  # type: ignore[arg-type]
+    fill_strong(image, AREA, DataConfig(**options), partial(generator, "photometric", seed), out)  # type: ignore[arg-type]
     return out
 
 
@@ -126,4 +129,17 @@ def test_how_often_each_change_is_drawn(monkeypatch):
 @pytest.mark.parametrize("area", [(slice(3, 4), slice(5, 6)), (slice(0, 36), slice(0, 1))])
 def test_a_sliver_of_a_picture_is_no_trouble(area):
     for seed in range(20):
-        fill_strong(_image(), area, DataConfig(), generator(seed), np.empty((3, 36, 44), np.uint8))
+        fill_strong(_image(), area, DataConfig(), partial(generator, seed), np.empty((3, 36, 44), np.uint8))
+
+
+def test_bands_that_are_no_colour_change_alike_in_brightness_contrast_and_blur_alone():
+    """Each band as a grey picture of it would, in which hue, saturation and the loss of colour change nothing."""
+    five = np.stack([_image()[at % 3] // (1 + at // 3) for at in range(5)])
+    for seed in range(20):
+        out = np.empty_like(five)
+        fill_strong(five, AREA, DataConfig(), partial(generator, seed), out, rgb=False)
+        for band, changed in zip(five, out, strict=True):
+            grey = np.repeat(band[None], 3, 0)
+            alone = np.empty_like(grey)
+            fill_strong(grey, AREA, DataConfig(grey=0), partial(generator, seed), alone)
+            assert np.abs(alone[0].astype(int) - changed).max() <= 2  # the conversions of hue and saturation round

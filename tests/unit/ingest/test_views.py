@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 
+from pipeline.batch import PADDING_COLOUR
 from pipeline.config.schema import DataConfig
-from pipeline.ingest.augment import IGNORE, PADDING, cut_image, cut_mask, draw_window, mark_shown, reduction
+from pipeline.ingest.augment import IGNORE, cut_image, cut_mask, draw_window, mark_shown, reduction
 from pipeline.ingest.order import generator
 
+PADDING = np.array(PADDING_COLOUR, np.uint8)
 SIZES = [(60, 80), (31, 17), (64, 64), (200, 50)]
 
 

@@ -113,6 +113,25 @@ def test_state_round_trips_and_goes_on_bit_for_bit(name, build):
         assert torch.equal(value, two.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("bands", [1, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_on_images_of_any_number_of_bands(name, bands, build):
+    """Bands that repeat the first one: what else a method makes of them has as many, too."""
+
+    def repeated(side: Views) -> Views:
+        image, *strong = (each[:, :1].repeat(1, bands, 1, 1) for each in (side.image, *side.strong))
+        return dataclasses.replace(side, image=image, strong=tuple(strong))
+
+    method = build(name, data={"mean": [100.0] * bands, "std": [60.0] * bands})
+    for index in STEPS:
+        on = batch(seed=index)
+        assert on.unlabeled is not None
+        terms = train_step(method, index, Batch(repeated(on.labeled), repeated(on.unlabeled)))
+        assert all(value.isfinite() for value in terms.values())
+    logits = method.predictor()(torch.zeros(1, bands, 40, 40, dtype=torch.uint8))
+    assert logits.shape[:2] == (1, CLASSES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_predictor_is_the_first_network(name, build):
     method = build(name)

@@ -6,7 +6,7 @@ import torch
 from pipeline.config.backbones import BACKBONES
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
-from pipeline.models import Prediction, build_model, upsample
+from pipeline.models import Prediction, Scale, build_model, upsample
 
 FEW = ["tiny", "mobilenet_v2", "resnet18", "vit_tiny"]
 """One of each family."""
@@ -154,6 +154,31 @@ def test_normalisation_is_inside():
     model(torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 33, 33))
     assert seen[0].abs().max() < 0.01
     assert not any(key in ("mean", "std") for key in model.state_dict())
+
+
+@pytest.mark.parametrize("bands", [1, 12])
+@pytest.mark.parametrize("backbone", [*FEW, "timm/resnet10t"])
+def test_a_grey_image_in_all_bands_gives_what_it_gives_as_rgb(backbone, bands):
+    """So pretrained weights stay of use whatever the bands are."""
+    torch.manual_seed(1)
+    rgb = build_model(small(backbone), 5, features=True).eval()
+    scale = Scale((110.0,) * bands, (50.0,) * bands)
+    other = build_model(small(backbone), 5, features=True, scale=scale).eval()
+    first = next(name for name, value in other.encoder.state_dict().items() if value.dim() == 4)
+    weights = dict(rgb.state_dict())
+    adapted = weights[f"encoder.{first}"].mean(1, keepdim=True).repeat(1, bands, 1, 1) * 3 / bands
+    other.load_state_dict({**weights, f"encoder.{first}": adapted})
+    grey = images(2, 64, 64)[:, :1]
+    with torch.no_grad():
+        found = other.decoder(other.encoder((grey.repeat(1, bands, 1, 1) - 110.0) / 50.0)).logits
+        expected = rgb.decoder(rgb.encoder(((grey - 110.0) / 50.0).repeat(1, 3, 1, 1))).logits
+        assert torch.equal(other(grey.repeat(1, bands, 1, 1)).logits, found)
+    assert torch.allclose(found, expected, atol=1e-4)
+    torch.manual_seed(1)
+    drawn = build_model(small("resnet18"), 5, features=False).encoder.state_dict()["low.0.0.weight"]
+    torch.manual_seed(1)
+    taken = build_model(small("resnet18"), 5, features=False, scale=scale).encoder.state_dict()["low.0.0.weight"]
+    assert torch.allclose(taken, (drawn.mean(1, keepdim=True) * 3 / bands).expand(-1, bands, -1, -1))
 
 
 def test_upsample_aligns_corners():

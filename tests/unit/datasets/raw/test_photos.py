@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from pipeline.datasets.images import decode_image
 from pipeline.datasets.raw import masks
 from pipeline.datasets.raw.masks import UnknownValuesError, canonical_mask, class_lookup
-from pipeline.datasets.raw.photos import BadSampleError, PhotoRules, canonical_photo
+from pipeline.datasets.raw.photos import BadSampleError, Photo, PhotoRules, canonical_photo
 from pipeline.datasets.specs import voc_palette
 
 SIZE = (24, 32)
@@ -56,7 +56,7 @@ def turned(orientation: int) -> bytes:
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_common_files_stay_as_they_are(form):
     data = encoded(Image.fromarray(pixels()), form)
-    assert canonical_photo(data, None, RULES) == (data, SIZE, ())
+    assert canonical_photo(data, None, RULES) == Photo(data, SIZE, ())
 
 
 @pytest.mark.parametrize(("form", "options"), [("TIFF", {}), ("WEBP", {"lossless": True}), ("BMP", {})])
@@ -137,7 +137,7 @@ def test_files_that_contradict_themselves_are_bad_samples():
 
 def test_what_no_rule_makes_sense_of_is_refused():
     for image in (Image.fromarray(pixels(1).astype(np.int32)), Image.fromarray(pixels(1).astype(np.float32))):
-        with pytest.raises(BadSampleError, match="write the picture as 8-bit"):
+        with pytest.raises(BadSampleError, match="takes a range of them"):
             canonical_photo(encoded(image, "TIFF"), None, PhotoRules(high_byte=True))
 
 
