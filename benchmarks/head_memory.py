@@ -1,11 +1,11 @@
 """What the processes of a sweep take of the head's memory, by kind, while its trials train.
 
-    python benchmarks/head_memory.py [--trials 4]
+    python benchmarks/head_memory.py [--trials 4] [--asleep]
 
 One private Ray with CPUs for all trials, SupOnly on the generated images, one worker a trial. Memory is counted once
 every worker has trained for two looks: the proportional set size (what processes share is divided among them), and the
-resident set size (what each would take alone). Workers are listed and not added up, as they run on other nodes.
-Linux only.
+resident set size (what each would take alone). Workers are listed and not added up, as they run on other nodes. With
+--asleep workers sleep in the place of training, so that many trials fit one machine. Linux only.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installation, like the jobs
 
@@ -58,6 +59,13 @@ def look() -> dict[str, list[tuple[float, float]]]:
     return found
 
 
+def put_to_sleep() -> None:
+    """In each process of Ray: what a worker would run is a long sleep."""
+    stub = ModuleType("pipeline.training.worker")
+    stub.work = lambda values: time.sleep(3600)  # type: ignore[attr-defined]
+    sys.modules[stub.__name__] = stub
+
+
 def measure(trials: int) -> None:
     """Waits until all trials train, prints the table, and ends the process."""
     trained, found = 0, {}
@@ -81,12 +89,14 @@ def main() -> None:
     """Starts the trials and stops them once they are measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=4)
-    trials = parser.parse_args().trials
+    parser.add_argument("--asleep", action="store_true", help="workers sleep")
+    args = parser.parse_args()
+    trials, hook = args.trials, {"worker_process_setup_hook": put_to_sleep} if args.asleep else {}
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
     with tempfile.TemporaryDirectory(prefix="head-") as folder:
         flags = ["--preset", "demo", "--method", "suponly", "--split", "1_16", "--optim.steps", "1000000"]
         flags += ["--scaling.workers", "1", "--out", f"{folder}/sweep"]
-        ray.init("local", num_cpus=4 * trials, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=4 * trials, include_dashboard=False, log_to_driver=False, runtime_env=hook)
         config = cli.parse_config(flags, "", OPTIONS)[0]
         threading.Thread(target=measure, args=(trials,), daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):  # of `measure`

@@ -10,7 +10,7 @@ the flags say; `--step_seconds` puts a measured time in the place of the counted
 import argparse
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,10 @@ from pipeline.models.network import build_model
 
 CLASSES = 21
 WORLDS = (1, 8, 64, 512)
+SPEEDS = (30.0, 100.0, 250.0)
+"""TFLOP/s of a GPU that `speed_table` compares."""
+LINKS = ((5.0, 15.0), (300.0, 3.0))
+"""GB/s and microseconds a message: a network of 40 Gbit/s, NVLink within one node."""
 POOLS = (10**6, 10**7, 10**8, 10**9)
 PASSES = 9
 """Forward passes' worth of work per labeled and unlabeled pair: student forward and backward on both (6), teacher on
@@ -132,6 +136,29 @@ def efficiency_table(pairs: int, compute: float, counted: Counted, machine: Mach
             print(f"{world:6d}  {keys:4d}  {times}        {share:6.1%}           {interval:5.0f} s         {lost:6.1%}")
 
 
+def speed_table(counted: Counted, machine: Machine) -> None:
+    """Prints 8 GPUs of growing speed on either link, and what halved gradients and banks, and twice the images, do."""
+    print(
+        "\n  TFLOP/s  GB/s  us  compute  gradients  norms  bank  efficiency  bf16 gradients  and bank  and 4 + 4 images"
+    )
+    world, keys = 8, counted.options.keys
+    halved = replace(counted, gradient_bytes=counted.gradient_bytes / 2)
+
+    def parts(counts: Counted, link: Machine, pairs: int, bank: float) -> list[float]:
+        compute = pairs * PASSES * counted.forward_flops / (link.sustained_tflops * 1e12)
+        compute, gradients, norms, exchanged, _ = step_parts(world, pairs, compute, counts, link, keys)
+        return [compute, gradients, norms, bank * exchanged]
+
+    for network, latency in LINKS:
+        for tflops in SPEEDS:
+            link = replace(machine, sustained_tflops=tflops, network=network, latency_us=latency)
+            cases = [(counted, 2, 1.0), (halved, 2, 1.0), (halved, 2, 0.5), (halved, 4, 0.5)]
+            steps = [parts(counts, link, pairs, bank) for counts, pairs, bank in cases]
+            times = "  ".join(f"{1e3 * each:6.0f}" for each in steps[0])
+            shares = "  ".join(f"{each[0] / sum(each):8.0%}" for each in steps)
+            print(f"{tflops:9.0f}  {network:4.0f}  {latency:2.0f}  {times}  {shares}")
+
+
 def pool_table(compute: float, pairs: int, machine: Machine) -> None:
     """Prints what pools of growing size ask of a cluster of 64 GPUs."""
     rate = 64 * pairs / compute
@@ -167,6 +194,7 @@ def main() -> None:
         f"norms; step of {pairs} + {pairs} images a GPU: {compute:.3f} s; times below in ms"
     )
     efficiency_table(pairs, compute, counted, machine, per_node)
+    speed_table(counted, machine)
     pool_table(compute, pairs, machine)
 
 

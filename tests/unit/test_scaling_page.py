@@ -26,8 +26,8 @@ def test_the_tables_are_those_of_the_script() -> None:
     ).stdout.splitlines()
     page = [line for line in (ROOT / "docs" / "scaling.md").read_text().splitlines() if line.startswith("|")]
     steps = [[*row[:6], *row[7:]] for row in _numbers(said, 10)]  # the page has no column for ingest: it hides
-    pools = _numbers(said, 5)
-    assert (len(steps), len(pools)) == (6, 4)
-    for row in (*steps, *pools):
+    speeds, pools = _numbers(said, 11), _numbers(said, 5)
+    assert (len(steps), len(speeds), len(pools)) == (6, 6, 4)
+    for row in (*steps, *speeds, *pools):
         near = [each for each in _numbers(page, len(row)) if each == pytest.approx(row, rel=0.02, abs=0.06)]
         assert len(near) == 1, row
