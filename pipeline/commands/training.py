@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pipeline.config import cli
 from pipeline.config.methods import OPTIONS
@@ -153,10 +153,18 @@ def sweep(argv: list[str]) -> None:
     failed = run_trials(trials, args.at_once)
     page = trials[0].out.rpartition(f"/{TRIALS}/")[0] + "/report.html"
     for each in write_report([trial.out for trial in trials if trial.begun()], page, REPORT_IMAGES, failed):
-        print(*answers(each), *map(text_table, results.tables(each)), sep="\n\n", end="\n\n")
+        _show(answers(each), map(text_table, results.tables(each)))
     print(f"report {page}")
     if failed:
         raise RunError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
+
+
+def _show(sentences: Iterable[str], tables: Iterable[str]) -> None:
+    """Prints sentences, within the width of a terminal, and tables as they are."""
+    from pipeline.cluster.terminal import say
+
+    say("\n\n".join(sentences) + "\n")
+    print(*tables, sep="\n\n", end="\n\n")
 
 
 def search(argv: list[str]) -> None:
@@ -207,12 +215,5 @@ def report(argv: list[str]) -> None:
     from pipeline.report.writer import write_report
 
     for each in write_report(args.runs, args.out, args.images, figures=args.figures, over=args.over):
-        print(
-            results.headline(each),
-            *answers(each),
-            *each.notes(),
-            *map(text_table, results.tables(each)),
-            sep="\n\n",
-            end="\n\n",
-        )
+        _show([results.headline(each), *answers(each), *each.notes()], map(text_table, results.tables(each)))
     print(f"report {args.out}")

@@ -287,7 +287,8 @@ def read_options(config: Config, num_classes: int) -> U2PLOptions:
     if options.r_l < num_classes:
         return options
     lower = max(1, num_classes - 1)
-    log.warning("u2pl.r_l %d leaves no negatives with %d classes: using %d", options.r_l, num_classes, lower)
+    # every rank makes the method, and of others than the first only warnings are shown
+    log.info("u2pl.r_l %d leaves no negatives with %d classes: using %d", options.r_l, num_classes, lower)
     return replace(options, r_l=lower)
 
 

@@ -238,7 +238,7 @@ def test_nothing_random_depends_on_what_was_drawn_before(u2pl, build):
 
 
 def test_two_classes_clamp_the_ranks_and_say_so(build, caplog):
-    with caplog.at_level(logging.WARNING, "pipeline"):
+    with caplog.at_level(logging.INFO, "pipeline"):
         method = cast("U2PL", build("u2pl", classes=2))
     assert "u2pl.r_l 3 leaves no negatives with 2 classes: using 1" in caplog.text
     assert method.options.r_l == 1
@@ -249,7 +249,7 @@ def test_two_classes_clamp_the_ranks_and_say_so(build, caplog):
 
 
 def test_enough_classes_are_not_clamped(build, caplog):
-    with caplog.at_level(logging.WARNING, "pipeline"):
+    with caplog.at_level(logging.INFO, "pipeline"):
         assert cast("U2PL", build("u2pl", classes=4)).options.r_l == 3
     assert not caplog.text
 
