@@ -53,9 +53,10 @@ test-fast: lint
 test-controls: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist load -m controls tests/parity/test_controls.py
 
-# Long tests of whole runs: they shrink, lose their storage, are killed at every point of a checkpoint, or once a minute.
+# Long tests of whole runs (they shrink, lose their storage, are killed at every point of a checkpoint, or once a minute),
+# and what is compiled of methods that the daily tests only trace.
 test-night: install
-	$(BIN)/python -m pytest -s -m night tests/integration
+	$(BIN)/python -m pytest -s -m night tests/integration tests/parity
 
 # What only a GPU can show, on a machine with one; elsewhere each test is skipped.
 test-gpu: install

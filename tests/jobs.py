@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,9 @@ class Job:
         self.log = log
         with log.open("ab") as out:
             self._process = subprocess.Popen(
-                arguments, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=group
-            )
+                arguments, cwd=ROOT, env={**environment, "PYTHONFAULTHANDLER": "1"}, stdout=out, stderr=out,
+                start_new_session=group,
+            )  # fmt: skip
         self.pid = self._process.pid
 
     def __enter__(self) -> "Job":
@@ -35,7 +37,13 @@ class Job:
         self._process.wait()
 
     def wait(self, seconds: float = 240) -> int:
-        return self._process.wait(seconds)
+        """The exit code. A job that still runs then says where each of its threads is, as the last of its log."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.kill(self.pid, signal.SIGABRT)
+            self._process.wait()
+            raise AssertionError(f"still ran after {seconds:g} s: {self.said}") from None
 
     @property
     def ended(self) -> bool:

@@ -92,6 +92,7 @@ class TestLoader:
             found.update(pairs(table))
         assert found == whole
 
+    @pytest.mark.night
     def test_a_run_that_decodes_on_the_cluster_equals_one_that_does_not(self, shapes: str, tmp_path: Path) -> None:
         here, there = str(tmp_path / "here"), str(tmp_path / "there")
         flags = ["--data", shapes, "--method", "fixmatch", "--optim.steps", "4"]

@@ -83,6 +83,7 @@ def test_before_its_time_is_over_it_queues_again(project: Path, ray_folder: str,
     assert [line for line in job.said.splitlines() if line in order] == order
 
 
+@pytest.mark.night
 def test_a_ray_node_that_ends_makes_it_queue_again(project: Path, ray_folder: str, tmp_path: Path) -> None:
     with Job(["bash", str(SCRIPT)], environment(project, ray_folder, HOLD="300"), tmp_path / "log") as job:
         wait_for("the training", lambda: trains(job), 600)

@@ -41,7 +41,9 @@ def _step(method: Method) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: value.detach() for name, value in terms.items()}, gradients
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["graphs", "kernels"])
+@pytest.mark.parametrize(
+    "kernels", [pytest.param(False, id="graphs"), pytest.param(True, id="kernels", marks=pytest.mark.night)]
+)
 def test_losses_gradients_and_statistics_are_those_of_the_plain_network(monkeypatch, kernels):
     if not kernels:
         _without_kernels(monkeypatch)

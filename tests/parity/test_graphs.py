@@ -14,7 +14,12 @@ from tests.unit.methods.test_trace import CASES, total
 Total = Callable[[Method, Batch], Tensor]
 
 
-@pytest.mark.parametrize("case", CASES)
+DAILY = [case for case in CASES if case == "cps" or case.startswith("u2pl")]
+NIGHTLY = [pytest.param(case, marks=pytest.mark.night) for case in CASES if case not in DAILY]
+"""Others are traced each day in test_trace.py, which takes a tenth of the time."""
+
+
+@pytest.mark.parametrize("case", [*DAILY, *NIGHTLY])
 def test_a_step_compiles_as_one_graph_and_means_the_same(case):
     name, options = CASES[case]
     on, found = batch(), []

@@ -31,7 +31,7 @@ def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_a_signal_that_was_lost_on_its_way_ends_the_sweep_at_the_next_turn() -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray Train leaves one of its own
     with tune.LiveTable([], lambda params, place: pytest.fail("no trial"), 0) as live:
         live.on_step_begin(0, [])
         with suppress(KeyboardInterrupt):  # as in a destructor
@@ -39,4 +39,4 @@ def test_a_signal_that_was_lost_on_its_way_ends_the_sweep_at_the_next_turn() -> 
             wait_for("the signal", lambda: False)
         with pytest.raises(KeyboardInterrupt):
             live.on_step_begin(1, [])
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
