@@ -5,6 +5,7 @@ Nothing of Tune's has to be kept: a trial is a run directory, so the same comman
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -41,6 +42,8 @@ LOG_SECONDS = 10.0
 """Time between two copies of a trial's log into its run directory."""
 QUIET_SECONDS = 60.0
 """Time between lines where there is no terminal."""
+END_SECONDS = 30.0
+"""After a signal the driver ends by itself, or after so long in any case: trials go with it, and resume."""
 
 
 # ---- what is shown ----------------------------------------------------------------------------------------------
@@ -69,6 +72,8 @@ class LiveTable(tune.Callback):
         self._thread = threading.Thread(target=self._follow, name="live", daemon=True)
         self._handlers: dict[int, Any] = {}
         self._signal = 0
+        self._end = threading.Timer(END_SECONDS, lambda: os._exit(128 + self._signal))
+        self._end.daemon = True
 
     def __enter__(self) -> "LiveTable":
         """Starts the thread that shows the table, and listens for what is to end the sweep; in the main thread."""
@@ -80,6 +85,8 @@ class LiveTable(tune.Callback):
 
     def __exit__(self, *error: object) -> None:
         """Stops it and shows the final table."""
+        if not isinstance(error[1], KeyboardInterrupt):
+            self._end.cancel()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._ended.set()
@@ -91,6 +98,8 @@ class LiveTable(tune.Callback):
         return {}
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
+        if not self._signal:
+            self._end.start()
         self._signal = number
         self._handlers[number](number, frame)
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,3 +42,25 @@ def test_a_signal_that_was_lost_on_its_way_ends_the_sweep_at_the_next_turn() -> 
         with pytest.raises(KeyboardInterrupt):
             live.on_step_begin(1, [])
     assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+
+
+def test_a_signal_that_nothing_heeds_ends_the_driver_nevertheless() -> None:
+    script = """
+import time
+from pipeline.sweep import tune
+
+tune.END_SECONDS = 0.5
+with tune.LiveTable([], lambda params, place: None, 0):
+    while True:
+        try:
+            print("waiting", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("lost", flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stdout.read() == "lost\nwaiting\n"
